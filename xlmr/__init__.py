@@ -1,0 +1,65 @@
+"""XLM-RoBERTa on PyTorch: a fast drop-in for transformers' classes.
+
+Each public name is imported from its module at first use (PEP 562), so `import xlmr` itself loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import XLMRobertaConfig
+    from .encode import embed
+    from .heads import (
+        XLMRobertaForCausalLM,
+        XLMRobertaForMaskedLM,
+        XLMRobertaForMultipleChoice,
+        XLMRobertaForQuestionAnswering,
+        XLMRobertaForSequenceClassification,
+        XLMRobertaForTokenClassification,
+    )
+    from .model import XLMRobertaModel
+    from .pipelines import pipeline
+    from .tokenizer import BatchEncoding, XLMRobertaTokenizer, XLMRobertaTokenizerFast
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchEncoding",
+    "XLMRobertaConfig",
+    "XLMRobertaForCausalLM",
+    "XLMRobertaForMaskedLM",
+    "XLMRobertaForMultipleChoice",
+    "XLMRobertaForQuestionAnswering",
+    "XLMRobertaForSequenceClassification",
+    "XLMRobertaForTokenClassification",
+    "XLMRobertaModel",
+    "XLMRobertaTokenizer",
+    "XLMRobertaTokenizerFast",
+    "__version__",
+    "embed",
+    "pipeline",
+]
+
+_MODULES = {
+    "BatchEncoding": "tokenizer",
+    "XLMRobertaConfig": "config",
+    "XLMRobertaModel": "model",
+    "XLMRobertaTokenizer": "tokenizer",
+    "XLMRobertaTokenizerFast": "tokenizer",
+    "embed": "encode",
+    "pipeline": "pipelines",
+}  # the rest, the task heads, are in heads
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'xlmr' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES.get(name, 'heads')}", __name__), name)
+    globals()[name] = value  # the next access is an ordinary one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

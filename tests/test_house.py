@@ -1,0 +1,203 @@
+"""The rules of the house: who may import whom, and what `import xlmr` costs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import xlmr
+
+ROOT = Path(__file__).parent.parent
+OPTIONAL = {"babel", "huggingface_hub", "matplotlib", "tqdm", "transformers", "triton"}
+
+
+class Rule(NamedTuple):
+    """What a file may import besides the standard library: anywhere, and inside functions or for the type checker."""
+
+    anywhere: set[str]
+    lazily: frozenset[str] | set[str] = frozenset()
+
+
+TREE = {
+    "torch",
+    "xlmr.block",
+    "xlmr.cache",
+    "xlmr.checkpoint",
+    "xlmr.config",
+    "xlmr.ops",
+    "xlmr.outputs",
+    "xlmr.varlen",
+}
+TASKS = TREE | {"numpy", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
+RULES = {
+    "kernels/_launch": Rule({"torch"}, {"triton"}),
+    "xlmr/__init__": Rule(set(), {"xlmr"}),
+    "xlmr/__main__": Rule({"xlmr.cli"}),
+    "xlmr/block": Rule({"torch", "xlmr.cache", "xlmr.ops", "xlmr.varlen"}),
+    "xlmr/cache": Rule({"torch"}),
+    "xlmr/checkpoint": Rule({"safetensors", "torch"}, {"huggingface_hub"}),
+    "xlmr/cli": Rule(TASKS | {"xlmr"}, {"xlmr"}),
+    "xlmr/config": Rule({"xlmr.checkpoint"}, {"torch"}),
+    "xlmr/demo/__init__": Rule(set()),
+    "xlmr/eager": Rule({"torch"}),
+    "xlmr/encode": Rule(TASKS, {"tqdm"}),
+    "xlmr/heads": Rule(TREE | {"xlmr.model"}),
+    "xlmr/model": Rule(TREE),
+    "xlmr/ops": Rule({"torch", "xlmr.eager"}, {"xlmr.kernels"}),
+    "xlmr/outputs": Rule({"torch", "xlmr.cache"}),
+    "xlmr/pipelines": Rule(TASKS | {"xlmr.demo", "xlmr.encode"}),
+    "xlmr/pretrain": Rule(TASKS, {"matplotlib", "tqdm"}),
+    "xlmr/tokenizer": Rule({"sentencepiece", "xlmr.checkpoint"}, {"torch"}),
+    "xlmr/varlen": Rule({"torch"}),
+}
+MODULE_CLASSES = {"xlmr/block", "xlmr/heads", "xlmr/model"}  # the only files that define nn.Module classes
+
+
+class Import(NamedTuple):
+    name: str
+    relative: bool
+    lazy: bool
+
+
+def imports(tree: ast.AST, package: str, lazy: bool = False) -> Iterator[Import]:
+    """Every import below `tree`, a file of `package`: names in full, `from . import a` as package.a."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, False, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: -node.level + 1 or None] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [source] if node.module else [f"{source}.{alias.name}" for alias in node.names]
+            yield from (Import(name, node.level > 0, lazy) for name in names)
+        else:
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            type_checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            yield from imports(node, package, lazy or function or type_checking)
+
+
+def run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below `tree` that importing it evaluates: function bodies are not."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from run_at_import(node)
+
+
+def violations(file: str, source: str) -> list[str]:
+    """What `source`, standing at `file` (no suffix), does against the rules."""
+    folder = file.rpartition("/")[0].replace("/", ".")
+    tree, rule = ast.parse(source), RULES[file]
+    found = []
+    for name, relative, lazy in imports(tree, f"xlmr.{folder}" if folder == "kernels" else folder):
+        if name.split(".")[0] in sys.stdlib_module_names and not relative:
+            continue
+        allowed = rule.anywhere | rule.lazily if lazy else rule.anywhere
+        if not any(name == entry or name.startswith(entry + ".") for entry in allowed):
+            found.append(f"imports {name} {'lazily' if lazy else 'at once'}")
+        if name.split(".")[0] == "xlmr" and not relative:
+            found.append(f"imports {name} absolutely")
+    bases = {ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
+    if file not in MODULE_CLASSES and bases & {"Module", "nn.Module", "torch.nn.Module"}:
+        found.append("defines an nn.Module class")
+    if any(ast.unparse(n) == "torch.cuda" for n in run_at_import(tree) if isinstance(n, ast.Attribute)):
+        found.append("asks torch.cuda at import")
+    return found
+
+
+def sources() -> dict[str, Path]:
+    files = [*ROOT.glob("kernels/*.py"), *ROOT.glob("xlmr/*.py"), *ROOT.glob("xlmr/demo/**/*.py")]
+    return {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in files}
+
+
+def test_every_file_has_its_row_and_every_row_its_file() -> None:
+    assert set(sources()) == set(RULES)
+
+
+@pytest.mark.parametrize("file", sorted(RULES))
+def test_imports_follow_the_table(file: str) -> None:
+    assert violations(file, sources()[file].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "planted", "complaint"),
+    [
+        ("kernels/_launch", "import kernels", "imports kernels at once"),
+        ("kernels/_launch", "from . import attention", "imports xlmr.kernels.attention at once"),
+        ("kernels/_launch", "from .attention import x", "imports xlmr.kernels.attention at once"),
+        ("kernels/_launch", "from ..ops import x", "imports xlmr.ops at once"),
+        ("kernels/_launch", "import triton", "imports triton at once"),
+        ("kernels/_launch", "COUNT = torch.cuda.device_count()", "asks torch.cuda at import"),
+        ("xlmr/eager", "try:\n    import triton\nexcept ImportError: ...", "imports triton at once"),
+        ("xlmr/eager", "def f():\n    from .kernels import attention", "imports xlmr.kernels lazily"),
+        ("xlmr/ops", "from .kernels import attention", "imports xlmr.kernels at once"),
+        ("xlmr/ops", "from xlmr.eager import embed", "imports xlmr.eager absolutely"),
+        ("xlmr/model", "from .heads import x", "imports xlmr.heads at once"),
+        ("xlmr/config", "if TYPE_CHECKING:\n    from .model import x", "imports xlmr.model lazily"),
+        ("xlmr/config", "class A(nn.Module): ...", "defines an nn.Module class"),
+        ("xlmr/heads", "class A:\n    import transformers", "imports transformers at once"),
+    ],
+)
+def test_the_check_finds_a_planted_fault(file: str, planted: str, complaint: str) -> None:
+    assert violations(file, planted) == [complaint]
+
+
+@pytest.mark.parametrize(
+    ("file", "allowed"),
+    [
+        ("xlmr/ops", "from . import eager\nimport os.path\ndef f():\n    from .kernels import attention"),
+        ("kernels/_launch", "import torch.nn\ndef f():\n    import triton\n    torch.cuda.is_available()"),
+    ],
+)
+def test_the_check_leaves_what_is_allowed(file: str, allowed: str) -> None:
+    assert violations(file, allowed) == []
+
+
+def test_kernels_is_no_regular_package() -> None:
+    """An __init__.py there would shadow Hugging Face's package `kernels` (see setup.py)."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert (ROOT / "xlmr/kernels").readlink() == Path("../kernels")
+
+
+def test_the_public_names_are_declared_once_for_python_and_once_for_the_type_checker() -> None:
+    tree = ast.parse((ROOT / "xlmr/__init__.py").read_text(encoding="utf-8"))
+    declared = {
+        (alias.name, node.module)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+        for alias in node.names
+    }
+    assert {name for name, _ in declared} == set(xlmr.__all__) - {"__version__"}
+    for name, module in declared:
+        public = getattr(xlmr, name)
+        assert public is getattr(sys.modules[f"xlmr.{module}"], name)
+        assert public.__doc__, f"{name} has no docstring"
+    assert set(xlmr.__all__) <= set(dir(xlmr))
+    with pytest.raises(AttributeError, match="no attribute 'XLMRobertaForTeapots'"):
+        xlmr.XLMRobertaForTeapots  # noqa: B018
+
+
+WITHOUT_OPTIONAL = """
+import sys
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in {optional}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent)
+before = set(sys.modules)
+import xlmr
+print(*{{name.split(".")[0] for name in set(sys.modules) - before}})
+for name in xlmr.__all__:
+    getattr(xlmr, name)
+import xlmr.cli, xlmr.pretrain
+"""
+
+
+def test_import_is_light_and_needs_nothing_optional() -> None:
+    code = WITHOUT_OPTIONAL.format(optional=OPTIONAL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) - sys.stdlib_module_names == {"xlmr"}, "import xlmr loads more than itself"

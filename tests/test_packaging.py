@@ -1,0 +1,119 @@
+"""What is built from the tree: an sdist that is complete, a wheel that needs no tree, and no second `kernels`."""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import xlmr
+
+ROOT = Path(__file__).parent.parent
+DEMO_LIMIT = 5 << 20  # bytes
+
+
+def run(*command: object, cwd: Path, path: tuple[Path, ...] = ()) -> str:
+    """The standard output of `command`, with `path` first on Python's; its standard error is shown where it fails."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "PIP_NO_INDEX": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wheel_of(source: Path, into: Path) -> Path:
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", into, "."]
+    run(*pip_wheel, cwd=source)
+    return next(into.glob("xlmr-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that no build leaves its files here."""
+    copy = tmp_path_factory.mktemp("source") / "xlmr"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "tests", "bench")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the sdist of the tree."""
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-c", f"from setuptools import build_meta as b; b.build_sdist({str(out)!r})", cwd=tree)
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        archive.extractall(out, filter="data")
+    return wheel_of(next(out.glob("xlmr-*/")), out)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site-packages")
+    pip_install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel]
+    run(*pip_install, cwd=target)
+    return target
+
+
+def test_the_sdist_and_the_tree_build_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:
+    ours, theirs = zipfile.ZipFile(wheel_of(tree, tmp_path)), zipfile.ZipFile(wheel)
+    assert {f.filename: f.CRC for f in ours.infolist() if not f.filename.endswith("RECORD")} == {
+        f.filename: f.CRC for f in theirs.infolist() if not f.filename.endswith("RECORD")
+    }
+
+
+def test_the_wheel_holds_every_module_as_a_real_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        built = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    sources = {f"xlmr/kernels/{path.name}": path for path in (ROOT / "kernels").glob("*.py")}
+    sources |= {f"xlmr/{path.name}": path for path in [*(ROOT / "xlmr").glob("*.py"), ROOT / "xlmr/py.typed"]}
+    demo = [path for path in (ROOT / "xlmr/demo").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    sources |= {path.relative_to(ROOT).as_posix(): path for path in demo}
+    assert built == {name: path.read_bytes() for name, path in sources.items()}
+    assert sum(len(data) for name, data in built.items() if name.startswith("xlmr/demo/")) <= DEMO_LIMIT
+
+
+def test_an_installed_package_imports_from_anywhere(installed: Path, tmp_path: Path) -> None:
+    code = "import xlmr, xlmr.kernels._launch as launch; print(xlmr.__file__, launch.__file__, xlmr.__version__)"
+    expected = f"{installed / 'xlmr/__init__.py'} {installed / 'xlmr/kernels/_launch.py'} {xlmr.__version__}\n"
+    assert run(sys.executable, "-c", code, cwd=tmp_path, path=(installed,)) == expected
+    assert not (installed / "kernels").exists()
+
+
+@pytest.mark.parametrize("where", ["tree", "installed"])
+def test_the_package_named_kernels_stays_importable(where: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Ours may stand first on the path: `kernels` must still be the other project's regular package."""
+    ours = request.getfixturevalue(where)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("")
+    code = "import kernels, xlmr.kernels._launch; print(kernels.__file__)"
+    found = run(sys.executable, "-c", code, cwd=ours, path=(ours, tmp_path))
+    assert found == f"{tmp_path / 'kernels/__init__.py'}\n"
+
+
+def test_the_metadata_asks_for_what_is_used_and_the_constraints_pin_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+        assert "xlmr = xlmr.cli:main" in archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    required = {r.name for r in requirements if "extra" not in str(r.marker)}
+    assert required == {"numpy", "safetensors", "sentencepiece", "torch", "tqdm"}
+    assert set(metadata.get_all("Provides-Extra")) == {"bench", "hub", "test", "triton"}
+    assert metadata["License-Expression"] == "Apache-2.0"
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    assert all(re.fullmatch(r"==[\d.]+", str(pin.specifier)) for pin in pins)
+    names = {pin.name.replace("-", "_") for pin in pins}
+    assert {r.name.replace("-", "_") for r in requirements} - names == {"triton"}
+
+
+def test_the_ci_runs_the_commands_of_the_readme() -> None:
+    readme, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
+    promised = [line for line in readme.splitlines() if line.startswith("pip install -c constraints.txt ")]
+    assert len(promised) == 2
+    assert set(promised) <= set(ci.splitlines())

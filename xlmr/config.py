@@ -1,0 +1,364 @@
+"""XLMRobertaConfig: the sizes and settings of a model, and their file config.json.
+
+Fields, defaults and file format are those of transformers' XLMRobertaConfig (5.x); files written by 4.x are read too.
+"""
+
+import copy
+import difflib
+import json
+import logging
+import math
+import os
+import reprlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from .checkpoint import read_json, resolve, to_dtype, write_atomically
+
+logger = logging.getLogger(__name__)
+
+ACTIVATIONS = (
+    "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "quick_gelu", "relu", "relu2", "relu6",
+    "leaky_relu", "silu", "swish", "mish", "hardswish", "sigmoid", "tanh", "linear",
+)  # fmt: skip
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# Smallest and largest value of each size. The largest are far above every model of the family: they stop hostile files.
+SIZES = {
+    "vocab_size": (1, 2**24),
+    "hidden_size": (1, 2**16),
+    "num_hidden_layers": (0, 2**10),
+    "num_attention_heads": (1, 2**12),
+    "intermediate_size": (1, 2**20),
+    "max_position_embeddings": (2, 2**24),
+    "type_vocab_size": (1, 2**16),
+    "chunk_size_feed_forward": (0, 2**24),
+    "pad_token_id": (0, 2**24),
+}
+MAX_LABELS = 2**20
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+FLAGS = (
+    "use_cache", "is_decoder", "add_cross_attention", "tie_word_embeddings", "output_hidden_states",
+    "output_attentions", "return_dict", "is_encoder_decoder",
+)  # fmt: skip
+# Keys that change the computation in transformers (most of them in 4.x only): their neutral value is all that is read.
+NEUTRAL = {"position_embedding_type": "absolute", "pruned_heads": {}, "is_encoder_decoder": False}
+# Written to config.json only where they differ from the default, as transformers does.
+WRITTEN_IF_SET = (
+    "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype", "chunk_size_feed_forward",
+    "is_encoder_decoder", "id2label", "label2id", "problem_type", "transformers_version",
+)  # fmt: skip
+LOOKALIKES = {
+    "roberta": "its modules are the same, but its tokenizer is a byte-level BPE",
+    "camembert": "its modules are the same, but its special tokens have other ids",
+    "xlm-roberta-xl": "its layers normalise before attention and feed-forward, not after",
+    "xlm": "an older architecture with language embeddings",
+}
+
+
+@dataclass(init=False, eq=False, repr=False)
+class XLMRobertaConfig:
+    """The configuration of every XLM-RoBERTa model; keyword arguments only, with the defaults of transformers' class.
+
+    `num_labels` (names the labels LABEL_0 …) and `torch_dtype` (the old name of `dtype`) are accepted too. Any other
+    keyword becomes an attribute and is written back to config.json. ValueError, naming the field, for a value of a
+    wrong type or out of range.
+    """
+
+    model_type: ClassVar[str] = "xlm-roberta"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    use_cache: bool = True
+    classifier_dropout: float | None = None
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+    dtype: torch.dtype | None = None
+    chunk_size_feed_forward: int = 0
+    is_encoder_decoder: bool = False
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    architectures: list[str] | None = None
+    transformers_version: str | None = None
+    _name_or_path: str = ""
+
+    def __init__(self, **values: Any) -> None:
+        values = _own_copy(values)
+        _check_model_type(values.pop("model_type", self.model_type))
+        torch_dtype, num_labels = values.pop("torch_dtype", None), values.pop("num_labels", None)
+        values.pop("max_length", None)  # a setting of text generation in files of 4.x, which transformers 5 drops too
+        if "name_or_path" in values:
+            values["_name_or_path"] = values.pop("name_or_path")
+        for field in fields(self):
+            setattr(self, field.name, values.pop(field.name, field.default))
+        for name, value in values.items():
+            if hasattr(type(self), name):
+                raise ValueError(f"{name!r} cannot be a configuration key: it is the name of a method or property")
+            setattr(self, name, value)
+        dtype = torch_dtype if self.dtype is None else self.dtype
+        self.dtype = None if dtype is None else to_dtype(dtype)
+        self._set_labels(num_labels)
+        self.validate()
+
+    @classmethod
+    def base(cls, **overrides: Any) -> "XLMRobertaConfig":
+        """XLM-RoBERTa base: 12 layers of 768, 278 M parameters."""
+        released = {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+        return cls(**{**released, **overrides})
+
+    @classmethod
+    def large(cls, **overrides: Any) -> "XLMRobertaConfig":
+        """XLM-RoBERTa large: 24 layers of 1024, 560 M parameters."""
+        sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+        return cls.base(**{**sizes, **overrides})
+
+    @classmethod
+    def long(cls, **overrides: Any) -> "XLMRobertaConfig":
+        """Large with 8,194 positions, so 8,192 tokens: the bge-m3 family."""
+        return cls.large(**{"max_position_embeddings": 8194, **overrides})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        **overrides: Any,
+    ) -> "XLMRobertaConfig":
+        """Read config.json from a directory or hub repository (or the JSON file given), then apply `overrides`.
+
+        OSError if there is no such file, ValueError if it is no valid configuration, TypeError for an override that is
+        neither a field nor a key of the file.
+        """
+        path: Path | None = Path(name_or_dir)
+        if not (path and path.is_file()):
+            path = resolve(
+                name_or_dir,
+                "config.json",
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                subfolder=subfolder,
+            )
+        if path is None:
+            raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, subfolder)}")
+        try:
+            return cls.from_dict({"name_or_path": os.fspath(name_or_dir), **read_json(path)}, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> "XLMRobertaConfig":
+        """Read one JSON file."""
+        return cls.from_dict(read_json(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> "XLMRobertaConfig":
+        """Build from a dictionary of fields, then `overrides`; TypeError for one that is neither a field nor in it."""
+        known = {field.name for field in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
+        for name in overrides:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                raise TypeError(
+                    f"{name!r} is no field of {cls.__name__}" + (f"; is {close[0]!r} meant?" if close else "")
+                )
+        values = {**values, **overrides}
+        if "id2label" in overrides and "label2id" not in overrides:
+            values.pop("label2id", None)  # it would describe the labels that were overridden
+        if "torch_dtype" in overrides and "dtype" not in overrides:
+            values.pop("dtype", None)
+        return cls(**values)
+
+    @property
+    def num_labels(self) -> int:
+        """The number of labels; setting another number renames them LABEL_0, LABEL_1, …"""
+        return len(self.id2label or ())
+
+    @num_labels.setter
+    def num_labels(self, number: int) -> None:
+        if self.id2label is None or number != len(self.id2label):
+            _check_integer("num_labels", number, 0, MAX_LABELS)
+            self.id2label = {i: f"LABEL_{i}" for i in range(number)}
+            self.label2id = {label: i for i, label in self.id2label.items()}
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence in tokens: positions are counted from pad_token_id + 1."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The old name of `dtype`."""
+        return self.dtype
+
+    @torch_dtype.setter
+    def torch_dtype(self, dtype: str | torch.dtype | None) -> None:
+        self.dtype = None if dtype is None else to_dtype(dtype)
+
+    @property
+    def use_return_dict(self) -> bool:
+        """The old name of `return_dict`."""
+        return self.return_dict
+
+    @property
+    def name_or_path(self) -> str:
+        """The directory or hub name that this configuration was read from."""
+        return self._name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, name: str | os.PathLike[str]) -> None:
+        self._name_or_path = os.fspath(name)
+
+    def _set_labels(self, num_labels: int | None) -> None:
+        if self.id2label is None:
+            self.num_labels = 2 if num_labels is None else num_labels
+            return
+        self.id2label = _integer_keys(self.id2label)
+        inverse = {label: i for i, label in self.id2label.items()}
+        if self.label2id is None:
+            self.label2id = inverse
+        if num_labels is not None and num_labels != len(self.id2label):
+            logger.warning("num_labels=%s replaces an id2label of %d labels", num_labels, len(self.id2label))
+            self.num_labels = num_labels
+        elif self.label2id != inverse or sorted(self.id2label) != list(range(len(self.id2label))):
+            logger.warning(
+                "id2label %s and label2id %s are no numbering from 0 and its inverse", self.id2label, self.label2id
+            )
+
+    def validate(self) -> None:
+        """Raise ValueError naming the first wrong field; run at construction and before saving."""
+        for name, (smallest, largest) in SIZES.items():
+            _check_integer(name, getattr(self, name), smallest, largest)
+        for name in RATES:
+            if getattr(self, name) is not None or name != "classifier_dropout":
+                _check_real(name, getattr(self, name), 0.0, 1.0)
+        _check_real("initializer_range", self.initializer_range, 0.0, math.inf)
+        _check_real("layer_norm_eps", self.layer_norm_eps, 0.0, math.inf)
+        for name in FLAGS:
+            _check_choice(name, getattr(self, name), (True, False))
+        for name, neutral in NEUTRAL.items():
+            _check_choice(name, getattr(self, name, neutral), (neutral,))
+        for name in ("bos_token_id", "eos_token_id"):
+            _check_token_ids(name, getattr(self, name))
+        _check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        _check_choice("problem_type", self.problem_type, (None, *PROBLEM_TYPES))
+        self._validate_combinations()
+
+    def _validate_combinations(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is outside of a vocabulary of {self.vocab_size}")
+        if self.max_length < 1:
+            raise ValueError(
+                f"max_position_embeddings {self.max_position_embeddings} is too small: the first position is pad_token_id + 1"
+            )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "single_label_classification needs num_labels > 1: 2 for yes or no, or problem_type 'regression'"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and extra key, `dtype` as its name; a deep copy."""
+        dtype = None if self.dtype is None else str(to_dtype(self.dtype)).removeprefix("torch.")
+        return {**_own_copy(vars(self)), "dtype": dtype, "model_type": self.model_type}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without the fields that config.json leaves out at their default."""
+        default = XLMRobertaConfig().to_dict()
+        left_out = {name for name in WRITTEN_IF_SET if getattr(self, name) == default[name]} | {"_name_or_path"}
+        return {name: value for name, value in self.to_dict().items() if name not in left_out}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of config.json: sorted keys, indented by 2; all of `to_dict` unless `use_diff`."""
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json, atomically, into `directory` (made if missing); ValueError if the configuration is invalid."""
+        self.validate()
+        write_atomically(directory, {"config.json": self.to_json_string()})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, XLMRobertaConfig):
+            return NotImplemented
+        return {**self.to_dict(), "_name_or_path": ""} == {**other.to_dict(), "_name_or_path": ""}
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return copy.deepcopy(values)
+    except RecursionError:
+        raise ValueError("the configuration is nested too deeply") from None
+
+
+def _check_model_type(model_type: Any) -> None:
+    if model_type != XLMRobertaConfig.model_type:
+        reason = LOOKALIKES.get(model_type, "another architecture") if isinstance(model_type, str) else "not a name"
+        raise ValueError(
+            f"model_type is {reprlib.repr(model_type)} ({reason}); only {XLMRobertaConfig.model_type!r} can be loaded"
+        )
+
+
+def _check_integer(name: str, value: Any, smallest: int, largest: int) -> None:
+    if type(value) is not int or not smallest <= value <= largest:
+        raise ValueError(f"{name} is {reprlib.repr(value)}; it must be an integer from {smallest} to {largest}")
+
+
+def _check_token_ids(name: str, value: Any) -> None:
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(i) is int for i in ids):
+        raise ValueError(f"{name} is {reprlib.repr(value)}; it must be an integer, a list of integers or None")
+
+
+def _check_real(name: str, value: Any, smallest: float, largest: float) -> None:
+    if type(value) not in (int, float) or not (smallest <= value <= largest and math.isfinite(value)):
+        raise ValueError(f"{name} is {reprlib.repr(value)}; it must be a finite number from {smallest} to {largest}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise ValueError(f"{name} is {reprlib.repr(value)}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def _integer_keys(id2label: Any) -> dict[int, Any]:
+    """JSON has string keys only: "0" → 0."""
+    if not isinstance(id2label, dict) or len(id2label) > MAX_LABELS:
+        raise ValueError(f"id2label is {reprlib.repr(id2label)}; it must map up to {MAX_LABELS} numbers to names")
+    for key, label in id2label.items():
+        if not str(key).isdecimal() or not isinstance(label, (str, int, float)):
+            raise ValueError(f"id2label has {reprlib.repr(key)}: {reprlib.repr(label)}; a number and a name are needed")
+    return {int(key): label for key, label in id2label.items()}

@@ -1,0 +1,232 @@
+"""The containers of the module tree, and the one rule that keeps the tree open to surgery.
+
+A *plain* module is exactly what this package built: its arithmetic is known, so the fused operations read its parameters
+directly and never call it. Whatever somebody replaced (LoRA, a quantised Linear), hooked, parametrised or gave another
+`forward` is not plain, and is called instead: to bypass it silently would be a wrong answer. Leaves are called on rows
+[T, N], whatever their number; a block that is not plain is called as the reference calls it, on [B, S, N].
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from .cache import KeyValueCache
+from .ops import EAGER, Ops
+from .varlen import Layout, additive, plan
+
+PLAIN: set[type] = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.GELU, nn.ModuleList}
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether calling `module` would do nothing but its class's own arithmetic on its own parameters."""
+    state = module.__dict__
+    return (
+        type(module) in PLAIN
+        and "forward" not in state  # accelerate's offloading puts one there
+        and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
+        and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
+        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+        and not (hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+        and all(type(p) is nn.Parameter or p is None for p in state["_parameters"].values())
+    )
+
+
+def rate(dropout: nn.Module) -> float:
+    """The probability with which a plain nn.Dropout drops now: its `p` and its `training` may have been set alone."""
+    return dropout.p if dropout.training else 0.0
+
+
+@dataclass
+class Collected:
+    """What a caller asked to see of one forward pass; None: not asked for."""
+
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    cross_attentions: list[Tensor] | None = None
+
+    def fields(self, pad: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, ...] | None]:
+        """As the fields of an output; the hidden states in the padded shape."""
+        hidden = None if self.hidden_states is None else tuple(map(pad, self.hidden_states))
+        attentions = None if self.attentions is None else tuple(self.attentions)
+        return {
+            "hidden_states": hidden,
+            "attentions": attentions,
+            "cross_attentions": tuple(self.cross_attentions or ()) or None,
+        }
+
+
+# Set for the length of one forward pass, so that attention weights arrive however many foreign modules lie between.
+COLLECTED: ContextVar[Collected | None] = ContextVar("collected", default=None)
+
+
+def collected_weights(cross: bool) -> list[Tensor] | None:
+    """Where attention weights go, those of cross attention if `cross`; None where nobody asked for them."""
+    collected = COLLECTED.get()
+    if collected is None:
+        return None
+    return collected.cross_attentions if cross else collected.attentions
+
+
+@dataclass
+class Pass:
+    """What travels with the rows through one forward pass.
+
+    `layout` says where they lie; `cache` holds past keys and values; `cross` is an encoder's states [B·Sk, N] and their
+    layout against the queries; `rows` (sorted int64 [R]) are the only ones that the layer's caller wants.
+    """
+
+    layout: Layout
+    causal: bool = False
+    cache: KeyValueCache | Any = None
+    cross: tuple[Tensor, Layout] | None = None
+    rows: Tensor | None = None
+
+    def mask(self, layout: Layout, causal: bool, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask [B, 1 | H, Q | 1, K] that the reference would hand to a layer."""
+        if layout.dense is not None:
+            return layout.dense
+        sees = None if layout.keep is None else layout.keep[:, None, None]
+        if causal:
+            keys, device = layout.sequences.max_k, layout.sequences.q_starts.device
+            earlier = torch.ones(layout.seqlen, keys, dtype=torch.bool, device=device).tril(keys - layout.seqlen)
+            sees = earlier if sees is None else sees & earlier
+        return None if sees is None else additive(sees, dtype).expand(layout.batch, 1, -1, -1)
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The keywords, beside the mask, with which the reference would call a layer; those that are None left out."""
+        keywords: dict[str, Any] = {"past_key_values": self.cache}
+        if self.cross is not None:
+            states, layout = self.cross
+            keywords["encoder_hidden_states"] = states.unflatten(0, (layout.batch, -1))
+            keywords["encoder_attention_mask"] = self.mask(layout, False, dtype)
+        return {name: value for name, value in keywords.items() if value is not None}
+
+
+class Block(nn.Module):
+    """A container of the tree: `rows` is its arithmetic on [T, N], `forward` the same with the reference's signature."""
+
+    ops: Ops = EAGER
+    contains: tuple[str, ...] = ()  # the attributes that are blocks too
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("xlmr."):  # a subclass written elsewhere may compute anything
+            PLAIN.add(cls)
+
+    def linear(self, dense: nn.Module, x: Tensor) -> Tensor:
+        return self.ops.linear(x, dense.weight, dense.bias) if plain(dense) else dense(x)
+
+    def linear_act(self, dense: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+        if plain(dense) and plain(act) and act.approximate == "none":
+            return self.ops.linear_act(x, dense.weight, dense.bias, "gelu")
+        return act(self.linear(dense, x))
+
+    def add_layer_norm(self, norm: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+        x, dropout_p = (x, rate(dropout)) if plain(dropout) else (dropout(x), 0.0)
+        if plain(norm):
+            return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p)
+        return norm(F.dropout(x, dropout_p) + residual)
+
+
+class RowBlock(Block):
+    """A block that treats each row alone: `rows(*tensors)` [T, ·] → [T, ·], and `forward` on any leading shape."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.rows(*(t.flatten(0, -2) for t in tensors)).unflatten(0, tensors[0].shape[:-1])
+
+
+class SequenceBlock(Block):
+    """A block in which a row sees its sequence: `rows(x, state)` [T, N] → [T, N]; `forward` is the reference's."""
+
+    is_causal = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **ignored: Any,
+    ) -> Any:
+        """[B, S, N] → [B, S, N]; masks as varlen.plan takes them. Further keywords are ignored, as in the reference."""
+        state = begin(
+            hidden_states,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values,
+            causal=self.is_causal,
+            every_position=True,
+        )
+        return self.rows(hidden_states.flatten(0, 1), state).view_as(hidden_states)
+
+
+class AttentionBlock(SequenceBlock):
+    """A SequenceBlock whose `forward` returns, like the reference's, a pair: rows and attention weights."""
+
+    is_cross_attention = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[B, S, N] → ([B, S, N], weights [B, H, S, K] where the caller of the model asked for them, else None)."""
+        out = super().forward(*args, **kwargs)
+        weights = collected_weights(self.is_cross_attention)
+        return out, weights[-1] if weights else None
+
+
+def begin(
+    hidden: Tensor,
+    mask: Tensor | None,
+    encoder_hidden: Tensor | None = None,
+    encoder_mask: Tensor | None = None,
+    cache: Any = None,
+    *,
+    causal: bool = False,
+    **needs: Any,
+) -> Pass:
+    """The Pass of a batch of which `hidden` [B, S, …] tells shape and device; `needs` go to varlen.plan."""
+    batch, seqlen = hidden.shape[:2]
+    common = {
+        "device": hidden.device,
+        "dtype": needs.pop("dtype", hidden.dtype),
+        "weights": collected_weights(False) is not None,
+    }
+    past = cache.get_seq_length() if cache is not None else 0
+    if encoder_hidden is not None:
+        needs["every_position"] = True
+    layout = plan(batch, seqlen, mask, keys=past + seqlen, causal=causal, **common, **needs)
+    state = Pass(layout, causal and (mask is None or mask.dim() == 2), cache)
+    if encoder_hidden is not None:
+        cross = plan(batch, seqlen, encoder_mask, keys=encoder_hidden.shape[1], every_position=True, **common)
+        state.cross = encoder_hidden.flatten(0, 1), cross
+    return state
+
+
+def run_rows(block: nn.Module, layout: Layout, *tensors: Tensor) -> Tensor:
+    """A position-wise block, or whatever stands in its place, on rows [T, ·]."""
+    if plain(block):
+        return block.rows(*tensors)
+    return block(*(layout.pad(t) for t in tensors)).flatten(0, 1)
+
+
+def run(block: nn.Module, x: Tensor, state: Pass) -> Tensor:
+    """A block in which rows see each other, or whatever stands in its place, on rows [T, N]."""
+    if plain(block):
+        return block.rows(x, state)
+    mask = state.mask(state.layout, state.causal, x.dtype)
+    out = block(state.layout.pad(x), attention_mask=mask, **state.arguments(x.dtype))
+    return (out if isinstance(out, Tensor) else out[0]).flatten(0, 1)
+
+
+def untouched(block: nn.Module) -> bool:
+    """Whether `block` and all blocks in it are plain, so that nothing but our own code sees the layout of the rows."""
+    if not plain(block):
+        return False
+    inner = block if isinstance(block, nn.ModuleList) else (getattr(block, name) for name in block.contains)
+    return all(map(untouched, inner))

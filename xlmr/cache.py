@@ -1,0 +1,35 @@
+"""Keys and values of past tokens, for decoding one token at a time with XLMRobertaForCausalLM."""
+
+from torch import Tensor, cat
+
+
+class KeyValueCache:
+    """Keys and values of every layer, each [B, H, past, D]; the methods are those of transformers' DynamicCache.
+
+    `cross` holds the keys and values of the encoder's states, which a decoder computes once and reads at every step.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.cross: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Appends `key` and `value` [B, H, new, D] to layer `layer_idx`; returns all of them, [B, H, past + new, D]."""
+        if layer_idx in self.layers:
+            past_key, past_value = self.layers[layer_idx]
+            key, value = cat([past_key, key], dim=2), cat([past_value, value], dim=2)
+        self.layers[layer_idx] = key, value
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens layer `layer_idx` remembers."""
+        return self.layers[layer_idx][0].shape[2] if layer_idx in self.layers else 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps the rows `beam_idx` [B'] of the batch, in that order."""
+        for store in (self.layers, self.cross):
+            for i, (key, value) in store.items():
+                store[i] = key[beam_idx.to(key.device)], value[beam_idx.to(value.device)]
+
+    def __len__(self) -> int:
+        return len(self.layers)

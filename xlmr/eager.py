@@ -1,0 +1,161 @@
+"""Every operation in plain PyTorch: the product's path on a CPU, and the judge of every kernel.
+
+T tokens (rows), N hidden units, H heads, D units a head, V words. A linear layer's weight is [out, in], as in torch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def embed(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    padding_idx: int,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])) → [T, N].
+
+    Ids are integers [T]; tables [rows, N]. The row `padding_idx` of `word` and of `position` gets no gradient.
+    """
+    x = F.embedding(input_ids, word, padding_idx) + F.embedding(token_type_ids, token_type)
+    x = x + F.embedding(position_ids, position, padding_idx)
+    return F.dropout(F.layer_norm(x, weight.shape, weight, bias, eps), dropout_p)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias, [T, in] → [T, out]."""
+    if _onednn(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu") -> Tensor:
+    """gelu(x · weightᵀ + bias) with the exact, erf form of GELU (Hendrycks & Gimpel, 2016); [T, in] → [T, out]."""
+    if act != "gelu":
+        raise ValueError(f"linear_act fuses 'gelu' only, not {act!r}: apply that activation to linear's result")
+    if _onednn(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def qkv_projection(
+    x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, bq: Tensor | None, bk: Tensor | None, bv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (unscaled), keys and values of x [T, N]: three [T, H·D] tensors, which may be views of one buffer."""
+    return linear(x, wq, bq), linear(x, wk, bk), linear(x, wv, bv)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sequences, softmax_scale: float, causal: bool = False, dropout_p: float = 0.0
+) -> Tensor:
+    """softmax(q · kᵀ · softmax_scale) · v within each sequence; q [Tq, H, D], k and v [Tk, H, D] → [Tq, H, D].
+
+    `sequences` (xlmr.varlen.Sequences) says which rows of q and of k, v each sequence owns. With `causal` the last query
+    of a sequence sees its last key. A query that sees no key gets zeros.
+    """
+    outputs = []
+    for count, q_start, q_len, k_start, k_len in sequences.runs:
+        queries, keys, values = (
+            t[start : start + count * length].view(count, length, *t.shape[1:]).transpose(1, 2)
+            for t, start, length in ((q, q_start, q_len), (k, k_start, k_len), (v, k_start, k_len))
+        )
+        if k_len == 0:
+            out = torch.zeros_like(queries)
+        elif causal and 1 < q_len != k_len:
+            sees = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+            out = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=sees, dropout_p=dropout_p, scale=softmax_scale
+            )
+        else:
+            out = F.scaled_dot_product_attention(
+                queries, keys, values, dropout_p=dropout_p, is_causal=causal and q_len > 1, scale=softmax_scale
+            )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention through the whole matrix of weights, for what no kernel computes: per-query masks, and the weights
+    themselves. q [B, H, Q, D], k and v [B, H, K, D], additive `mask` broadcastable to [B, H, Q, K], finite
+    → output [B, H, Q, D] and weights (after dropout, as in the reference) [B, H, Q, K]."""
+    weights = torch.softmax(q @ k.transpose(-1, -2) * softmax_scale + mask, dim=-1)
+    weights = F.dropout(weights, dropout_p)
+    return weights @ v, weights
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
+) -> Tensor:
+    """LayerNorm(dropout(x) + residual); x and residual [T, N], weight and bias [N] → [T, N]."""
+    x = F.dropout(x, dropout_p) + residual if dropout_p else x + residual
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(gelu(x)) with the exact GELU; x [T, N] → [T, N]. The transform of the language-model head."""
+    return F.layer_norm(F.gelu(x), weight.shape, weight, bias, eps)
+
+
+def vocab_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Mean cross entropy of softmax(x · weightᵀ + bias) against `labels` [T] over the rows whose label is not −100.
+
+    x [T, N], weight [V, N] → a scalar in fp32 (or fp64); NaN, as in torch, where every label is −100. Only the labelled
+    rows are multiplied.
+    """
+    labelled = labels != -100
+    logits = linear(x[labelled], weight, bias)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[labelled])
+
+
+def vocab_topk(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k most probable words of softmax(x · weightᵀ + bias) and their log-probabilities, best first.
+
+    x [T, N], weight [V, N] → log-probabilities [T, k] (fp32 or fp64) and word ids [T, k]. With `targets` [M] only those
+    words compete, while the softmax stays that of the whole vocabulary.
+    """
+    logits = linear(x, weight, bias)
+    scores = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if targets is None:
+        return tuple(scores.topk(k, dim=-1))
+    values, indices = scores[:, targets].topk(k, dim=-1)
+    return values, targets[indices]
+
+
+def _onednn(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether oneDNN's own linear can run: the same numbers as F.linear, in fp32 at up to twice MKL's speed on a CPU,
+    with GELU fused. It has no gradient and ignores autocast."""
+    tensors = [x, *(p for p in parameters if p is not None)]
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _ONEDNN_DTYPES
+        and x.numel() > 0
+        and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    ops = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
+        return frozenset()
+    half = [
+        (torch.bfloat16, getattr(ops, "_is_mkldnn_bf16_supported", None)),
+        (torch.float16, getattr(ops, "_is_mkldnn_fp16_supported", None)),
+    ]
+    return frozenset([torch.float32, *(dtype for dtype, supported in half if supported is not None and supported())])
+
+
+_ONEDNN_DTYPES = _onednn_dtypes()

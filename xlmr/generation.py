@@ -1,0 +1,88 @@
+"""Decoding with XLMRobertaForCausalLM: greedy, or sampling with temperature, top-k and top-p (Holtzman et al., 2020)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import KeyValueCache
+
+
+@torch.no_grad()
+def generate(
+    self: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 20,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+    use_cache: bool = True,
+    generator: torch.Generator | None = None,
+    **model_inputs: Any,
+) -> Tensor:
+    """Continues prompts [B, S] by at most `max_new_tokens`; returns prompts and continuations [B, S + new].
+
+    A text that has ended (`eos_token_id`, by default the config's) is filled with `pad_token_id`. Greedy unless
+    `do_sample`; then the `top_k` best words (0: all) compete, of these the fewest whose probabilities reach `top_p`.
+    `model_inputs` (encoder_hidden_states, encoder_attention_mask) are handed to every step. Raises ValueError where
+    config.is_decoder is not set, or where the text would outgrow the positions.
+    """
+    config = self.config
+    if not config.is_decoder:
+        raise ValueError("generate needs a decoder: this model's config.is_decoder is False")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: generate takes [batch, at least one token]")
+    if do_sample and not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: allowed are > 0, ≥ 0 and (0, 1]")
+    eos = config.eos_token_id if eos_token_id is None else eos_token_id
+    ends = torch.tensor([] if eos is None else eos, device=input_ids.device, dtype=input_ids.dtype).view(-1)
+    pad = config.pad_token_id if pad_token_id is None else pad_token_id
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    cache = KeyValueCache() if use_cache else None
+    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for _ in range(max_new_tokens):
+        step = self.prepare_inputs_for_generation(
+            input_ids, past_key_values=cache, attention_mask=mask, use_cache=use_cache, **model_inputs
+        )
+        scores = self(**step, logits_to_keep=1).logits[:, -1].float()
+        token = _sample(scores, temperature, top_k, top_p, generator) if do_sample else scores.argmax(-1)
+        token = token.masked_fill(done, pad)
+        input_ids = torch.cat([input_ids, token[:, None].to(input_ids.dtype)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        done = done | torch.isin(token, ends)
+        if bool(done.all()):
+            break
+    return input_ids
+
+
+def prepare_inputs_for_generation(
+    self: Any,
+    input_ids: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    use_cache: bool | None = None,
+    **model_inputs: Any,
+) -> dict[str, Any]:
+    """The arguments of the next forward: of `input_ids` [B, S] only the tokens that the cache does not hold yet."""
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return {
+        "input_ids": input_ids[:, past:],
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "use_cache": use_cache,
+        **model_inputs,
+    }
+
+
+def _sample(scores: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One word of each row of scores [B, V]."""
+    scores, words = (scores / temperature).topk(min(top_k or scores.shape[-1], scores.shape[-1]))
+    probabilities = scores.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the better words: the best word always stays
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    return words.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)

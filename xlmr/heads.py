@@ -1,0 +1,448 @@
+"""The six task heads. Names, arguments, losses and outputs are those of transformers' modeling_xlm_roberta."""
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .block import Block, RowBlock, plain, rate, untouched
+from .config import XLMRobertaConfig
+from .generation import generate, prepare_inputs_for_generation
+from .inputs import check_labels
+from .model import Encoded, XLMRobertaModel
+from .outputs import (
+    CausalLMOutput,
+    MaskedLMOutput,
+    MultipleChoiceOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from .pretrained import XLMRobertaPreTrainedModel
+from .varlen import Layout, plan
+
+logger = logging.getLogger(__name__)
+
+
+class XLMRobertaHead(XLMRobertaPreTrainedModel):
+    """Base class of the heads: the base model `roberta` below, and the one place that runs it."""
+
+    def encode(self, inputs: dict[str, Any], **needs: Any) -> tuple[Encoded, dict[str, Any]]:
+        """Runs the base model on `inputs`, its arguments by name; `needs` as in XLMRobertaModel.encode. Returns the last
+        layer's rows and the fields that every output shares. A base model that is not plain is called instead."""
+        if plain(self.roberta):
+            encoded = self.roberta.encode(**inputs, **needs)
+        else:
+            output = self.roberta(**{k: v for k, v in inputs.items() if v is not None}, return_dict=True)
+            hidden = output.last_hidden_state
+            layout = plan(*hidden.shape[:2], device=hidden.device, dtype=hidden.dtype)
+            encoded = Encoded(
+                hidden.flatten(0, 1), layout, {k: v for k, v in output.items() if k != "last_hidden_state"}
+            )
+        return encoded, {name: encoded.fields.get(name) for name in ("hidden_states", "attentions")}
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The head's own dropout, where it is one of torch's; else whatever stands in its place."""
+        return F.dropout(x, rate(self.dropout)) if plain(self.dropout) else self.dropout(x)
+
+
+class XLMRobertaLMHead(RowBlock):
+    """dense → GELU → LayerNorm → decoder, the last tied to the word embeddings."""
+
+    def __init__(self, config: XLMRobertaConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """What the decoder reads; [T, N] → [T, N]."""
+        x, norm = self.linear(self.dense, x), self.layer_norm
+        if plain(norm):
+            return self.ops.gelu_layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return norm(F.gelu(x))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Logits; [T, N] → [T, V]."""
+        return self.linear(self.decoder, self.transform(x))
+
+    def padded(self, x: Tensor, layout: Layout) -> Tensor:
+        """Logits [B, S, V] of the rows x [T, N]; zeros where nothing was computed. A slice of rows at a time where no
+        gradient is needed, since logits are by far the largest tensor of the model."""
+        if layout.indices is None or (torch.is_grad_enabled() and x.requires_grad):
+            return layout.pad(self.rows(x))
+        logits = None
+        for rows, where in zip(x.split(256), layout.indices.split(256), strict=True):
+            part = self.rows(rows)
+            if logits is None:
+                logits = part.new_zeros(layout.batch * layout.seqlen, part.shape[-1])
+            logits[where] = part
+        return layout.pad(self.rows(x)) if logits is None else logits.unflatten(0, (layout.batch, layout.seqlen))
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy of the rows x [T, N] against labels [T] (−100: none), without keeping logits."""
+        x, decoder = self.transform(x), self.decoder
+        if plain(decoder):
+            return self.ops.vocab_cross_entropy(x, decoder.weight, decoder.bias, labels)
+        return F.cross_entropy(decoder(x), labels)
+
+
+class XLMRobertaLanguageModel(XLMRobertaHead):
+    """What the two language models share: the LM head tied to the word embeddings."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+
+    def __init__(self, config: XLMRobertaConfig, **path: Any):
+        super().__init__(config, **path)
+        self.lm_head = XLMRobertaLMHead(config)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False, **path)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    def logits(self, x: Tensor, layout: Layout) -> Tensor:
+        """[T, N] → [B, S, V]."""
+        return self.lm_head.padded(x, layout) if plain(self.lm_head) else self.lm_head(layout.pad(x))
+
+
+class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
+    """Fills masks: logits over the vocabulary at every position."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_logits: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple[Any, ...]:
+        """`labels` [B, S], −100 where there is none. With return_logits=False only the loss is computed, from the labelled
+        rows alone, and logits is None."""
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+        }  # fmt: skip
+        check_labels(labels, inputs, self.config.vocab_size)
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False leaves nothing to return without labels: give labels")
+        encoded, shared = self.encode(inputs, labels=labels, every_position=not untouched(self.lm_head))
+        x, layout, loss = encoded.x, encoded.layout, None
+        logits = self.logits(x, layout) if return_logits else None
+        if labels is not None:
+            labels = layout.unpad(labels.to(x.device))
+            loss = self.lm_head.loss(x, labels) if logits is None else F.cross_entropy(layout.unpad(logits), labels)
+        return self.returned(MaskedLMOutput(loss, logits, **shared), return_dict)
+
+    def topk_packed(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        rows: Tensor,
+        k: int,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The k most probable words at the tokens `rows` (sorted int64 [R]) of packed texts (as in
+        XLMRobertaModel.forward_packed), best first: log-probabilities fp32 [R, k] and ids [R, k]. The head computes those
+        rows only. With `targets` [M] only those words compete; the softmax stays that of the whole vocabulary."""
+        x = self.lm_head.transform(self.roberta.forward_packed(input_ids, cu_seqlens, max_seqlen, rows=rows))
+        decoder = self.lm_head.decoder
+        if not plain(decoder):
+            raise RuntimeError("topk_packed needs the decoder that belongs to this head: call the model padded")
+        return self.ops.vocab_topk(x, decoder.weight, decoder.bias, k, targets)
+
+
+class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
+    """Continues texts, token by token; causal only with config.is_decoder."""
+
+    accepts_loss_kwargs = True
+    generate = generate
+    prepare_inputs_for_generation = prepare_inputs_for_generation
+
+    def __init__(self, config: XLMRobertaConfig, **path: Any):
+        if not config.is_decoder:
+            logger.warning("XLMRobertaForCausalLM sees the tokens that it predicts: set config.is_decoder=True")
+        super().__init__(config, **path)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        num_items_in_batch: int | Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """The loss is that of predicting token s + 1 of `labels` [B, S] from the logits at s, in fp32: the mean, or with
+        `num_items_in_batch` the sum divided by it. `logits_to_keep`: the last n positions, or the positions given; 0: all.
+        """
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values, "use_cache": use_cache if labels is None else False,
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+        }  # fmt: skip
+        check_labels(labels, inputs, self.config.vocab_size)
+        following = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
+        part = isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
+        whole = part or past_key_values is not None or not untouched(self.lm_head)
+        encoded, shared = self.encode(inputs, labels=None if whole else following, every_position=whole)
+        x, layout, loss = encoded.x, encoded.layout, None
+        if part:
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+            logits = self.lm_head(layout.pad(x)[:, kept])
+        else:
+            logits = self.logits(x, layout)
+        if following is not None:
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            following = layout.unpad(following.to(x.device))
+            loss = F.cross_entropy(layout.unpad(logits).float(), following, reduction=reduction)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        cached = {name: encoded.fields.get(name) for name in ("past_key_values", "cross_attentions")}
+        return self.returned(CausalLMOutput(loss, logits, **shared, **cached), return_dict)
+
+
+class XLMRobertaClassificationHead(Block):
+    """dropout → dense → tanh → dropout → out_proj, of the first token's vector."""
+
+    def __init__(self, config: XLMRobertaConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """First rows [B, N] → logits [B, num_labels]."""
+        x = torch.tanh(self.linear(self.dense, self.dropout(x)))
+        return self.linear(self.out_proj, self.dropout(x))
+
+    def forward(self, features: Tensor, **ignored: Any) -> Tensor:
+        """[B, S, N] → [B, num_labels]."""
+        return self.rows(features[:, 0])
+
+
+def classifier_dropout(config: XLMRobertaConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+class XLMRobertaForSequenceClassification(XLMRobertaHead):
+    """One class, several labels or one number a text; also every cross-encoder."""
+
+    def __init__(self, config: XLMRobertaConfig, **path: Any):
+        super().__init__(config, **path)
+        self.num_labels = config.num_labels
+        self.classifier = XLMRobertaClassificationHead(config)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False, **path)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """`labels` [B] (classes or numbers) or [B, num_labels] (several labels, or several numbers)."""
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+        }  # fmt: skip
+        ours = untouched(self.classifier)
+        encoded, shared = self.encode(inputs, only_first=ours, reads_first=True, every_position=not ours)
+        if ours:
+            logits = self.classifier.rows(encoded.first_rows())
+        else:
+            logits = self.classifier(encoded.layout.pad(encoded.x))
+        loss = None if labels is None else self.loss(logits, labels.to(logits.device))
+        return self.returned(SequenceClassifierOutput(loss, logits, **shared), return_dict)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """By config.problem_type, which the first labels decide if it is None."""
+        config = self.config
+        if config.problem_type is None:
+            integers = labels.dtype in (torch.long, torch.int)
+            several = "single_label_classification" if integers else "multi_label_classification"
+            config.problem_type = "regression" if self.num_labels == 1 else several
+        if config.problem_type == "regression":
+            return (
+                F.mse_loss(logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else F.mse_loss(logits, labels)
+            )
+        if config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long())
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+class XLMRobertaForMultipleChoice(XLMRobertaHead):
+    """Chooses one of C texts."""
+
+    def __init__(self, config: XLMRobertaConfig, **path: Any):
+        super().__init__(config, **path)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=True, **path)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MultipleChoiceOutput | tuple[Any, ...]:
+        """Ids [B, C, S] (or vectors [B, C, S, N]) → logits [B, C]; `labels` [B]."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None or given.dim() < 3:
+            raise ValueError(
+                "give input_ids [batch, choices, sequence] or inputs_embeds [batch, choices, sequence, hidden]"
+            )
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        inputs = {name: None if t is None else t.flatten(0, 1) for name, t in inputs.items()}
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        encoded, shared = self.encode(inputs | asked, only_first=True, reads_first=True)
+        pooled = encoded.fields["pooler_output"] if "pooler_output" in encoded.fields else self.roberta.pool(encoded)
+        logits = self.linear(self.classifier, self.dropped(pooled)).view(-1, given.shape[1])
+        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+        return self.returned(MultipleChoiceOutput(loss, logits, **shared), return_dict)
+
+
+class XLMRobertaForTokenClassification(XLMRobertaHead):
+    """A label for each token, such as named entities."""
+
+    def __init__(self, config: XLMRobertaConfig, **path: Any):
+        super().__init__(config, **path)
+        self.num_labels = config.num_labels
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False, **path)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """`labels` [B, S], −100 where there is none."""
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+        }  # fmt: skip
+        check_labels(labels, inputs, self.num_labels)
+        by_token = isinstance(self.classifier, nn.Linear)  # another classifier (an LSTM, say) may mix positions
+        encoded, shared = self.encode(inputs, labels=labels, every_position=not by_token)
+        x, layout = self.dropped(encoded.x), encoded.layout
+        logits = layout.pad(self.linear(self.classifier, x)) if by_token else self.classifier(layout.pad(x))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(layout.unpad(logits), layout.unpad(labels.to(logits.device)))
+        return self.returned(TokenClassifierOutput(loss, logits, **shared), return_dict)
+
+
+class XLMRobertaForQuestionAnswering(XLMRobertaHead):
+    """Where an answer begins and ends in the text."""
+
+    def __init__(self, config: XLMRobertaConfig, **path: Any):
+        super().__init__(config, **path)
+        self.num_labels = config.num_labels
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False, **path)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringOutput | tuple[Any, ...]:
+        """Positions [B] give the loss; one outside the sequence is ignored. Every position is computed: the softmax over
+        starts and ends runs over padding too."""
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+        }  # fmt: skip
+        encoded, shared = self.encode(inputs, every_position=True)
+        x, layout = encoded.x, encoded.layout
+        plain_linear = isinstance(self.qa_outputs, nn.Linear)
+        logits = layout.pad(self.linear(self.qa_outputs, x)) if plain_linear else self.qa_outputs(layout.pad(x))
+        start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            pairs = (start_logits, start_positions), (end_logits, end_positions)
+            loss = sum(self.loss(scores, positions) for scores, positions in pairs) / 2
+        return self.returned(QuestionAnsweringOutput(loss, start_logits, end_logits, **shared), return_dict)
+
+    @staticmethod
+    def loss(scores: Tensor, positions: Tensor) -> Tensor:
+        """Cross entropy of scores [B, S] against positions [B] or [B, 1]; a position ≥ S is ignored, one < 0 is 0."""
+        length = scores.shape[1]
+        positions = positions.to(scores.device)
+        positions = (positions.squeeze(-1) if positions.dim() > 1 else positions).clamp(0, length)
+        return F.cross_entropy(scores, positions, ignore_index=length)

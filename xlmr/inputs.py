@@ -1,0 +1,106 @@
+"""Checks of what a caller hands to a model, and the token types and positions of what he left out.
+
+Values are looked at where that costs no synchronisation: on the CPU, and on any device before it would be too late (a
+sequence longer than the limit). Every error says what was given, what is allowed and what to do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import XLMRobertaConfig
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of the two that was given: ids [B, S] below vocab_size, or vectors [B, S, N]."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if input_ids is not None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [batch, sequence]")
+        check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
+        return input_ids
+    assert inputs_embeds is not None
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
+        shape = tuple(inputs_embeds.shape)
+        raise ValueError(f"inputs_embeds has shape {shape}: it must be [batch, sequence, {config.hidden_size}]")
+    return inputs_embeds
+
+
+def check_range(name: str, ids: Tensor, size: int, setting: str) -> None:
+    """Refuses a dtype that is no integer, and values outside 0 … size − 1 where looking costs no synchronisation."""
+    if ids.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {ids.dtype}: give integers, such as torch.long")
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise IndexError(f"{name} holds {wrong}: allowed are 0 … {size - 1} ({setting} is {size}); use the "
+                             "tokenizer that belongs to this checkpoint")  # fmt: skip
+
+
+def positions_and_types(
+    config: XLMRobertaConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    past: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Positions and token types of a batch, [B, S] each, checked. By default types are 0 and positions pad + 1,
+    pad + 2, …, with the pad tokens among the ids skipped, whatever the attention mask."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
+    shape, device, pad = given.shape[:2], given.device, config.pad_token_id
+    if position_ids is None and input_ids is not None:
+        real = (input_ids != pad).long()
+        position_ids = (real.cumsum(1) + past) * real + pad
+        if shape[1] + past > config.max_length:  # only then, since it synchronises: pad tokens take no position
+            check_length(config, int(position_ids.max()) - pad)
+    elif position_ids is None:
+        position_ids = torch.arange(1, shape[1] + 1, device=device) + pad
+        check_length(config, shape[1])
+    else:
+        check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
+    if token_type_ids is None:
+        token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    check_range("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
+    return position_ids.expand(shape), token_type_ids.expand(shape)
+
+
+def check_length(config: XLMRobertaConfig, length: int) -> None:
+    """Refuses a sequence that has more tokens than there are positions."""
+    if length > config.max_length:
+        raise ValueError(
+            f"a sequence has {length} tokens: this model takes at most {config.max_length} (max_position_embeddings "
+            f"{config.max_position_embeddings} − pad_token_id {config.pad_token_id} − 1); cut it with "
+            f"tokenizer(…, truncation=True, max_length={config.max_length})"
+        )
+
+
+def check_packed(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
+    """Refuses boundaries that do not cut `tokens` rows into sequences of at most `max_seqlen`."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+        raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        lens = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        if bounds[0] != 0 or bounds[-1] != tokens or min(lens, default=0) < 0 or max(lens, default=0) > max_seqlen:
+            raise ValueError(
+                f"cu_seqlens is {bounds[:4]}…{bounds[-1:]}: it must rise from 0 to the {tokens} tokens given, in steps "
+                f"of at most max_seqlen = {max_seqlen}"
+            )
+
+
+def check_labels(labels: Tensor | None, inputs: dict[str, Any], classes: int) -> None:
+    """Refuses labels of tokens that are not [B, S], or not −100 or a class below `classes`."""
+    given = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
+    if labels is None or given is None:
+        return
+    if labels.shape != given.shape[:2]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: it must be {tuple(given.shape[:2])}, one a token")
+    check_range("labels", labels.masked_fill(labels == -100, 0), classes, "the number of classes")

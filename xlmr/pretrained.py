@@ -1,0 +1,236 @@
+"""What the base model and every head share: loading and saving, tied weights, and the choice of the path (`ops`).
+
+The names are those of transformers' PreTrainedModel, so that PEFT, trainers and users' code find what they call.
+"""
+
+import logging
+import os
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .block import Block
+from . import checkpoint
+from .config import XLMRobertaConfig
+from .ops import Ops, resolve
+from .outputs import ModelOutput
+
+logger = logging.getLogger(__name__)
+
+
+class XLMRobertaPreTrainedModel(Block):
+    """Base class of XLMRobertaModel and the heads.
+
+    backend: "auto" (resolved from the device of the parameters, again whenever they move), "eager" or "triton"; or give
+    `ops`, any xlmr.ops.Ops, which then stays. `model.ops` may be set at any moment. unpad: whether tokens whose mask is 0
+    are left out of the computation (their outputs are zeros) where no answer depends on them.
+    """
+
+    config_class = XLMRobertaConfig
+    base_model_prefix = "roberta"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, XLMRobertaConfig):
+            raise TypeError(f"config is a {type(config).__name__}: give an xlmr.XLMRobertaConfig")
+        self.config = config
+        self.unpad = unpad
+        self._backend = None if ops is not None else backend
+        self._ops, self._why = (ops, "the ops given") if ops is not None else resolve(backend, torch.device("cpu"))
+
+    def post_init(self) -> None:
+        """Initialises what is not yet, ties the weights and hands the ops to every block: the end of a constructor."""
+        for module in self.modules():
+            if not module.__dict__.get("_initialized"):
+                self._init_weights(module)
+                module._initialized = True  # type: ignore[assignment]
+        self.tie_weights()
+        self._choose_path()
+
+    # The path
+
+    @property
+    def ops(self) -> Ops:  # type: ignore[override]
+        """The operations that compute this model."""
+        return self._ops
+
+    @ops.setter
+    def ops(self, ops: Ops) -> None:
+        if not isinstance(ops, Ops):
+            raise TypeError(
+                f"ops is a {type(ops).__name__}: give an xlmr.ops.Ops, such as EAGER or replace(model.ops, …)"
+            )
+        self._backend = None
+        self._hand_down(ops, "the ops given")
+
+    def set_backend(self, backend: str) -> None:
+        """Takes the path "auto", "eager" or "triton"; RuntimeError where it cannot run."""
+        resolve(backend, self.device)
+        self._backend = backend
+        self._choose_path()
+
+    def backend_report(self) -> str:
+        """Which path computes this model, and why, in words."""
+        return self._why
+
+    def _choose_path(self) -> None:
+        ops, why = (self._ops, self._why) if self._backend is None else resolve(self._backend, self.device)
+        if why != self._why:
+            logger.info("%s: %s", type(self).__name__, why)
+        self._hand_down(ops, why)
+
+    def _hand_down(self, ops: Ops, why: str) -> None:
+        for module in self.modules():
+            if isinstance(module, XLMRobertaPreTrainedModel):
+                module._ops, module._why, module._backend = ops, why, self._backend
+            elif isinstance(module, Block):
+                module.ops = ops
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "XLMRobertaPreTrainedModel":
+        super()._apply(fn, recurse)
+        self._choose_path()
+        return self
+
+    # Loading, saving, initialisation
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """A model in eval mode from a checkpoint directory or hub name; see xlmr.checkpoint.load_model for the keywords
+        (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""
+        return checkpoint.load_model(cls, name_or_dir, **kwargs)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model."""
+        checkpoint.save_model(self, directory, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The reference's initialisation of one module: normal(0, initializer_range), biases and pad rows 0."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight.normal_(0.0, self.config.initializer_range)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)
+        if isinstance(getattr(module, "bias", None), nn.Parameter):
+            module.bias.zero_()
+
+    def tie_weights(self) -> None:
+        """Makes each key of `_tied_weights_keys` the same Parameter as its value, where config.tie_word_embeddings."""
+        if self.config.tie_word_embeddings:
+            for tied, source in self._tied_weights_keys.items():
+                module, _, name = tied.rpartition(".")
+                setattr(self.get_submodule(module), name, self.get_parameter(source))
+
+    def returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple[Any, ...]:
+        """`output`, or its tuple where the call, or else the configuration, asks for that."""
+        as_dict = self.config.use_return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    # What other libraries ask of a model
+
+    @property
+    def base_model(self) -> nn.Module:
+        return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def name_or_path(self) -> str:
+        return self.config.name_or_path
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold; a tied parameter counts once."""
+        excluded = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
+        return sum(
+            p.numel() for p in self.parameters() if p not in excluded and (p.requires_grad or not only_trainable)
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.embeddings.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None
+
+    def can_generate(self) -> bool:
+        return False
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Module:
+        """Gives the vocabulary `new_num_tokens` rows (rounded up to a multiple of `pad_to_multiple_of`): old rows are
+        kept, new ones initialised, the decoder and its bias follow, ties stay. Returns the word embeddings."""
+        old = self.get_input_embeddings()
+        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        padding_idx = old.padding_idx
+        if size <= (padding_idx or 0):
+            raise ValueError(f"new_num_tokens is {size}: allowed are more than {padding_idx}, the id of the pad token")
+        if size == old.num_embeddings:
+            return old
+        new = nn.Embedding(size, old.embedding_dim, padding_idx, device=old.weight.device, dtype=old.weight.dtype)
+        self.set_input_embeddings(self._grown(new, old))
+        self._resize_output(size)
+        self.config.vocab_size = size
+        self.tie_weights()
+        return new
+
+    def _resize_output(self, size: int) -> None:
+        decoder = self.get_output_embeddings()
+        if isinstance(decoder, nn.Linear):
+            like = {"device": decoder.weight.device, "dtype": decoder.weight.dtype}
+            self.set_output_embeddings(self._grown(nn.Linear(decoder.in_features, size, **like), decoder))
+            bias = self.lm_head.bias
+            self.lm_head.bias = nn.Parameter(bias.new_zeros(size), requires_grad=bias.requires_grad)
+            with torch.no_grad():
+                kept = min(size, bias.numel())
+                self.lm_head.bias[:kept] = bias[:kept]
+
+    @torch.no_grad()
+    def _grown(self, new: nn.Module, old: nn.Module) -> nn.Module:
+        """`new`, initialised, with the rows that `old` has; trainable as `old` is."""
+        self._init_weights(new)
+        for name, parameter in old.named_parameters():
+            target = new.get_parameter(name)
+            kept = min(len(target), len(parameter))
+            target[:kept] = parameter[:kept]
+            target.requires_grad_(parameter.requires_grad)
+        return new.train(old.training)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes each layer in the backward pass instead of keeping its activations."""
+        self.base_model.encoder.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.encoder.checkpointing = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.encoder.checkpointing is not None
+
+    def enable_input_require_grads(self) -> None:
+        """Makes the word vectors require gradients, so that a frozen model passes them on to adapters."""
+
+        def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            output.requires_grad_(True)
+
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require_grad)
+
+    def disable_input_require_grads(self) -> None:
+        self._require_grads_hook.remove()

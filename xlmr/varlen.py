@@ -1,0 +1,215 @@
+"""Batches of variable length: which rows are computed, and where each sequence's rows lie.
+
+Inside the model a batch is a matrix of rows [T, N]. Packed, the rows are the tokens whose mask is not 0, one sequence
+after the other; otherwise they are all B·S positions. `plan` decides which, once a forward; `Layout.unpad` and
+`Layout.pad` convert; `Sequences` tells attention where each sequence begins and ends.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The rows of each of B sequences in one call of attention: int32 [B] tensors, and upper bounds on the lengths.
+
+    Sequence b owns the queries q_starts[b] … + q_lens[b] and the keys k_starts[b] … + k_lens[b]. The queries of the
+    sequences follow one another and cover all rows of q; keys may have gaps between sequences (padding).
+    """
+
+    q_starts: Tensor
+    q_lens: Tensor
+    k_starts: Tensor
+    k_lens: Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def packed(cls, cu_seqlens: Tensor, max_seqlen: int) -> "Sequences":
+        """Sequence b is the rows cu_seqlens[b] … cu_seqlens[b + 1] of q, k and v; cu_seqlens [B + 1] starts with 0."""
+        starts = cu_seqlens.to(torch.int32)
+        starts, lens = starts[:-1], starts.diff()
+        return cls(starts, lens, starts, lens, max_seqlen, max_seqlen)
+
+    def with_queries(self, rows: Tensor) -> "Sequences":
+        """The same keys for the queries `rows` only: sorted int64 [R] rows of q, which becomes q[rows]."""
+        bounds = torch.cat([self.q_starts, self.q_starts[-1:] + self.q_lens[-1:]])
+        cut = torch.searchsorted(rows, bounds.to(rows.dtype), out_int32=True)
+        return replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=min(self.max_q, rows.numel()))
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int, int, int]]:
+        """(count, q_start, q_len, k_start, k_len) of each run of equally long, adjacent sequences: one batched call
+        each. On the host: a synchronisation, once a forward, for the eager path only."""
+        runs: list[tuple[int, int, int, int, int]] = []
+        table = torch.stack([self.q_starts, self.q_lens, self.k_starts, self.k_lens], dim=1).tolist()
+        for q_start, q_len, k_start, k_len in table:
+            if runs:
+                count, first_q, run_q, first_k, run_k = runs[-1]
+                if (q_len, k_len, k_start) == (run_q, run_k, first_k + count * run_k):
+                    runs[-1] = (count + 1, first_q, run_q, first_k, run_k)
+                    continue
+            runs.append((1, q_start, q_len, k_start, k_len))
+        return runs
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a batch [batch, seqlen] lies in rows [T, …]. `indices` [T] are the flat positions b·seqlen + s of the rows;
+    None: every position is a row. `dense`, where the kernels' masks do not suffice, is the additive mask
+    [B | 1, H | 1, Q, K] of every attention. `keep` [B, K] marks the real keys, None where all are."""
+
+    batch: int
+    seqlen: int
+    sequences: Sequences
+    indices: Tensor | None = None
+    dense: Tensor | None = None
+    keep: Tensor | None = None
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, S, …] → [T, …]: the rows that are computed."""
+        x = x.flatten(0, 1)
+        return x if self.indices is None else x[self.indices]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[T, …] → [B, S, …]: zeros at the positions that were not computed."""
+        if self.indices is not None:
+            out = x.new_zeros(self.batch * self.seqlen, *x.shape[1:])
+            x = out.index_copy(0, self.indices, x) if x.requires_grad else out.index_copy_(0, self.indices, x)
+        return x.view(self.batch, self.seqlen, *x.shape[1:])
+
+
+def plan(
+    batch: int,
+    seqlen: int,
+    mask: Tensor | None = None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    keys: int | None = None,
+    causal: bool = False,
+    every_position: bool = False,
+    reads_first: bool = False,
+    labels: Tensor | None = None,
+    weights: bool = False,
+) -> Layout:
+    """Decides which rows of a batch are computed; one host read at most (two for a 4-D mask).
+
+    mask: [B, K], any dtype, non-zero keeps; or [B, S, K] / [B, 1 | H, S, K], bool (True keeps) or additive float; one
+    whose query rows are all equal is a key-padding mask; None keeps all. K is `keys`: S, more with past keys, or the
+    length of the other sequence in cross attention. Tokens whose mask is 0 are left out, unless the answer depends on
+    one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
+    head reads column 0) while a row's first token is masked; a label ≠ −100 where the mask is 0; a row with no real
+    token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself).
+    """
+    keys = seqlen if keys is None else keys
+    dense = None
+    if mask is not None and mask.dim() > 2:
+        causal = False
+        mask, dense = _reduce(mask, batch, seqlen, keys, dtype)
+    keep = None if mask is None else mask.to(device) != 0
+    if keep is not None and keep.shape != (batch, keys):
+        raise ValueError(
+            f"attention_mask has shape {tuple(keep.shape)}: allowed are [batch, keys] = {(batch, keys)}, "
+            f"[batch, 1 | heads, {seqlen}, {keys}] and None"
+        )
+    if dense is not None:
+        return replace(_every_row(batch, seqlen, keys, device), dense=dense)
+    if keep is None or keep.numel() == 0:
+        layout = _every_row(batch, seqlen, keys, device)
+        return replace(layout, dense=_dense(None, seqlen, keys, causal, dtype, device)) if weights else layout
+
+    lens, firsts, lasts, hidden_labels = _statistics(keep, labels)
+    if min(lens) == keys:
+        keep = None
+    if weights:
+        dense = _dense(keep, seqlen, keys, causal, dtype, device)
+        return replace(_every_row(batch, seqlen, keys, device), dense=dense, keep=keep)
+    if keep is None:
+        return _every_row(batch, seqlen, keys, device)
+    if not (every_position or keys != seqlen or min(lens) == 0 or hidden_labels or (reads_first and max(firsts) > 0)):
+        return _packed(keep, lens, batch, seqlen)
+
+    contiguous = all(last - first + 1 == n for n, first, last in zip(lens, firsts, lasts, strict=True) if n)
+    if not contiguous or (causal and min(lasts) < keys - 1):
+        dense = _dense(keep, seqlen, keys, causal, dtype, device)
+        return replace(_every_row(batch, seqlen, keys, device), dense=dense, keep=keep)
+    layout = _every_row(batch, seqlen, keys, device)
+    starts = layout.sequences.k_starts + torch.tensor(firsts, dtype=torch.int32, device=device)
+    k_lens = torch.tensor(lens, dtype=torch.int32, device=device)
+    return replace(layout, sequences=replace(layout.sequences, k_starts=starts, k_lens=k_lens), keep=keep)
+
+
+def packed_positions(input_ids: Tensor, cu_seqlens: Tensor, padding_idx: int) -> Tensor:
+    """Position ids [T] of packed ids [T]: padding_idx + 1, + 2, … within each sequence, pad tokens skipped."""
+    real = (input_ids != padding_idx).long()
+    count = real.cumsum(0)
+    before = F.pad(count, (1, 0))[cu_seqlens[:-1].long()]
+    before = before.repeat_interleave(cu_seqlens.diff().long(), output_size=input_ids.numel())
+    return (count - before) * real + padding_idx
+
+
+def _packed(keep: Tensor, lens: list[int], batch: int, seqlen: int) -> Layout:
+    cu_seqlens = F.pad(keep.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    indices = torch.nonzero_static(keep.flatten(), size=sum(lens)).squeeze(1)
+    return Layout(batch, seqlen, Sequences.packed(cu_seqlens, max(lens)), indices, keep=keep)
+
+
+def _every_row(batch: int, seqlen: int, keys: int, device: torch.device) -> Layout:
+    def every(length: int) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)
+        return rows[:batch] if length else rows.expand(batch), torch.full_like(rows[:1], length).expand(batch)
+
+    q_starts, q_lens = every(seqlen)
+    k_starts, k_lens = every(keys)
+    return Layout(batch, seqlen, Sequences(q_starts, q_lens, k_starts, k_lens, seqlen, keys))
+
+
+def _statistics(keep: Tensor, labels: Tensor | None) -> tuple[list[int], list[int], list[int], bool]:
+    """Per row the number of real tokens, the first and the last of them; whether a masked token has a label."""
+    keys = keep.shape[1]
+    ints = keep.to(torch.int32)
+    rows = [ints.sum(1), ints.argmax(1), keys - 1 - ints.flip(1).argmax(1)]
+    if labels is not None:
+        rows.append(((labels.view(-1, keys).to(keep.device) != -100) & ~keep).sum(1))
+    lens, firsts, lasts, *hidden = torch.stack(rows).tolist()
+    return lens, firsts, lasts, bool(hidden) and any(hidden[0])
+
+
+def _reduce(
+    mask: Tensor, batch: int, seqlen: int, keys: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """A 3-D or 4-D mask as a key-padding mask [B, K] where it is one, else as an additive mask [B | 1, H | 1, Q, K]."""
+    mask = mask[:, None] if mask.dim() == 3 else mask
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, seqlen) or mask.shape[3] != keys:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: allowed are [{batch}, {keys}], "
+            f"[{batch}, {seqlen}, {keys}] and [{batch}, 1 | heads, {seqlen}, {keys}]"
+        )
+    if not mask.is_floating_point():
+        mask = additive(mask != 0, dtype)
+    lowest = torch.finfo(dtype).min
+    row = mask[:, :1, :1]
+    binary = (row == 0) | (row <= lowest / 2)
+    if bool(((mask == row) & binary).all()):
+        return (row[:, 0, 0] == 0).expand(batch, -1), None
+    return None, mask.to(dtype).clamp(min=lowest)
+
+
+def _dense(
+    keep: Tensor | None, seqlen: int, keys: int, causal: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The additive mask [B | 1, 1, Q | 1, K] of a key-padding mask [B, K] and, where asked, causality."""
+    sees = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device) if keep is None else keep[:, None, None]
+    if causal:
+        sees = sees & torch.ones(seqlen, keys, dtype=torch.bool, device=device).tril(keys - seqlen)
+    return additive(sees, dtype)
+
+
+def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `sees` is True, the lowest finite number elsewhere: a softmax over it is finite even if all is masked."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)

@@ -1,185 +1,252 @@
-"""Reading and writing checkpoint directories.
+"""Loading and saving models.
 
-A checkpoint is a directory, or the name of one on the Hugging Face hub, that holds config.json, weights and tokenizer
-files. Whatever is read is taken for hostile until checked; whatever is written is switched in at the end, so that an
-interrupted save leaves the old directory whole.
+Loading maps the weight files into memory, builds the model on the meta device, checks names, shapes and dtypes of one
+against the other, and only then assigns: a parameter that needs no conversion is the mapped file itself.
 """
 
-import contextlib
-import json
+import copy
+import functools
+import inspect
+import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-MAX_JSON_BYTES = 16 * 2**20
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+from .files import DTYPES, read_json, resolve, to_dtype, write_atomically
+from .weights import read_weights, write_weights
 
+__all__ = ["load_model", "read_json", "resolve", "save_model", "write_atomically"]
 
-def to_dtype(value: str | torch.dtype) -> torch.dtype:
-    """The floating dtype named by "bfloat16", "torch.bfloat16" or torch.bfloat16; ValueError for anything else."""
-    name = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {value!r}; allowed: {', '.join(DTYPES)}, as a name or a torch.dtype")
-    return DTYPES[name]
+logger = logging.getLogger(__name__)
 
-
-# Finding and reading files
+PREFIX = re.compile(r"^(xlm-roberta|roberta)\.")
 
 
-def check_bare_name(name: Any, source: str) -> str:
-    """Return `name` if it names a file directly inside a directory; ValueError if it could lead anywhere else."""
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
-        raise ValueError(f"{source} gives {name!r} as a file name; only a bare name without / \\ : is allowed")
-    return name
-
-
-def resolve(
+def load_model(
+    cls: Any,
     name_or_dir: str | os.PathLike[str],
-    filename: str,
     *,
+    config: Any = None,
+    dtype: str | torch.dtype | None = "auto",
+    torch_dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    unpad: bool = True,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
-) -> Path | None:
-    """The path of one file of a checkpoint, fetched if `name_or_dir` names a hub repository; None if it has none.
+    ignore_mismatched_sizes: bool = False,
+    output_loading_info: bool = False,
+    **overrides: Any,
+) -> Any:
+    """A model of class `cls`, in eval mode, from a checkpoint directory or hub name.
 
-    A directory always wins over a hub name. `filename` must be a bare name and `subfolder` a relative path without
-    "..". Symbolic links are followed: the hub's cache is made of them. OSError if there is neither such a directory
-    nor such a repository, or if it cannot be reached and is not in the cache.
+    config: used instead of the checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the
+    configuration's, else that of the first weight; `torch_dtype` is its old name.  device: the CPU by default.
+    overrides: fields of the configuration, or keywords of the constructor of `cls`.
+
+    Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
+    `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return
+    value (model, info), where info has transformers' missing_keys, unexpected_keys, mismatched_keys and error_msgs.
+
+    On the CPU a parameter in the checkpoint's dtype is the mapped file, copied on write: files may be replaced, but not
+    changed in place, while the model lives. OSError: no such checkpoint. RuntimeError: weights of another shape.
+    ValueError: damaged, hostile or quantised files, or less than half of the model. TypeError: an override that is no
+    field.
     """
-    check_bare_name(filename, "the caller")
-    parts = Path(subfolder).parts
-    if Path(subfolder).is_absolute() or ".." in parts or "\\" in subfolder or "\0" in subfolder:
-        raise ValueError(f"subfolder is {subfolder!r}; it must be a relative path without '..'")
-    name, directory = os.fspath(name_or_dir), Path(name_or_dir)
-    if name and directory.is_dir():
-        path = directory.joinpath(*parts, filename)
-        return path if path.is_file() else None
-    if directory.exists() or not _is_hub_name(name):
-        raise OSError(f"{name!r} is neither a checkpoint directory nor a name on the Hugging Face hub")
-    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    return _resolve_on_hub(name, "/".join((*parts, filename)), options)
+    source: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
+    accepted = inspect.signature(cls.__init__).parameters
+    arguments = {name: overrides.pop(name) for name in list(overrides) if name in accepted}
+    config = _configuration(cls, name_or_dir if config is None else config, source, overrides)
+    config.name_or_path = name_or_dir
+    weights = read_weights(functools.partial(resolve, name_or_dir, **source), os.fspath(name_or_dir))
+    config.dtype = _choose_dtype(torch_dtype if dtype in (None, "auto") else dtype, config, weights)
+    with torch.device("meta"):
+        model = cls(config, backend=backend, unpad=unpad, **arguments)
+    info = _assign(model, weights, torch.device(device or "cpu"), ignore_mismatched_sizes)
+    _report(cls.__name__, os.fspath(name_or_dir), info)
+    model.to(device or "cpu").eval()  # nothing moves: this tells the model where its parameters now are
+    return (model, info) if output_loading_info else model
 
 
-def _is_hub_name(name: str) -> bool:
-    return (
-        not os.path.isabs(name)
-        and name.count("/") <= 1
-        and not set(name) & set("\\:\0~")
-        and name.split("/")[0] not in ("", ".", "..")
-    )
-
-
-def _resolve_on_hub(name: str, filename: str, options: dict[str, Any]) -> Path | None:
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError as error:
-        raise OSError(
-            f"there is no directory {name!r} here; to fetch that name from the Hugging Face hub: pip install xlmr[hub]"
-        ) from error
-    try:
-        return Path(huggingface_hub.hf_hub_download(name, filename, **options))
-    except errors.LocalEntryNotFoundError as error:  # offline: absent from the repository, or only from the cache?
-        keys = {key: options[key] for key in ("revision", "cache_dir")}
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", **keys), str):
-            return None
-        raise OSError(
-            f"{name!r} is not in the hub cache and the hub cannot be reached (or is not to be asked)"
-        ) from error
-    except errors.EntryNotFoundError:
-        return None
-    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise OSError(
-            f"{name!r} is neither a directory here nor a repository you can read on the hub: {error}"
-        ) from error
-
-
-def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a UTF-8 file of at most `max_bytes`; ValueError for anything else, NaN included."""
-    with open(path, "rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ValueError(f"{path} is larger than {max_bytes} bytes: refused")
-    try:
-        value = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; an object {{…}} is needed")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-# Writing
-
-
-def write_atomically(
-    directory: str | os.PathLike[str],
-    files: Mapping[str, bytes | str | Callable[[Path], None]],
-    obsolete: Iterable[str] = (),
-) -> None:
-    """Write `files` (name → contents, or a function that writes to the path it is given), then remove `obsolete` ones.
-
-    Every file is first written in full, and synced, in a hidden directory inside `directory` (made if missing). Only
-    then are they renamed into place one after the other, in the order given, and the obsolete ones moved away. If
-    anything raises on the way, what was done is undone and the old files stand as before. A process killed while it
-    writes leaves the old files untouched; one killed during the renames, each of them atomic, leaves the first few done.
-    """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"cannot save to {directory}: it is a file, a directory is needed")
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        new.mkdir()
-        old.mkdir()
-        for name, contents in files.items():
-            _write_synced(new / name, contents)
-        with contextlib.ExitStack() as undo:
-            for name in files:
-                target, kept = directory / name, old / name
-                undo.callback(_put_back, kept, target, existed=_keep(target, kept))
-                os.replace(new / name, target)
-            for name in obsolete:
-                target, kept = directory / name, old / name
-                undo.callback(_put_back, kept, target, existed=True)
-                os.replace(target, kept)
-            undo.pop_all()
-
-
-def _write_synced(path: Path, contents: bytes | str | Callable[[Path], None]) -> None:
-    if callable(contents):
-        contents(path)
+def _configuration(cls: Any, config: Any, source: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    if isinstance(config, (str, os.PathLike)):
+        config = cls.config_class.from_pretrained(config, **source, **overrides)
+    elif hasattr(config, "to_dict"):
+        config = cls.config_class.from_dict(config.to_dict(), **overrides)
     else:
-        path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
+        raise TypeError(f"config is a {type(config).__name__}; give a {cls.config_class.__name__} or a directory")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"the weights are quantised ({method}), which is not read; use the checkpoint they came from")
+    return config
 
 
-def _keep(target: Path, kept: Path) -> bool:
-    """Give `target` the second name `kept`; False if there is no such file."""
-    if not os.path.lexists(target):
+def _choose_dtype(dtype: Any, config: Any, weights: Mapping[str, Tensor]) -> torch.dtype:
+    if dtype in (None, "auto"):
+        dtype = config.dtype or next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
+    return to_dtype(dtype)
+
+
+def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore_mismatched: bool) -> dict[str, Any]:
+    """Give every parameter of `model`, which is on the meta device, its values; returns what did not fit.
+
+    `weights` is emptied, so that each can be freed once it is converted.
+    """
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    found, unexpected = _match(weights, wanted, model.base_model_prefix)
+    weights.clear()
+    stored = sum(weight.numel() for weight in found.values())
+    mismatched = {(name, w.shape, wanted[name].shape) for name, w in found.items() if w.shape != wanted[name].shape}
+    if mismatched and not ignore_mismatched:
+        raise RuntimeError(_explain(mismatched, type(model).__name__))
+    for name, *_ in mismatched:
+        del found[name]
+    ties = _tie(model, found)
+    lacking = wanted.keys() - found.keys() - {name for name, *_ in mismatched}
+    missing = {name for name in lacking if ties.get(name, name) in lacking}
+    if sum(wanted[name].numel() for name in missing - ties.keys()) > stored:  # before memory is taken for them
+        raise ValueError(f"the checkpoint holds less than half of {type(model).__name__}: it lacks {_listed(missing)}")
+    _initialise(model, wanted.keys() - found.keys() - ties.keys(), device)
+    places: set[int] = set()
+    for name in list(found):
+        values = found.pop(name).to(device, model.config.dtype).contiguous()
+        _set(
+            model, name, values.clone() if values.data_ptr() in places else values
+        )  # pickles may hold one storage twice
+        places.add(values.data_ptr())
+    for tied, source in ties.items():
+        _set(model, tied, model.get_parameter(source))
+    return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": []}
+
+
+def _match(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The weights under the model's names, and the names in the files for which it has no parameter."""
+    found: dict[str, Tensor] = {}
+    unexpected = set()
+    for key, weight in weights.items():
+        body = PREFIX.sub("", key).replace("LayerNorm.gamma", "LayerNorm.weight")
+        body = body.replace("LayerNorm.beta", "LayerNorm.bias")
+        name = next((name for name in (body, f"{prefix}.{body}") if name in wanted), None)
+        if name is None:
+            unexpected.add(key)
+        elif name in found:
+            raise ValueError(f"the checkpoint holds {name} twice, once as {key}")
+        elif str(weight.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"{key} is {weight.dtype}; only {', '.join(DTYPES)} are read, and no quantised weights")
+        else:
+            found[name] = weight
+    return found, {key for key in unexpected if not key.endswith("position_ids")}  # a buffer in files of 4.x
+
+
+def _explain(mismatched: set[tuple[str, torch.Size, torch.Size]], model: str) -> str:
+    shapes = [f"  {name}: {tuple(there)} there, {tuple(here)} here" for name, there, here in sorted(mismatched)]
+    head = f"{len(shapes)} weights of the checkpoint have another shape than {model} with this configuration:"
+    advice = "Load with the configuration they were saved with, or initialise them: ignore_mismatched_sizes=True"
+    return "\n".join([head, *shapes[:20], advice])
+
+
+def _tie(model: Any, found: dict[str, Tensor]) -> dict[str, str]:
+    """The ties (tied name → source) to make; leaves in `found` the source alone, whichever of the two the file holds.
+
+    Two that the file holds with different values stay untied, as in the reference.
+    """
+    ties = dict(model._tied_weights_keys) if model.config.tie_word_embeddings else {}
+    for tied, source in list(ties.items()):
+        weight = found.pop(tied, None)
+        if weight is None or _same(weight, found.setdefault(source, weight)):
+            continue
+        logger.warning("%s and %s differ in the checkpoint, so they are not tied", tied, source)
+        found[tied] = weight
+        del ties[tied]
+    return ties
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    try:
-        os.link(target, kept, follow_symlinks=False)
-    except (OSError, NotImplementedError):  # a file system without hard links
-        shutil.copy2(target, kept, follow_symlinks=False)
-    return True
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
-def _put_back(kept: Path, target: Path, existed: bool) -> None:
-    if os.path.lexists(kept):
-        os.replace(kept, target)
-    elif not existed:
-        target.unlink(missing_ok=True)
+def _initialise(model: Any, names: Iterable[str], device: torch.device) -> None:
+    """Initialise the modules that own `names`; their other parameters get the values that were found afterwards."""
+    owners = {name.rpartition(".")[0] for name in names}
+    for path, module in model.named_modules():
+        if path in owners:
+            for name, parameter in module.named_parameters(recurse=False):
+                _set(module, name, torch.zeros(parameter.shape, dtype=model.config.dtype, device=device))
+            model._init_weights(module)
+
+
+def _set(model: Any, name: str, values: Tensor) -> None:
+    """Make `values` a parameter in place of the one called `name`; a Parameter stays itself, and so is shared."""
+    path, _, leaf = name.rpartition(".")
+    parameters = model.get_submodule(path)._parameters
+    if not isinstance(values, torch.nn.Parameter):
+        values = torch.nn.Parameter(values, requires_grad=parameters[leaf].requires_grad)
+    parameters[leaf] = values
+
+
+def _report(model: str, where: str, info: dict[str, Any]) -> None:
+    groups = {
+        "missing, so newly initialised (train them before use)": info["missing_keys"],
+        "of another shape, so newly initialised": {name for name, *_ in info["mismatched_keys"]},
+        "in the checkpoint, but of no use here": info["unexpected_keys"],
+    }
+    text = "".join(f"\n  {what}: {_listed(names)}" for what, names in groups.items() if names)
+    if text:
+        logger.warning("%s from %s:%s", model, where, text)
+
+
+def _listed(names: Iterable[str], limit: int = 20) -> str:
+    """The names, those of all layers as one, at most `limit` of them."""
+    unique = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+    return ", ".join(unique[:limit]) + (f" and {len(unique) - limit} more" if len(unique) > limit else "")
+
+
+def save_model(
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "50GB",
+    safe_serialization: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write config.json and the weights into `directory`, and remove the weights of a checkpoint that stood there.
+
+    max_shard_size: bytes, or a string such as "5GB" (10⁹ bytes); a larger model becomes several files and an index.
+    safe_serialization: model.safetensors, else pytorch_model.bin.  state_dict: weights to write instead of the model's.
+    Tied weights are written once.
+
+    An exception at any point leaves the directory as it was, and so does a kill while files are written. A kill during
+    the switch that follows, a few renames, leaves the old weights or the new ones, never a mix; only between two of the
+    renames, and only if config.json changed, can the old weights stand beside the new config.json. What a kill leaves
+    besides, a directory `.saving-…` or surplus shards, is never read.
+    """
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    for name, weight in state.items():
+        if weight.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device: it has no values to save")
+    for tied, source in model._tied_weights_keys.items() if model.config.tie_word_embeddings else ():
+        if tied in state and source in state and _same(state[tied], state[source]):
+            del state[tied]
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next((weight.dtype for weight in state.values() if weight.is_floating_point()), config.dtype)
+    config.validate()
+    write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization)

@@ -3,6 +3,8 @@
 Fields, defaults and file format are those of transformers' XLMRobertaConfig (5.x); files written by 4.x are read too.
 """
 
+from __future__ import annotations
+
 import copy
 import difflib
 import json
@@ -12,11 +14,12 @@ import os
 import reprlib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
+from .files import read_json, resolve, to_dtype, write_atomically
 
-from .checkpoint import read_json, resolve, to_dtype, write_atomically
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -122,19 +125,19 @@ class XLMRobertaConfig:
         self.validate()
 
     @classmethod
-    def base(cls, **overrides: Any) -> "XLMRobertaConfig":
+    def base(cls, **overrides: Any) -> XLMRobertaConfig:
         """XLM-RoBERTa base: 12 layers of 768, 278 M parameters."""
         released = {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
         return cls(**{**released, **overrides})
 
     @classmethod
-    def large(cls, **overrides: Any) -> "XLMRobertaConfig":
+    def large(cls, **overrides: Any) -> XLMRobertaConfig:
         """XLM-RoBERTa large: 24 layers of 1024, 560 M parameters."""
         sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
         return cls.base(**{**sizes, **overrides})
 
     @classmethod
-    def long(cls, **overrides: Any) -> "XLMRobertaConfig":
+    def long(cls, **overrides: Any) -> XLMRobertaConfig:
         """Large with 8,194 positions, so 8,192 tokens: the bge-m3 family."""
         return cls.large(**{"max_position_embeddings": 8194, **overrides})
 
@@ -149,7 +152,7 @@ class XLMRobertaConfig:
         local_files_only: bool = False,
         subfolder: str = "",
         **overrides: Any,
-    ) -> "XLMRobertaConfig":
+    ) -> XLMRobertaConfig:
         """Read config.json from a directory or hub repository (or the JSON file given), then apply `overrides`.
 
         OSError if there is no such file, ValueError if it is no valid configuration, TypeError for an override that is
@@ -174,12 +177,12 @@ class XLMRobertaConfig:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str]) -> "XLMRobertaConfig":
+    def from_json_file(cls, path: str | os.PathLike[str]) -> XLMRobertaConfig:
         """Read one JSON file."""
         return cls.from_dict(read_json(path))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> "XLMRobertaConfig":
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> XLMRobertaConfig:
         """Build from a dictionary of fields, then `overrides`; TypeError for one that is neither a field nor in it."""
         known = {field.name for field in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
         for name in overrides:
@@ -279,7 +282,7 @@ class XLMRobertaConfig:
             raise ValueError(f"pad_token_id {self.pad_token_id} is outside of a vocabulary of {self.vocab_size}")
         if self.max_length < 1:
             raise ValueError(
-                f"max_position_embeddings {self.max_position_embeddings} is too small: the first position is pad_token_id + 1"
+                f"max_position_embeddings is {self.max_position_embeddings}; more than pad_token_id + 1 are needed"
             )
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
@@ -303,7 +306,7 @@ class XLMRobertaConfig:
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write config.json, atomically, into `directory` (made if missing); ValueError if the configuration is invalid."""
+        """Write config.json, atomically, into `directory` (made if missing); ValueError where `validate` finds one."""
         self.validate()
         write_atomically(directory, {"config.json": self.to_json_string()})
 

@@ -1,0 +1,194 @@
+"""The weight files of a checkpoint directory: safetensors or pickles of torch.save, whole or in shards with an index.
+
+Files are mapped into memory, so reading them costs nothing until their values are used. A directory may hold several
+sets: the one that counts is the first of WEIGHTS, the reference's order.
+"""
+
+import functools
+import json
+import pickle
+import re
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import MAX_JSON_BYTES, check_bare_name, read_json, write_atomically
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SHARD = re.compile(r"(pytorch_)?model-(.+-)?\d{5}-of-\d{5}\.(safetensors|bin)")
+
+
+# Reading
+
+
+def read_weights(find: Callable[[str], Path | None], where: str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its name in the files; `find` gives the path of a file, or None if there is none.
+
+    FileNotFoundError if there are no weights or a shard is missing, ValueError for damaged or hostile files.
+    """
+    for name in WEIGHTS:
+        path = find(name)
+        if path is not None:
+            return _read_shards(find, path) if name.endswith(".json") else _read_file(path)
+    raise FileNotFoundError(f"there are no weights in {where}; looked for {', '.join(WEIGHTS)}")
+
+
+def _read_shards(find: Callable[[str], Path | None], index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map, the names of weights and their files")
+    names = sorted({check_bare_name(name, str(index)) for name in weight_map.values()})
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        path = find(name)
+        if path is None:
+            raise FileNotFoundError(f"{index} names {name}, which is not there")
+        shard = _read_file(path)
+        for key in shard:
+            if weight_map.get(key, name) != name or key in weights:
+                raise ValueError(f"{key!r} is in {name}, not only in {weight_map.get(key)} as {index} says")
+        weights |= shard
+    for key, name in weight_map.items():
+        if key not in weights:
+            raise ValueError(f"{index} says that {key!r} is in {name}, which does not hold it")
+    return weights
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    return _read_pickle(path) if path.name.endswith(".bin") else _read_safetensors(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    # The library checks the header, and that the tensors fill the rest of the file with neither gap nor overlap.
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_JSON_BYTES:
+        raise ValueError(f"{path} is refused: its header claims {length} bytes, more than {MAX_JSON_BYTES}")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            names = tensors.keys()
+            return {name: tensors.get_tensor(name) for name in names}
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is refused: damaged or no safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # since torch 1.6; the older format cannot be mapped
+        if zipped:
+            _check_archive(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError:
+        raise
+    except Exception as error:  # a hostile pickle can provoke any
+        reason = "it is damaged or asks to run code" if isinstance(error, pickle.UnpicklingError) else str(error)
+        raise ValueError(f"{path} is refused: {reason}; only tensors written by torch.save are read") from error
+    if not isinstance(weights, dict) or not all(_is_weight(*item) for item in weights.items()):
+        raise ValueError(f"{path} is refused: it is no state dict, that is names and tensors; save model.state_dict()")
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def _is_weight(name: Any, weight: Any) -> bool:
+    tensor = isinstance(name, str) and type(weight) in (Tensor, torch.nn.Parameter)
+    return tensor and weight.layout is torch.strided and weight.device.type == "cpu"
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what torch.save never writes and could fill memory: compressed entries, more bytes than the file has."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its archive is compressed")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its archive claims more bytes than the file has")
+
+
+# Writing
+
+
+def write_weights(
+    directory: Path, state: Mapping[str, Tensor], config: str, max_shard_size: int | str, safe_serialization: bool
+) -> None:
+    """Replace the weights and config.json (its text `config`) in `directory`; save_model says what a break does.
+
+    One rename turns the old checkpoint into the new one: that of the file looked for first into its place, or away if
+    the old one's comes before it in WEIGHTS. Until then new shards lie beside the old ones, under other names.
+    """
+    standing = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    shards = _split(state, _parse_size(max_shard_size))
+    files, main = _files(
+        shards, *(("model", ".safetensors") if safe_serialization else ("pytorch_model", ".bin")), standing
+    )
+    if "config.json" not in standing or (directory / "config.json").read_bytes() != config.encode():
+        files["config.json"] = config
+    old = [name for name in WEIGHTS if name in standing]
+    hidden = bool(old) and WEIGHTS.index(old[0]) < WEIGHTS.index(main)
+    last = {"config.json": 1 + hidden, main: 2 - hidden}
+    ordered = {name: files[name] for name in sorted(files, key=lambda name: last.get(name, 0))}
+    stale = [*reversed(old), *(name for name in sorted(standing) if SHARD.fullmatch(name))]
+    write_atomically(directory, ordered, [name for name in stale if name not in files])
+
+
+def _split(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Consecutive weights of up to `limit` bytes together, a larger one alone."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, weight in state.items():
+        if shards[-1] and size + weight.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = weight
+        size += weight.nbytes
+    return shards
+
+
+def _parse_size(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+) ?([KMGT]B)?", str(size).strip().upper())
+    number = int(match[1]) * 1000 ** ("KMGT".index(match[2][0]) + 1 if match[2] else 0) if match else 0
+    if number <= 0:
+        raise ValueError(
+            f"max_shard_size is {size!r}; it must be a positive number of bytes, or a string such as '5GB'"
+        )
+    return number
+
+
+def _files(shards: list[dict[str, Tensor]], stem: str, suffix: str, standing: set[str]) -> tuple[dict[str, Any], str]:
+    """What to write under which names, and the one among them that is looked for first."""
+    if len(shards) == 1:
+        return {stem + suffix: functools.partial(_write_file, shards[0])}, stem + suffix
+    names = [f"{stem}-{i:05d}-of-{len(shards):05d}{suffix}" for i in range(1, len(shards) + 1)]
+    if standing.intersection(names):
+        names = [name.replace("-", f"-{tag}-", 1) for tag in [secrets.token_hex(4)] for name in names]
+    named = dict(zip(names, shards, strict=True))
+    sizes = {
+        "total_parameters": sum(weight.numel() for shard in shards for weight in shard.values()),
+        "total_size": sum(weight.nbytes for shard in shards for weight in shard.values()),
+    }
+    index = {"metadata": sizes, "weight_map": {key: name for name, shard in named.items() for key in shard}}
+    files: dict[str, Any] = {name: functools.partial(_write_file, shard) for name, shard in named.items()}
+    main = f"{stem}{suffix}.index.json"
+    return {**files, main: json.dumps(index, indent=2, sort_keys=True) + "\n"}, main
+
+
+def _write_file(weights: Mapping[str, Tensor], path: Path) -> None:
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, weight in weights.items():
+        weight = weight.detach().contiguous()
+        # safetensors refuses two weights in one place, and torch.save writes all of a storage for a part of it
+        if weight.data_ptr() in seen or weight.nbytes != weight.untyped_storage().nbytes():
+            weight = weight.clone()
+        seen.add(weight.data_ptr())
+        whole[name] = weight
+    if path.name.endswith(".bin"):
+        torch.save(whole, path)
+    else:
+        save_file(whole, path, metadata={"format": "pt"})

@@ -1,9 +1,10 @@
 """The containers of the module tree, and the one rule that keeps the tree open to surgery.
 
-A *plain* module is exactly what this package built: its arithmetic is known, so the fused operations read its parameters
-directly and never call it. Whatever somebody replaced (LoRA, a quantised Linear), hooked, parametrised or gave another
-`forward` is not plain, and is called instead: to bypass it silently would be a wrong answer. Leaves are called on rows
-[T, N], whatever their number; a block that is not plain is called as the reference calls it, on [B, S, N].
+A *plain* module is exactly what this package built: its arithmetic is known, so the fused operations read its
+parameters directly and never call it. Whatever somebody replaced (LoRA, a quantised Linear), hooked, parametrised or
+gave another `forward` is not plain, and is called instead: to bypass it silently would be a wrong answer. Leaves are
+called on rows [T, N], whatever their number; a block that is not plain is called as the reference calls it, on
+[B, S, N].
 """
 
 from collections.abc import Callable
@@ -37,9 +38,9 @@ def plain(module: nn.Module) -> bool:
     )
 
 
-def rate(dropout: nn.Module) -> float:
+def rate(dropout: Any) -> float:
     """The probability with which a plain nn.Dropout drops now: its `p` and its `training` may have been set alone."""
-    return dropout.p if dropout.training else 0.0
+    return float(dropout.p) if dropout.training else 0.0
 
 
 @dataclass
@@ -49,6 +50,10 @@ class Collected:
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
     cross_attentions: list[Tensor] | None = None
+
+    @property
+    def nothing(self) -> bool:
+        return self.hidden_states is None and self.attentions is None
 
     def fields(self, pad: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, ...] | None]:
         """As the fields of an output; the hidden states in the padded shape."""
@@ -108,10 +113,26 @@ class Pass:
         return {name: value for name, value in keywords.items() if value is not None}
 
 
+@dataclass
+class Encoded:
+    """The last layer's rows, [T, N], or [B, N] where only the first row of each text was asked for (`first`); beside
+    them the further fields of BaseModelOutput, in the padded shape."""
+
+    x: Tensor
+    layout: Layout
+    fields: dict[str, Any]
+    first: bool = False
+
+    def first_rows(self) -> Tensor:
+        """h[:, 0], [B, N]."""
+        return self.x if self.first else self.x[self.layout.sequences.q_starts.long()]
+
+
 class Block(nn.Module):
-    """A container of the tree: `rows` is its arithmetic on [T, N], `forward` the same with the reference's signature."""
+    """A container: `rows` is its arithmetic on [T, N], `forward` the same with the reference's signature."""
 
     ops: Ops = EAGER
+    rows: Any
     contains: tuple[str, ...] = ()  # the attributes that are blocks too
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -119,16 +140,18 @@ class Block(nn.Module):
         if cls.__module__.startswith("xlmr."):  # a subclass written elsewhere may compute anything
             PLAIN.add(cls)
 
-    def linear(self, dense: nn.Module, x: Tensor) -> Tensor:
+    def linear(self, dense: Any, x: Tensor) -> Tensor:
         return self.ops.linear(x, dense.weight, dense.bias) if plain(dense) else dense(x)
 
-    def linear_act(self, dense: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    def linear_act(self, dense: Any, act: Any, x: Tensor) -> Tensor:
         if plain(dense) and plain(act) and act.approximate == "none":
             return self.ops.linear_act(x, dense.weight, dense.bias, "gelu")
         return act(self.linear(dense, x))
 
-    def add_layer_norm(self, norm: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-        x, dropout_p = (x, rate(dropout)) if plain(dropout) else (dropout(x), 0.0)
+    def add_layer_norm(self, norm: Any, dropout: Any, x: Tensor, residual: Tensor) -> Tensor:
+        dropout_p = 0.0
+        if dropout is not None:
+            x, dropout_p = (x, rate(dropout)) if plain(dropout) else (dropout(x), 0.0)
         if plain(norm):
             return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p)
         return norm(F.dropout(x, dropout_p) + residual)
@@ -208,14 +231,14 @@ def begin(
     return state
 
 
-def run_rows(block: nn.Module, layout: Layout, *tensors: Tensor) -> Tensor:
+def run_rows(block: Any, layout: Layout, *tensors: Tensor) -> Tensor:
     """A position-wise block, or whatever stands in its place, on rows [T, ·]."""
     if plain(block):
         return block.rows(*tensors)
     return block(*(layout.pad(t) for t in tensors)).flatten(0, 1)
 
 
-def run(block: nn.Module, x: Tensor, state: Pass) -> Tensor:
+def run(block: Any, x: Tensor, state: Pass) -> Tensor:
     """A block in which rows see each other, or whatever stands in its place, on rows [T, N]."""
     if plain(block):
         return block.rows(x, state)
@@ -224,7 +247,7 @@ def run(block: nn.Module, x: Tensor, state: Pass) -> Tensor:
     return (out if isinstance(out, Tensor) else out[0]).flatten(0, 1)
 
 
-def untouched(block: nn.Module) -> bool:
+def untouched(block: Any) -> bool:
     """Whether `block` and all blocks in it are plain, so that nothing but our own code sees the layout of the rows."""
     if not plain(block):
         return False

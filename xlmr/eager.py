@@ -3,6 +3,8 @@
 T tokens (rows), N hidden units, H heads, D units a head, V words. A linear layer's weight is [out, in], as in torch.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,12 +56,12 @@ def qkv_projection(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, sequences, softmax_scale: float, causal: bool = False, dropout_p: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, sequences: Any, softmax_scale: float, causal: bool = False, dropout_p: float = 0.0
 ) -> Tensor:
     """softmax(q · kᵀ · softmax_scale) · v within each sequence; q [Tq, H, D], k and v [Tk, H, D] → [Tq, H, D].
 
-    `sequences` (xlmr.varlen.Sequences) says which rows of q and of k, v each sequence owns. With `causal` the last query
-    of a sequence sees its last key. A query that sees no key gets zeros.
+    `sequences` (xlmr.varlen.Sequences) says which rows of q and of k, v each sequence owns. With `causal` the last
+    query of a sequence sees its last key. A query that sees no key gets zeros.
     """
     outputs = []
     for count, q_start, q_len, k_start, k_len in sequences.runs:
@@ -128,7 +130,8 @@ def vocab_topk(
     logits = linear(x, weight, bias)
     scores = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if targets is None:
-        return tuple(scores.topk(k, dim=-1))
+        values, words = scores.topk(k, dim=-1)
+        return values, words
     values, indices = scores[:, targets].topk(k, dim=-1)
     return values, targets[indices]
 

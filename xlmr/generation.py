@@ -1,4 +1,7 @@
-"""Decoding with XLMRobertaForCausalLM: greedy, or sampling with temperature, top-k and top-p (Holtzman et al., 2020)."""
+"""Decoding with XLMRobertaForCausalLM: greedy, or sampling with temperature, top-k and top-p (nucleus) cuts.
+
+The nucleus is that of Holtzman et al., 2020.
+"""
 
 from typing import Any
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import Block, RowBlock, plain, rate, untouched
+from .block import Block, Encoded, RowBlock, plain, rate, untouched
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
 from .inputs import check_labels
-from .model import Encoded, XLMRobertaModel
+from .model import XLMRobertaModel
 from .outputs import (
     CausalLMOutput,
     MaskedLMOutput,
@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 class XLMRobertaHead(XLMRobertaPreTrainedModel):
     """Base class of the heads: the base model `roberta` below, and the one place that runs it."""
 
+    roberta: XLMRobertaModel
+    dropout: nn.Module
+
     def encode(self, inputs: dict[str, Any], **needs: Any) -> tuple[Encoded, dict[str, Any]]:
-        """Runs the base model on `inputs`, its arguments by name; `needs` as in XLMRobertaModel.encode. Returns the last
-        layer's rows and the fields that every output shares. A base model that is not plain is called instead."""
+        """Runs the base model on `inputs`, its arguments by name; `needs` as in XLMRobertaModel.encode. Returns the
+        last layer's rows and the fields that every output shares. A base model that is not plain is called instead."""
         if plain(self.roberta):
-            encoded = self.roberta.encode(**inputs, **needs)
+            encoded = self.roberta.encode(inputs, **needs)
         else:
             output = self.roberta(**{k: v for k, v in inputs.items() if v is not None}, return_dict=True)
             hidden = output.last_hidden_state
@@ -55,7 +58,7 @@ class XLMRobertaLMHead(RowBlock):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder: nn.Module = nn.Linear(config.hidden_size, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def transform(self, x: Tensor) -> Tensor:
@@ -134,8 +137,8 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | tuple[Any, ...]:
-        """`labels` [B, S], −100 where there is none. With return_logits=False only the loss is computed, from the labelled
-        rows alone, and logits is None."""
+        """`labels` [B, S], −100 where there is none. With return_logits=False only the loss is computed, from the
+        labelled rows alone, and logits is None."""
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
@@ -164,8 +167,8 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The k most probable words at the tokens `rows` (sorted int64 [R]) of packed texts (as in
-        XLMRobertaModel.forward_packed), best first: log-probabilities fp32 [R, k] and ids [R, k]. The head computes those
-        rows only. With `targets` [M] only those words compete; the softmax stays that of the whole vocabulary."""
+        XLMRobertaModel.forward_packed), best first: log-probabilities fp32 [R, k] and ids [R, k]. The head computes
+        those rows only. With `targets` [M] only those words compete; the softmax stays that of the whole vocabulary."""
         x = self.lm_head.transform(self.roberta.forward_packed(input_ids, cu_seqlens, max_seqlen, rows=rows))
         decoder = self.lm_head.decoder
         if not plain(decoder):
@@ -207,9 +210,9 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """The loss is that of predicting token s + 1 of `labels` [B, S] from the logits at s, in fp32: the mean, or with
-        `num_items_in_batch` the sum divided by it. `logits_to_keep`: the last n positions, or the positions given; 0: all.
-        """
+        """The loss is that of predicting token s + 1 of `labels` [B, S] from the logits at s, in fp32: the mean, or
+        with `num_items_in_batch` the sum divided by it. `logits_to_keep`: the last n positions, or the positions given;
+        0 keeps all."""
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
@@ -291,10 +294,8 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
         }  # fmt: skip
         ours = untouched(self.classifier)
         encoded, shared = self.encode(inputs, only_first=ours, reads_first=True, every_position=not ours)
-        if ours:
-            logits = self.classifier.rows(encoded.first_rows())
-        else:
-            logits = self.classifier(encoded.layout.pad(encoded.x))
+        head = self.classifier
+        logits = head.rows(encoded.first_rows()) if ours else head(encoded.layout.pad(encoded.x))
         loss = None if labels is None else self.loss(logits, labels.to(logits.device))
         return self.returned(SequenceClassifierOutput(loss, logits, **shared), return_dict)
 
@@ -421,8 +422,8 @@ class XLMRobertaForQuestionAnswering(XLMRobertaHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
-        """Positions [B] give the loss; one outside the sequence is ignored. Every position is computed: the softmax over
-        starts and ends runs over padding too."""
+        """Positions [B] give the loss; one outside the sequence is ignored. Every position is computed: the softmax
+        over starts and ends runs over padding too."""
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "inputs_embeds": inputs_embeds,
@@ -435,8 +436,7 @@ class XLMRobertaForQuestionAnswering(XLMRobertaHead):
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            pairs = (start_logits, start_positions), (end_logits, end_positions)
-            loss = sum(self.loss(scores, positions) for scores, positions in pairs) / 2
+            loss = (self.loss(start_logits, start_positions) + self.loss(end_logits, end_positions)) / 2
         return self.returned(QuestionAnsweringOutput(loss, start_logits, end_logits, **shared), return_dict)
 
     @staticmethod

@@ -4,14 +4,67 @@ Values are looked at where that costs no synchronisation: on the CPU, and on any
 sequence longer than the limit). Every error says what was given, what is allowed and what to do.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .block import Collected, Pass, begin
+from .cache import KeyValueCache
 from .config import XLMRobertaConfig
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Inputs:
+    """The arguments of one forward of the base model, checked, with what was left out filled in.
+
+    `to_embed`: ids [B, S] or None, token types and positions [B, S], word vectors [B, S, N] or None.
+    """
+
+    def __init__(
+        self,
+        config: XLMRobertaConfig,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ):
+        self.config = config
+        self.given = check_inputs(config, input_ids, inputs_embeds)
+        check_settings(config, self.given.shape[1], encoder_hidden_states)
+        self.masks = attention_mask, encoder_attention_mask
+        self.encoder_hidden_states = encoder_hidden_states if config.is_decoder else None
+        self.use_cache = config.is_decoder and (config.use_cache if use_cache is None else use_cache)
+        self.cache = KeyValueCache() if self.use_cache and past_key_values is None else past_key_values
+        past = self.cache.get_seq_length() if self.cache is not None else 0
+        positions, types = positions_and_types(config, input_ids, inputs_embeds, token_type_ids, position_ids, past)
+        self.to_embed = {
+            "input_ids": input_ids, "token_type_ids": types, "position_ids": positions, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        self.asked = output_attentions, output_hidden_states
+
+    def begin(self, **needs: Any) -> Pass:
+        """The Pass of this forward; call it once COLLECTED is set."""
+        mask, encoder_mask = self.masks
+        causal = self.config.is_decoder
+        return begin(self.given, mask, self.encoder_hidden_states, encoder_mask, self.cache, causal=causal, **needs)
+
+    def collected(self) -> Collected:
+        """Empty lists for what the call, or else the configuration, asks to see."""
+        attentions, hidden_states = self.asked
+        attentions = self.config.output_attentions if attentions is None else attentions
+        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
+        cross = attentions and self.config.add_cross_attention
+        return Collected([] if hidden_states else None, [] if attentions else None, [] if cross else None)
 
 
 def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -28,6 +81,15 @@ def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embe
         shape = tuple(inputs_embeds.shape)
         raise ValueError(f"inputs_embeds has shape {shape}: it must be [batch, sequence, {config.hidden_size}]")
     return inputs_embeds
+
+
+def check_settings(config: XLMRobertaConfig, seqlen: int, encoder_hidden_states: Tensor | None) -> None:
+    """Refuses what the configuration does not allow: cross attention without its layers, a chunk that leaves a rest."""
+    if config.is_decoder and encoder_hidden_states is not None and not config.add_cross_attention:
+        raise ValueError("encoder_hidden_states was given: this needs a model with config.add_cross_attention=True")
+    chunk = config.chunk_size_feed_forward
+    if chunk and seqlen % chunk:
+        raise ValueError(f"the sequence has {seqlen} tokens: chunk_size_feed_forward {chunk} must divide it; pad it")
 
 
 def check_range(name: str, ids: Tensor, size: int, setting: str) -> None:
@@ -81,18 +143,23 @@ def check_length(config: XLMRobertaConfig, length: int) -> None:
         )
 
 
-def check_packed(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
-    """Refuses boundaries that do not cut `tokens` rows into sequences of at most `max_seqlen`."""
+def check_packed(config: XLMRobertaConfig, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Refuses ids that are not [T], and boundaries that do not cut them into sequences of at most `max_seqlen`."""
+    if input_ids.dim() != 1:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: a packed batch is [tokens]")
+    check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
+    check_length(config, max_seqlen)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        lens = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-        if bounds[0] != 0 or bounds[-1] != tokens or min(lens, default=0) < 0 or max(lens, default=0) > max_seqlen:
+        lens = [end - start for start, end in itertools.pairwise(bounds)]
+        whole = bounds[0] == 0 and bounds[-1] == input_ids.numel()
+        if not whole or min(lens, default=0) < 0 or max(lens, default=0) > max_seqlen:
             raise ValueError(
-                f"cu_seqlens is {bounds[:4]}…{bounds[-1:]}: it must rise from 0 to the {tokens} tokens given, in steps "
-                f"of at most max_seqlen = {max_seqlen}"
+                f"cu_seqlens is {bounds[:4]}…{bounds[-1:]}: it must rise from 0 to {input_ids.numel()}, the tokens "
+                f"given, in steps of at most max_seqlen = {max_seqlen}"
             )
 
 

@@ -1,10 +1,10 @@
 """The module tree of XLM-RoBERTa (Conneau et al., 2020): embeddings, post-norm transformer layers, pooler.
 
-Names, parameters and signatures are those of transformers' modeling_xlm_roberta. Each block's `rows` is its arithmetic on
-rows [T, N] (T tokens, N hidden units, H heads of D units), where nothing but attention looks from one row to another.
+Names, parameters and signatures are those of transformers' modeling_xlm_roberta. Each block's `rows` is its arithmetic
+on rows [T, N] (T tokens, N hidden units, H heads of D units), where only attention looks from one row to another.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +13,23 @@ from torch.utils.checkpoint import checkpoint
 
 from .activations import ACTIVATIONS
 from .block import (
-    COLLECTED, AttentionBlock, Block, Collected, Pass, RowBlock, SequenceBlock, begin, collected_weights, plain, rate, run,
-    run_rows, untouched,
-)  # fmt: skip
+    COLLECTED,
+    AttentionBlock,
+    Block,
+    Encoded,
+    Pass,
+    RowBlock,
+    SequenceBlock,
+    collected_weights,
+    plain,
+    rate,
+    run,
+    run_rows,
+    untouched,
+)
 from .cache import KeyValueCache
 from .config import XLMRobertaConfig
-from .inputs import check_inputs, check_length, check_packed, check_range, positions_and_types
+from .inputs import Inputs, check_packed, positions_and_types
 from .ops import dense_attention
 from .outputs import BaseModelOutput
 from .pretrained import XLMRobertaPreTrainedModel
@@ -37,18 +48,15 @@ class XLMRobertaEmbeddings(Block):
             config.max_position_embeddings, config.hidden_size, padding_idx=self.padding_idx
         )
 
-    def rows(self, input_ids: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, embeds: Tensor | None):
-        """Ids [T], or in their stead word vectors `embeds` [T, N] → [T, N]."""
-        word, token_type, position, norm = (
-            self.word_embeddings, self.token_type_embeddings, self.position_embeddings, self.LayerNorm
-        )  # fmt: skip
-        if embeds is None and all(map(plain, (word, token_type, position, norm, self.dropout))):
-            return self.ops.embed(
-                input_ids, token_type_ids, position_ids, word.weight, token_type.weight, position.weight,
-                norm.weight, norm.bias, norm.eps, self.padding_idx, rate(self.dropout),
-            )  # fmt: skip
-        x = (word(input_ids) if embeds is None else embeds) + token_type(token_type_ids)
-        return self.dropout(self.add_layer_norm(norm, nn.Dropout(0.0), x, position(position_ids)))
+    def rows(self, input_ids: Tensor | None, types: Any, positions: Any, embeds: Tensor | None = None) -> Tensor:
+        """Ids [T], or in their stead word vectors `embeds` [T, N], with token types and positions [T] → [T, N]."""
+        word, token_type, position = self.word_embeddings, self.token_type_embeddings, self.position_embeddings
+        norm, dropout = self.LayerNorm, self.dropout
+        if embeds is None and all(map(plain, (word, token_type, position, norm, dropout))):
+            tables = word.weight, token_type.weight, position.weight, norm.weight, norm.bias
+            return self.ops.embed(input_ids, types, positions, *tables, norm.eps, self.padding_idx, rate(dropout))
+        x = (word(input_ids) if embeds is None else embeds) + token_type(types)
+        return dropout(self.add_layer_norm(norm, None, x, position(positions)))
 
     def forward(
         self,
@@ -83,6 +91,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         """[T, N] → [T, N], or [R, N] for the rows that `state.rows` names."""
         if self.is_cross_attention:
+            assert state.cross is not None
             source, layout = state.cross
         else:
             source, layout = x, state.layout
@@ -95,7 +104,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
             causal = state.causal and not self.is_cross_attention
             out = self.ops.attention(q, k, v, sequences, self.scaling, causal, rate(self.dropout))
         else:
-            out = self.dense(q, k, v, layout)
+            out = self.attend_densely(q, k, v, layout.dense, layout.batch)
         return out.flatten(-2)
 
     def project(self, x: Tensor, source: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,10 +121,10 @@ class XLMRobertaSelfAttention(AttentionBlock):
         k, v = getattr(cache, "self_attention_cache", cache).update(k, v, self.layer_idx)
         return k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, batch: int) -> Tensor:
         """What no kernel computes, by rule in plain PyTorch: a mask per query, and the attention weights themselves."""
-        q, k, v = (t.unflatten(0, (layout.batch, -1)).transpose(1, 2) for t in (q, k, v))
-        out, weights = dense_attention(q, k, v, layout.dense, self.scaling, rate(self.dropout))
+        q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
+        out, weights = dense_attention(q, k, v, mask, self.scaling, rate(self.dropout))
         asked = collected_weights(self.is_cross_attention)
         if asked is not None:
             asked.append(weights)
@@ -171,7 +180,7 @@ class XLMRobertaAttention(AttentionBlock):
 
 
 class XLMRobertaLayer(SequenceBlock):
-    contains = ("attention", "intermediate", "output")
+    contains: tuple[str, ...] = ("attention", "intermediate", "output")
 
     def __init__(self, config: XLMRobertaConfig, layer_idx: int):
         super().__init__()
@@ -247,21 +256,6 @@ class XLMRobertaPooler(Block):
         return self.rows(hidden_states[:, 0])
 
 
-@dataclass
-class Encoded:
-    """The last layer's rows, [T, N], or [B, N] where only the first row of each text was asked for (`first`); beside
-    them the further fields of BaseModelOutput, in the padded shape."""
-
-    x: Tensor
-    layout: Layout
-    fields: dict[str, Any]
-    first: bool = False
-
-    def first_rows(self) -> Tensor:
-        """h[:, 0], [B, N]."""
-        return self.x if self.first else self.x[self.layout.sequences.q_starts.long()]
-
-
 class XLMRobertaModel(XLMRobertaPreTrainedModel):
     """The encoder (or, with config.is_decoder, decoder) without a task head; arguments as in the reference."""
 
@@ -269,8 +263,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         super().__init__(config, **path)
         self.embeddings = XLMRobertaEmbeddings(config)
         self.encoder = XLMRobertaEncoder(config)
-        self.pooler = XLMRobertaPooler(config) if add_pooling_layer else None
-        self.contains = ("embeddings", "encoder", "pooler") if add_pooling_layer else ("embeddings", "encoder")
+        self.pooler: Any = XLMRobertaPooler(config) if add_pooling_layer else None
         self.post_init()
 
     def forward(
@@ -290,11 +283,14 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Ids [B, S] (or `inputs_embeds` [B, S, N]) → BaseModelOutput. Tokens whose attention_mask is 0 give zeros."""
-        encoded = self.encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
-            encoder_attention_mask, past_key_values, use_cache, output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states, reads_first=self.pooler is not None,
-        )  # fmt: skip
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values, "use_cache": use_cache,
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+        }  # fmt: skip
+        encoded = self.encode(inputs, reads_first=self.pooler is not None)
         pooled = None if self.pooler is None else self.pool(encoded)
         output = BaseModelOutput(encoded.layout.pad(encoded.x), pooled, **encoded.fields)
         return self.returned(output, return_dict)
@@ -305,63 +301,32 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             return self.pooler.rows(encoded.first_rows())
         return self.pooler(encoded.layout.pad(encoded.x))
 
-    def encode(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: KeyValueCache | Any = None,
-        use_cache: bool | None = None,
-        *,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        only_first: bool = False,
-        **needs: Any,
-    ) -> Encoded:
-        """The forward pass up to the last layer's rows; `needs` (reads_first, labels, every_position) go to varlen.plan.
-        With `only_first` the caller wants h[:, 0] alone, and the last layer is computed for those rows only."""
-        given = check_inputs(self.config, input_ids, inputs_embeds)
-        decoder = self.config.is_decoder
-        self.check_settings(given.shape[1], encoder_hidden_states if decoder else None)
-        use_cache = decoder and (self.config.use_cache if use_cache is None else use_cache)
-        cache = KeyValueCache() if use_cache and past_key_values is None else past_key_values
-        past = cache.get_seq_length() if cache is not None else 0
-        positions, types = positions_and_types(
-            self.config, input_ids, inputs_embeds, token_type_ids, position_ids, past
-        )
-        collected = self.collected(output_attentions, output_hidden_states)
+    def encode(self, inputs: dict[str, Any], *, only_first: bool = False, **needs: Any) -> Encoded:
+        """The forward pass up to the last layer's rows. `inputs` are forward's arguments by name; `needs` (reads_first,
+        labels, every_position) go to varlen.plan. With `only_first` the caller wants h[:, 0] alone, and the last layer
+        is computed for those rows only."""
+        given = Inputs(self.config, **inputs)
+        collected = given.collected()
         token = COLLECTED.set(collected)
         try:
-            ours = all(untouched(getattr(self, name)) for name in self.contains)
+            ours = all(untouched(block) for block in (self.embeddings, self.encoder, self.pooler) if block is not None)
             needs["every_position"] = needs.get("every_position", False) or not (self.unpad and ours)
-            state = begin(
-                given, attention_mask, encoder_hidden_states if decoder else None, encoder_attention_mask, cache,
-                causal=decoder, dtype=self.dtype, **needs,
-            )  # fmt: skip
-            x = self.embed(input_ids, inputs_embeds, types, positions, state.layout)
-            first = only_first and ours and not decoder and collected == Collected() and state.layout.dense is None
+            state = given.begin(dtype=self.dtype, **needs)
+            first = only_first and ours and not state.causal and collected.nothing and state.layout.dense is None
             if first:
                 state.rows = state.layout.sequences.q_starts.long()
-            x = run(self.encoder, x, state)
+            x = run(self.encoder, self.embed(given, state.layout), state)
         finally:
             COLLECTED.reset(token)
-        fields = collected.fields(state.layout.pad) | {"past_key_values": cache if use_cache else None}
+        fields = collected.fields(state.layout.pad) | {"past_key_values": given.cache if given.use_cache else None}
         return Encoded(x, state.layout, fields, first)
 
-    def embed(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, types: Tensor, positions: Tensor, layout: Layout
-    ) -> Tensor:
+    def embed(self, given: Inputs, layout: Layout) -> Tensor:
         """The embeddings of the rows that are computed, [T, N]."""
-        if not plain(self.embeddings):
-            names = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
-            given = zip(names, (input_ids, inputs_embeds, types, positions), strict=True)
-            return self.embeddings(**{name: value for name, value in given if value is not None}).flatten(0, 1)
-        ids, embeds = (None if t is None else layout.unpad(t) for t in (input_ids, inputs_embeds))
-        return self.embeddings.rows(ids, layout.unpad(types), layout.unpad(positions), embeds)
+        if plain(self.embeddings):
+            ids, types, positions, embeds = (None if t is None else layout.unpad(t) for t in given.to_embed.values())
+            return self.embeddings.rows(ids, types, positions, embeds)
+        return self.embeddings(**{k: v for k, v in given.to_embed.items() if v is not None}).flatten(0, 1)
 
     def forward_packed(
         self,
@@ -378,36 +343,15 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         cu_seqlens [B + 1] int32 or int64; no text longer than max_seqlen. `rows` (sorted int64 [R]): only these rows of
         the last layer are computed → [R, N]. Never synchronises with the device. Every block must be ours and unhooked.
         """
-        if input_ids.dim() != 1:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: forward_packed takes [tokens]")
         if not (untouched(self.embeddings) and untouched(self.encoder)):
             raise RuntimeError("forward_packed needs blocks that nobody replaced or hooked: call the model padded")
-        check_packed(cu_seqlens, max_seqlen, input_ids.numel())
-        check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+        check_packed(self.config, input_ids, cu_seqlens, max_seqlen)
         if position_ids is None:
-            check_length(self.config, max_seqlen)
             position_ids = packed_positions(input_ids, cu_seqlens, self.config.pad_token_id)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        x = self.embeddings.rows(input_ids, token_type_ids, position_ids, None)
+        x = self.embeddings.rows(input_ids, token_type_ids, position_ids)
         layout = Layout(cu_seqlens.numel() - 1, max_seqlen, Sequences.packed(cu_seqlens, max_seqlen))
         causal = self.config.is_decoder
         x = self.encoder.rows(x, Pass(layout, causal, rows=None if causal else rows))
         return x[rows] if causal and rows is not None else x
-
-    def check_settings(self, seqlen: int, encoder_hidden_states: Tensor | None) -> None:
-        """Refuses what the configuration does not allow: cross attention without its layers, a chunk that leaves a rest."""
-        if encoder_hidden_states is not None and not self.config.add_cross_attention:
-            raise ValueError("encoder_hidden_states was given: this needs a model with config.add_cross_attention=True")
-        chunk = self.config.chunk_size_feed_forward
-        if chunk and seqlen % chunk:
-            raise ValueError(
-                f"the sequence has {seqlen} tokens: chunk_size_feed_forward {chunk} must divide it; pad it"
-            )
-
-    def collected(self, output_attentions: bool | None, output_hidden_states: bool | None) -> Collected:
-        """Empty lists for what the call, or else the configuration, asks to see."""
-        attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        cross = attentions and self.config.add_cross_attention
-        return Collected([] if hidden else None, [] if attentions else None, [] if cross else None)

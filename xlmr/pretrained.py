@@ -5,16 +5,18 @@ The names are those of transformers' PreTrainedModel, so that PEFT, trainers and
 
 import logging
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .block import Block
 from . import checkpoint
+from .block import Block
 from .config import XLMRobertaConfig
 from .ops import Ops, resolve
 from .outputs import ModelOutput
+
+Output = TypeVar("Output", bound=ModelOutput)
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +25,8 @@ class XLMRobertaPreTrainedModel(Block):
     """Base class of XLMRobertaModel and the heads.
 
     backend: "auto" (resolved from the device of the parameters, again whenever they move), "eager" or "triton"; or give
-    `ops`, any xlmr.ops.Ops, which then stays. `model.ops` may be set at any moment. unpad: whether tokens whose mask is 0
-    are left out of the computation (their outputs are zeros) where no answer depends on them.
+    `ops`, any xlmr.ops.Ops, which then stays. `model.ops` may be set at any moment. unpad: whether tokens whose mask is
+    0 are left out of the computation (their outputs are zeros) where no answer depends on them.
     """
 
     config_class = XLMRobertaConfig
@@ -49,14 +51,14 @@ class XLMRobertaPreTrainedModel(Block):
         for module in self.modules():
             if not module.__dict__.get("_initialized"):
                 self._init_weights(module)
-                module._initialized = True  # type: ignore[assignment]
+                module.__dict__["_initialized"] = True
         self.tie_weights()
         self._choose_path()
 
     # The path
 
     @property
-    def ops(self) -> Ops:  # type: ignore[override]
+    def ops(self) -> Ops:
         """The operations that compute this model."""
         return self._ops
 
@@ -118,8 +120,9 @@ class XLMRobertaPreTrainedModel(Block):
                 module.weight[module.padding_idx].zero_()
         elif isinstance(module, nn.LayerNorm):
             module.weight.fill_(1.0)
-        if isinstance(getattr(module, "bias", None), nn.Parameter):
-            module.bias.zero_()
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            bias.zero_()
 
     def tie_weights(self) -> None:
         """Makes each key of `_tied_weights_keys` the same Parameter as its value, where config.tie_word_embeddings."""
@@ -128,7 +131,7 @@ class XLMRobertaPreTrainedModel(Block):
                 module, _, name = tied.rpartition(".")
                 setattr(self.get_submodule(module), name, self.get_parameter(source))
 
-    def returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple[Any, ...]:
+    def returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
         """`output`, or its tuple where the call, or else the configuration, asks for that."""
         as_dict = self.config.use_return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -136,7 +139,7 @@ class XLMRobertaPreTrainedModel(Block):
     # What other libraries ask of a model
 
     @property
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> Any:
         return getattr(self, self.base_model_prefix, self)
 
     @property
@@ -158,13 +161,13 @@ class XLMRobertaPreTrainedModel(Block):
             p.numel() for p in self.parameters() if p not in excluded and (p.requires_grad or not only_trainable)
         )
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.base_model.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.base_model.embeddings.word_embeddings = value
 
-    def get_output_embeddings(self) -> nn.Module | None:
+    def get_output_embeddings(self) -> Any:
         return None
 
     def can_generate(self) -> bool:
@@ -194,13 +197,13 @@ class XLMRobertaPreTrainedModel(Block):
     def _resize_output(self, size: int) -> None:
         decoder = self.get_output_embeddings()
         if isinstance(decoder, nn.Linear):
-            like = {"device": decoder.weight.device, "dtype": decoder.weight.dtype}
-            self.set_output_embeddings(self._grown(nn.Linear(decoder.in_features, size, **like), decoder))
-            bias = self.lm_head.bias
-            self.lm_head.bias = nn.Parameter(bias.new_zeros(size), requires_grad=bias.requires_grad)
+            new = nn.Linear(decoder.in_features, size, device=decoder.weight.device, dtype=decoder.weight.dtype)
+            self.set_output_embeddings(self._grown(new, decoder))
+            head: Any = self.lm_head
+            kept, bias = min(size, len(head.bias)), head.bias
+            head.bias = nn.Parameter(bias.new_zeros(size), requires_grad=bias.requires_grad)
             with torch.no_grad():
-                kept = min(size, bias.numel())
-                self.lm_head.bias[:kept] = bias[:kept]
+                head.bias[:kept] = bias[:kept]
 
     @torch.no_grad()
     def _grown(self, new: nn.Module, old: nn.Module) -> nn.Module:

@@ -1,15 +1,19 @@
-"""What every test starts from: no network, fixed seeds, a deterministic hypothesis."""
+"""What every test starts from: no network, fixed seeds, a deterministic hypothesis, and one tiny checkpoint."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and huggingface_hub are imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the reference's tokenizer warns in forked children
 
+import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+import transformers
 from hypothesis import settings
 
 settings.register_profile("xlmr", derandomize=True, deadline=None, database=None)
@@ -21,3 +25,36 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+SENTENCES = [
+    "The capital of France is Paris.",
+    "La capitale de la France est Paris.",
+    "Столица Франции – Париж.",
+    "法国的首都是巴黎。",
+    "フランスの首都はパリです。",
+    "عاصمة فرنسا هي باريس.",
+]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory that transformers wrote: a masked language model of random weights, its own vocabulary."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 3), model_writer=model, vocab_size=200, hard_vocab_limit=False,
+        character_coverage=1.0, normalization_rule_name="identity", num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    learnt = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
+    tokenizer = transformers.XLMRobertaTokenizer(vocab=[*special, *learnt, ("<mask>", 0.0)], model_max_length=48)
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.XLMRobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=50, type_vocab_size=1, layer_norm_eps=1e-5, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.XLMRobertaForMaskedLM(config).save_pretrained(directory)
+    return directory

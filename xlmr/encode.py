@@ -6,13 +6,12 @@ Packing happens on the host, from the lengths the tokenizer gives, so no forward
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import XLMRobertaModel
 from .pretrained import XLMRobertaPreTrainedModel
 from .tokenizer import XLMRobertaTokenizer
 
@@ -81,7 +80,7 @@ def embed(
         raise ValueError(f"pooling is {pooling!r}: allowed are {', '.join(map(repr, POOLINGS))}")
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change the vectors: call model.eval() first")
-    base: XLMRobertaModel = getattr(model, model.base_model_prefix, model)
+    base: Any = model.base_model
     longest = min(base.config.max_length, tokenizer.model_max_length)
     if max_length is not None and not 2 <= max_length <= longest:
         raise ValueError(f"max_length is {max_length}: allowed are 2 to {longest} tokens with this model")
@@ -98,7 +97,7 @@ def embed(
     return out
 
 
-def _pool(base: XLMRobertaModel, packed: Packed, pooling: str) -> Tensor:
+def _pool(base: Any, packed: Packed, pooling: str) -> Tensor:
     """[B, N]: for "cls" the last layer is computed for the first rows alone."""
     if pooling == "cls":
         return base.forward_packed(*packed, rows=packed.cu_seqlens[:-1].long())

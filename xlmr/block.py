@@ -58,12 +58,8 @@ class Collected:
     def fields(self, pad: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, ...] | None]:
         """As the fields of an output; the hidden states in the padded shape."""
         hidden = None if self.hidden_states is None else tuple(map(pad, self.hidden_states))
-        attentions = None if self.attentions is None else tuple(self.attentions)
-        return {
-            "hidden_states": hidden,
-            "attentions": attentions,
-            "cross_attentions": tuple(self.cross_attentions or ()) or None,
-        }
+        attentions, cross = (None if w is None else tuple(w) for w in (self.attentions, self.cross_attentions))
+        return {"hidden_states": hidden, "attentions": attentions, "cross_attentions": cross}
 
 
 # Set for the length of one forward pass, so that attention weights arrive however many foreign modules lie between.

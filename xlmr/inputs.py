@@ -63,8 +63,7 @@ class Inputs:
         attentions, hidden_states = self.asked
         attentions = self.config.output_attentions if attentions is None else attentions
         hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
-        cross = attentions and self.config.add_cross_attention
-        return Collected([] if hidden_states else None, [] if attentions else None, [] if cross else None)
+        return Collected(*([] if asked else None for asked in (hidden_states, attentions, attentions)))
 
 
 def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

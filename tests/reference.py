@@ -1,0 +1,103 @@
+"""transformers' models as oracles: the same random weights in its classes and in ours, and inputs of every kind."""
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import xlmr
+
+HEADS = ["MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]
+TINY: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 42, "type_vocab_size": 2, "layer_norm_eps": 1e-5, "initializer_range": 0.3,
+    "num_labels": 3,
+}  # fmt: skip
+B, S = 5, 12
+LENGTHS = (12, 3, 7, 1, 10)
+
+
+def build(name: str, *, path: dict[str, Any] | None = None, **settings: Any) -> tuple[Any, Any]:
+    """transformers' model and ours, equal random weights (biases and LayerNorms too), float32, eval mode."""
+    settings = TINY | ({"num_labels": 2} if name == "ForQuestionAnswering" else {}) | settings
+    reference_class = getattr(transformers, f"XLMRoberta{name}")
+    extra = {} if name != "Model" else {"add_pooling_layer": True}
+    reference = reference_class(transformers.XLMRobertaConfig(**settings, attn_implementation="eager"), **extra).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    ours = getattr(xlmr, f"XLMRoberta{name}")(xlmr.XLMRobertaConfig(**settings), **(path or {})).eval()
+    missing, unexpected = ours.load_state_dict(reference.state_dict())
+    assert not missing
+    assert not unexpected
+    return reference, ours
+
+
+def double(reference: Any) -> Any:
+    """The judge: the reference in float64."""
+    return copy.deepcopy(reference).double()
+
+
+def masks() -> dict[str, Tensor | None]:
+    """Attention masks [B, S] or [B, 1, S, S] of every kind that means key padding."""
+    right = torch.zeros(B, S, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        right[row, :length] = 1
+    holes = right.clone()
+    holes[0, 3:6] = 0
+    holes[4, 2] = 0
+    first_hidden = right.clone()
+    first_hidden[0, 0] = 0
+    square = right.bool()[:, None, None].expand(B, 1, S, S)
+    return {
+        "none": None,
+        "ones": torch.ones(B, S),
+        "right": right,
+        "left": right.flip(1),
+        "holes": holes,
+        "first-hidden": first_hidden,
+        "bool-4d": square,
+        "float-4d": torch.zeros(B, 1, S, S).masked_fill(~square, torch.finfo(torch.float32).min),
+    }
+
+
+def keep(mask: Tensor | None) -> Tensor:
+    """The real tokens [B, S] of one of `masks`."""
+    if mask is None:
+        return torch.ones(B, S, dtype=torch.bool)
+    if mask.dim() == 4:
+        row = mask[:, 0, 0]
+        return row if row.dtype == torch.bool else row == 0
+    return mask != 0
+
+
+def reference_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What transformers' eager attention wants for the same mask: 4-D additive in the model's dtype."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    sees = mask if mask.dtype == torch.bool else mask == 0
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+
+
+def inputs(name: str, mask: Tensor | None) -> dict[str, Any]:
+    """Ids with pads where the mask is 0, and labels for the head `name`, none of them on a masked token."""
+    real = keep(mask)
+    ids = torch.randint(4, TINY["vocab_size"], (B, S)).masked_fill(~real, 1)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if name in ("MaskedLM", "CausalLM", "TokenClassification"):
+        classes = 3 if name == "TokenClassification" else TINY["vocab_size"]
+        labels = torch.randint(0, classes, (B, S))
+        predicted_from = real.roll(1, dims=1) if name == "CausalLM" else real  # the token whose logits the label scores
+        given["labels"] = labels.masked_fill(~real | ~predicted_from | (torch.rand(B, S) < 0.3), -100)
+    elif name == "SequenceClassification":
+        given["labels"] = torch.randint(0, 3, (B,))
+    elif name == "QuestionAnswering":
+        given["start_positions"] = torch.tensor([0, 2, 40, 0, 3])
+        given["end_positions"] = torch.tensor([[3], [2], [50], [0], [9]])
+    elif name == "MultipleChoice":
+        given["labels"] = torch.tensor([3])
+        given = {k: v if v is None or k == "labels" else v[None] for k, v in given.items()}
+    return given

@@ -1,0 +1,104 @@
+"""How the tokens of texts become the rows of a batch: cut to a limit, joined by special tokens, padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Span = tuple[int, int]  # of the tokens of one text: first, and one past the last
+Values = tuple[list[list], "list[list] | None"]  # one value a token, for each text and for its pair, if there are pairs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a batch, whatever is laid out in them: ids, masks, offsets.
+
+    spans: for each row the number of its text, the span of that text's tokens, and its pair's span or None.
+    special: whether special tokens stand around the texts.  length, side: where rows are padded to, None for nowhere.
+    """
+
+    spans: list[tuple[int, Span, Span | None]]
+    special: bool
+    length: int | None = None
+    side: str = "right"
+
+    def rows(self, values: Values, begin: Any, end: Any, fill: Any) -> list[list]:
+        """<s> A </s>, or <s> A </s></s> B </s>, for each row; `begin`, `end`, `fill`: values of <s>, </s>, <pad>."""
+        first, second = values
+        before, after = ([begin], [end]) if self.special else ([], [])
+        rows = []
+        for text, (start, stop), pair in self.spans:
+            row = [*before, *first[text][start:stop], *after]
+            if pair is not None and second is not None:
+                row += [*after, *second[text][slice(*pair)], *after]
+            rows.append(pad_row(row, self.length, fill, self.side))
+        return rows
+
+
+def special_count(pair: bool) -> int:
+    """How many special tokens stand around a text, or around a pair of texts."""
+    return 4 if pair else 2
+
+
+def pad_row(row: list, length: int | None, fill: Any, side: str) -> list:
+    """The row with as many `fill` on one side as make it `length` long; longer rows stay as they are."""
+    missing = [] if length is None else [fill] * (length - len(row))
+    return row + missing if side == "right" else missing + row
+
+
+def padded_length(lengths: Sequence[int], padding: str, max_length: int | None, multiple: int | None) -> int | None:
+    """The length that rows are padded to; None for "do_not_pad" and for "max_length" where there is no limit."""
+    longest = max(lengths, default=0) if padding == "longest" else max_length
+    if padding == "do_not_pad" or longest is None:
+        return None
+    return longest if multiple is None else -(-longest // multiple) * multiple
+
+
+def cut(first: int, second: int | None, strategy: str, budget: int) -> tuple[int, int]:
+    """How many tokens stay of two texts that hold `first` and `second` and may keep `budget` together.
+
+    "longest_first": the shorter keeps up to half of the budget, the longer the rest, a tie's odd token goes to the
+    second. ValueError where "only_first" or "only_second" would have to take away a whole text, or more than it.
+    """
+    excess = first + (second or 0) - budget
+    if excess <= 0:
+        return first, second or 0
+    if strategy == "longest_first":
+        if second is None:
+            return budget, 0
+        shorter = min(first, second, budget // 2)
+        return (shorter, budget - shorter) if first <= second else (budget - shorter, shorter)
+    left = (first if strategy == "only_first" else second or 0) - excess
+    if left <= 0:
+        raise ValueError(
+            f"truncation={strategy!r} cannot remove {excess} tokens: the texts hold {first} and {second or 0}; "
+            "use truncation='longest_first' or a larger max_length"
+        )
+    return (left, second or 0) if strategy == "only_first" else (first, left)
+
+
+def windows(count: int, size: int, stride: int, side: str) -> list[Span]:
+    """The part of `count` tokens that is kept, at most `size` of them, then those that overflow.
+
+    Each window shares `stride` tokens with the one before; with side "left" the last tokens are kept.
+    """
+    if count <= size:
+        return [(0, count)]
+    if size == 0:
+        return [(0, 0), (0, count)]
+    if stride >= size:
+        raise ValueError(
+            f"stride is {stride}; it must be smaller than the {size} tokens that a window holds of the text"
+        )
+    starts = range(0, count - stride, size - stride)
+    spans = [(start, min(start + size, count)) for start in starts]
+    return spans if side == "right" else [(count - end, count - start) for start, end in spans]
+
+
+def combine(first: list[Span], second: list[Span | None]) -> Iterator[tuple[Span, Span | None]]:
+    """The windows of a pair of texts: what is kept of both, then the first's others with each of the second's, …"""
+    yield first[0], second[0]
+    for window in first[1:]:
+        yield from ((window, other) for other in second)
+    yield from ((first[0], other) for other in second[1:])

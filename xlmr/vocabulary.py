@@ -1,0 +1,402 @@
+"""Tokens and their ids: sentencepiece's pieces, special and added tokens; ids back to text."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .sentencepiece_model import CONTROL_PIECES, SPACE, SentencePieceModel
+
+SPECIAL_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "mask_token": "<mask>",
+}
+_CLEAN_UP = {
+    **{f" {mark}": mark for mark in ".?!,"},
+    " ' ": "'",
+    **{f" {ending}": ending for ending in ("n't", "'m", "'s", "'ve", "'re")},
+}
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token outside sentencepiece's reach; the fields are those of tokenizers.AddedToken.
+
+    lstrip, rstrip: the token takes the white space before, after it. single_word: it is matched only where no word
+    character touches it. special: `skip_special_tokens` leaves it out. normalized: kept for other readers of the
+    files; here a token is always matched verbatim, as transformers 4's Python tokenizer does.
+    """
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.content, str) or not self.content:
+            raise ValueError(f"an added token is {self.content!r}; a non-empty str is needed")
+        for field in fields(self)[1:]:
+            if not isinstance(getattr(self, field.name), bool):
+                raise ValueError(f"{field.name} of the added token {self.content!r} must be true or false")
+
+    def __str__(self) -> str:
+        return self.content
+
+    @classmethod
+    def of(cls, value: Any, special: bool = False) -> AddedToken:
+        """Read a str, a dict as the checkpoint files hold, or an object such as tokenizers.AddedToken."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value, special=special, normalized=not special)
+        names = [field.name for field in fields(cls)]
+        if isinstance(value, Mapping) and "content" in value:
+            return cls(**{"special": special, **{name: value[name] for name in names if name in value}})
+        if hasattr(value, "content"):
+            return cls(**{name: getattr(value, name) for name in names})
+        raise ValueError(f"a token is {value!s:.80}; allowed: a str, an AddedToken or a dict with its fields")
+
+
+class AddedVocabulary:
+    """The added tokens and their ids; immutable, so that whoever still reads an older one is never misled."""
+
+    def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
+        self.tokens = dict(sorted(tokens.items()))
+        self.ids = {token.content: index for index, token in self.tokens.items()}
+        self._every = _Matcher(self.ids)
+        self._ordinary = _Matcher(token.content for token in self.tokens.values() if not token.special)
+
+    def with_tokens(self, new: Mapping[int, AddedToken]) -> AddedVocabulary:
+        """This vocabulary with some tokens put in, or put in the place of those with the same id."""
+        return AddedVocabulary({**self.tokens, **new})
+
+    def may_occur(self, texts: Iterable[str]) -> bool:
+        """False only if no text holds an added token: a quick look for their first characters."""
+        return any(map(self._every.first.search, texts))
+
+    def split(self, text: str, split_special_tokens: bool = False) -> Iterator[tuple[int, int, int | None]]:
+        """Yield (start, end, id) of the added tokens in a text, the longest that fits, and (…, None) between them.
+
+        `split_special_tokens` leaves the special ones in the text, where sentencepiece cuts them like any other word.
+        """
+        end = 0
+        for start, stop in (self._ordinary if split_special_tokens else self._every).find(text):
+            token = self.tokens[self.ids[text[start:stop]]]
+            if start < end or (token.single_word and _touches_word(text, start, stop)):
+                continue
+            while token.lstrip and start > end and text[start - 1].isspace():
+                start -= 1
+            while token.rstrip and stop < len(text) and text[stop].isspace():
+                stop += 1
+            if start > end:
+                yield end, start, None
+            yield start, stop, self.ids[token.content]
+            end = stop
+        if end < len(text):
+            yield end, len(text), None
+
+
+class _Matcher:
+    """Finds words in a text: a regular expression jumps to their first characters, a set tells the rest."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._words = frozenset(words)
+        self._lengths: dict[str, list[int]] = {}
+        for word in sorted(self._words, key=len, reverse=True):
+            lengths = self._lengths.setdefault(word[0], [])
+            if len(word) not in lengths[-1:]:
+                lengths.append(len(word))
+        self.first = re.compile(f"[{re.escape(''.join(self._lengths))}]" if self._words else "(?!)")
+
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of matches from left to right, none overlapping, each the longest at its place."""
+        end = 0
+        for candidate in self.first.finditer(text):
+            start = candidate.start()
+            if start < end:
+                continue
+            for length in self._lengths[text[start]]:
+                if text[start : start + length] in self._words:
+                    end = start + length
+                    yield start, end
+                    break
+
+
+def _touches_word(text: str, start: int, stop: int) -> bool:
+    return bool(re.match(r"\w", text[stop : stop + 1]) or re.match(r"\w", text[max(start - 1, 0) : start]))
+
+
+def _special_token(name: str) -> property:
+    def read(self: Vocabulary) -> str:
+        return self._special_tokens[name]
+
+    def assign(self: Vocabulary, value: str | AddedToken) -> None:
+        if self._index(str(value)) is None:
+            advice = f"add it: add_special_tokens({{{name!r}: {str(value)!r}}})"
+            raise ValueError(f"{name} {str(value)!r} is not in the vocabulary; {advice}")
+        self.add_special_tokens({name: value})
+
+    return property(read, assign, doc=f"The text of the {name.replace('_', ' ')}.")
+
+
+def _special_token_id(name: str) -> property:
+    def read(self: Vocabulary) -> int | None:
+        return self._index(self._special_tokens[name])
+
+    def assign(self: Vocabulary, value: int) -> None:
+        setattr(self, name, self._token(value))
+
+    return property(read, assign, doc=f"The id of the {name.replace('_', ' ')}.")
+
+
+class Vocabulary:
+    """What of a tokenizer turns tokens into ids and back; transformers' names.
+
+    Special tokens that are not in the vocabulary yet get the ids that follow; `added_tokens_decoder` (id → token) says
+    where a checkpoint has put its own.
+    """
+
+    clean_up_tokenization_spaces = False
+
+    bos_token, bos_token_id = _special_token("bos_token"), _special_token_id("bos_token")
+    eos_token, eos_token_id = _special_token("eos_token"), _special_token_id("eos_token")
+    unk_token, unk_token_id = _special_token("unk_token"), _special_token_id("unk_token")
+    sep_token, sep_token_id = _special_token("sep_token"), _special_token_id("sep_token")
+    pad_token, pad_token_id = _special_token("pad_token"), _special_token_id("pad_token")
+    cls_token, cls_token_id = _special_token("cls_token"), _special_token_id("cls_token")
+    mask_token, mask_token_id = _special_token("mask_token"), _special_token_id("mask_token")
+
+    def __init__(
+        self,
+        model: SentencePieceModel,
+        special_tokens: Mapping[str, Any],
+        additional_special_tokens: Sequence[Any],
+        added_tokens_decoder: Mapping[Any, Any],
+    ) -> None:
+        unknown = ", ".join(sorted(special_tokens.keys() - SPECIAL_TOKENS.keys()))
+        if unknown:
+            raise TypeError(f"XLMRobertaTokenizer knows no {unknown}; special tokens are {', '.join(SPECIAL_TOKENS)}")
+        self._model = model
+        base = {index: AddedToken.of(piece, special=True) for piece, index in CONTROL_PIECES.items()}
+        mask = AddedToken("<mask>", lstrip=True, normalized=False, special=True)
+        self._added = AddedVocabulary({**base, len(model) - 1: mask})
+        self._place(added_tokens_decoder)
+        self._special_tokens = dict(SPECIAL_TOKENS)
+        self._additional: list[str] = []
+        given = {name: value for name, value in special_tokens.items() if value is not None}
+        self.add_special_tokens({**given, "additional_special_tokens": list(additional_special_tokens)})
+
+    def __len__(self) -> int:
+        """The number of ids, added tokens included."""
+        return max(len(self._model), *(index + 1 for index in self._added.tokens))
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids without the tokens that were added to XLM-R's."""
+        return len(self._model)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token → id, added tokens included."""
+        return {**{piece: index for index, piece in enumerate(self._model.pieces())}, **self._added.ids}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Token → id of the tokens that are matched verbatim, the special ones among them."""
+        return dict(self._added.ids)
+
+    vocab = property(get_vocab)
+    added_tokens_encoder = property(get_added_vocab)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Id → token of the tokens that are matched verbatim, the special ones among them."""
+        return dict(self._added.tokens)
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Match one token or a list of them (str or AddedToken) verbatim from now on; return how many ids are new.
+
+        New ids follow the old ones: `model.resize_token_embeddings(len(tokenizer))` makes room for them.
+        """
+        tokens = new_tokens if isinstance(new_tokens, (list, tuple)) else [new_tokens]
+        size = len(self)
+        placed: dict[int, AddedToken] = {}
+        fresh: dict[str, int] = {}
+        for value in tokens:
+            token = AddedToken.of(value, special=special_tokens)
+            index = self._index(token.content)
+            if index is None:
+                index = fresh.setdefault(token.content, size + len(fresh))
+            elif isinstance(value, str) and index in self._added.tokens:
+                token = self._added.tokens[index]  # keeps how it was to be matched
+            placed[index] = replace(token, special=True) if special_tokens else token
+        if placed:
+            self._added = self._added.with_tokens(placed)
+        return len(fresh)
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
+    ) -> int:
+        """Give the special tokens' attributes, or `additional_special_tokens`, new tokens; return how many ids are new.
+
+        `replace_extra_special_tokens`: whether the additional ones take the place of those before or join them.
+        """
+        extra_names = {"additional_special_tokens", "extra_special_tokens"}
+        unknown = special_tokens_dict.keys() - SPECIAL_TOKENS.keys() - extra_names
+        if unknown:
+            allowed = ", ".join([*SPECIAL_TOKENS, *sorted(extra_names)])
+            raise ValueError(f"{', '.join(map(repr, unknown))} is no special token; allowed: {allowed}")
+        count = 0
+        for name, value in special_tokens_dict.items():
+            if name in extra_names:
+                if not isinstance(value, (list, tuple)):
+                    raise ValueError(f"{name} is {value!r}; a list of str or AddedToken is needed")
+                before = [] if replace_extra_special_tokens else self._additional
+                contents = [AddedToken.of(token).content for token in value]
+                self._additional = list(dict.fromkeys([*before, *contents]))
+            else:
+                self._special_tokens[name] = AddedToken.of(value).content
+            count += self.add_tokens(value, special_tokens=True)
+        return count
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """The special tokens that have no attribute of their own."""
+        return list(self._additional)
+
+    extra_special_tokens = additional_special_tokens  # its name in transformers 5
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """Attribute → special token."""
+        return dict(self._special_tokens)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens, each once."""
+        return list(dict.fromkeys([*self._special_tokens.values(), *self.additional_special_tokens]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of `all_special_tokens`."""
+        return [self._added.ids[token] for token in self.all_special_tokens]
+
+    def _index(self, token: str) -> int | None:
+        index = self._added.ids.get(token)
+        return self._model.piece_to_id(token) if index is None else index
+
+    def _token(self, index: Any) -> str:
+        index = integer("a token id", index)
+        if index >= len(self):
+            raise ValueError(f"token id {index} is outside the vocabulary; allowed: 0 to {len(self) - 1}")
+        return self._added.tokens[index].content if index >= len(self._model) else self._model.ids_to_pieces([index])[0]
+
+    def _place(self, decoder: Mapping[Any, Any]) -> None:
+        """Put in the added tokens of a checkpoint, at the ids that it gives them."""
+        tokens = {_file_id(index): AddedToken.of(value) for index, value in decoder.items()}
+        size, taken = len(self), set[str]()
+        for index, token in sorted(tokens.items()):
+            known = self._index(token.content)
+            if token.content in taken or index != (size if known is None else known):
+                right = f"its id is {known}" if known is not None else f"the next free id is {size}"
+                raise ValueError(f"the checkpoint gives its added token {token.content!r} id {index}, but {right}")
+            size = max(size, index + 1)
+            taken.add(token.content)
+        self._added = self._added.with_tokens(tokens)
+
+    # Ids and tokens
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """The id of a token, or the ids of a list of them; that of <unk> for a token that is not in the vocabulary."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        index = self._index(tokens)
+        return self.unk_token_id if index is None else index
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or the tokens of a list or tensor of them; ValueError for an id that does not exist."""
+        ids = plain(ids)
+        if isinstance(ids, int):
+            return self._token(ids)
+        if skip_special_tokens:
+            special = self._special_ids()
+            ids = [index for index in ids if index not in special]
+        if ids and min(ids) >= 0 and max(ids) < len(self._model):  # the usual case, in one call
+            return self._model.ids_to_pieces(ids)
+        return [self._token(index) for index in ids]
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """The text of some tokens: ▁ becomes a space, except in the first of them."""
+        first, rest = "".join(tokens[:1]), "".join(tokens[1:])
+        return first.replace(SPACE, "") + rest.replace(SPACE, " ")
+
+    def decode(
+        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> Any:
+        """The text of an id, or of a list or tensor of ids; of several such rows the list of their texts.
+
+        `clean_up_tokenization_spaces`: remove the spaces before punctuation and English contractions; by default the
+        attribute of that name. ValueError for an id that does not exist.
+        """
+        ids = plain(token_ids)
+        ids = [ids] if isinstance(ids, int) else ids
+        if ids and isinstance(ids[0], list):
+            return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
+        text = self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens))
+        if clean_up_tokenization_spaces or (clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces):
+            text = self.clean_up_tokenization(text)
+        return text
+
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
+        """`decode` of each row of ids."""
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
+
+    @staticmethod
+    def clean_up_tokenization(text: str) -> str:
+        """Remove the spaces before punctuation and English contractions."""
+        for spaced, joined in _CLEAN_UP.items():
+            text = text.replace(spaced, joined)
+        return text
+
+    def _special_ids(self) -> set[int]:
+        return {index for index, token in self._added.tokens.items() if token.special}
+
+
+def _file_id(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).isdecimal():
+        raise ValueError(f"the checkpoint gives an added token the id {value!r}; an integer from 0 up is needed")
+    return int(value)
+
+
+def describe(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def plain(value: Any) -> Any:
+    """Tensors and arrays, and lists of them, as lists and numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return value
+    return list(value) if {*map(type, value)} == {int} else [plain(item) for item in value]
+
+
+def integer(name: str, value: Any, least: int = 0) -> int:
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {describe(value)}; an int is needed") from None
+    if integer < least:
+        raise ValueError(f"{name} is {integer}; it must be at least {least}")
+    return integer

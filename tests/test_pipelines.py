@@ -150,7 +150,7 @@ def test_pipeline_refuses(fill: Any, extract: Any, checkpoint: Path, tmp_path: P
     with pytest.raises(ValueError, match="'fill' is no task: allowed are 'fill-mask', 'feature-extraction'"):
         xlmr.pipeline("fill", checkpoint)
     with pytest.raises(TypeError, match=r"fill-mask needs an xlmr\.XLMRobertaForMaskedLM"):
-        xlmr.pipeline("fill-mask", extract.model, extract.tokenizer)
+        xlmr.pipeline("fill-mask", extract.model.base_model, extract.tokenizer)
     with pytest.raises(ValueError, match="a model was given without its tokenizer"):
         xlmr.pipeline("fill-mask", fill.model)
     with pytest.raises(TypeError, match="'top_n' is no option of fill-mask"):
@@ -159,3 +159,10 @@ def test_pipeline_refuses(fill: Any, extract: Any, checkpoint: Path, tmp_path: P
         extract("a", truncation=True, tokenize_kwargs={"truncation": True})
     with pytest.raises(OSError, match="nowhere"):
         xlmr.pipeline("fill-mask", tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+@pytest.mark.parametrize("device", [0, "cuda", torch.device("cuda", 1)])
+def test_pipeline_refuses_a_gpu_that_is_not_there(checkpoint: Path, device: Any) -> None:
+    with pytest.raises(ValueError, match="PyTorch sees no GPU here"):
+        xlmr.pipeline("fill-mask", checkpoint, device=device)

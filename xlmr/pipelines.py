@@ -15,10 +15,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from . import heads
 from .config import XLMRobertaConfig
 from .demo import CHECKPOINT
 from .encode import BATCH_TOKENS, batches, pack
-from .heads import XLMRobertaForMaskedLM, XLMRobertaHead
+from .heads import XLMRobertaForMaskedLM
 from .model import XLMRobertaModel
 from .pretrained import XLMRobertaPreTrainedModel
 from .tokenizer import XLMRobertaTokenizer
@@ -210,8 +211,8 @@ class FeatureExtractionPipeline(Pipeline):
     @classmethod
     def saved_class(cls, config: XLMRobertaConfig) -> type[XLMRobertaPreTrainedModel]:
         """The class that wrote the checkpoint, so that no weight is missing or left over; its base model is used."""
-        written_by = {head.__name__: head for head in XLMRobertaHead.__subclasses__()}
-        return next((written_by[name] for name in config.architectures or () if name in written_by), cls.model_class)
+        named = (vars(heads).get(name) for name in config.architectures or ())
+        return next((c for c in named if isinstance(c, type) and issubclass(c, heads.XLMRobertaHead)), cls.model_class)
 
     @torch.no_grad()
     def answers(
@@ -288,5 +289,13 @@ def _device(device: int | str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(device, int):
-        return torch.device("cpu" if device < 0 else f"cuda:{device}")
-    return torch.device(device)
+        device = "cpu" if device < 0 else f"cuda:{device}"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device is {device!r}: allowed are cpu, cuda, cuda:1, … and PyTorch's other devices"
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}: PyTorch sees no GPU here; give cpu")
+    return found

@@ -1,0 +1,187 @@
+"""The command line: what stands on standard output, what on standard error, and the exit status."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import xlmr
+from xlmr import cli
+
+TEXTS = ["La <mask> de la France est Paris.", "法国的首都是<mask>。", "The <mask> of France is <mask>."]
+
+
+@pytest.fixture
+def run(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command on the tiny checkpoint; gives (exit status, standard output, standard error)."""
+
+    def run(command: str, *args: object, stdin: bytes = b"", model: object = checkpoint) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = cli.main([command, *map(str, args), "--model", str(model), "--device", "cpu"])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fill(checkpoint: Path) -> Any:
+    return xlmr.pipeline("fill-mask", checkpoint, device="cpu")
+
+
+def test_fill_mask_writes_the_pipelines_answers_as_json(run: Any, fill: Any) -> None:
+    status, out, err = run("fill-mask", "--json", "--top-k", 2, "--target", "法", "--target", "capital", *TEXTS)
+    assert (status, err) == (0, "")
+    answers = fill(TEXTS, top_k=2, targets=["法", "capital"])
+    want = [{"text": text, "answers": answer} for text, answer in zip(TEXTS, answers, strict=True)]
+    assert [json.loads(line) for line in out.splitlines()] == want
+
+
+def test_fill_mask_writes_a_table_for_people(run: Any, fill: Any) -> None:
+    status, out, _ = run("fill-mask", "--top-k", 3, *TEXTS)
+    lines = out.splitlines()
+    assert status == 0
+    assert [line for line in lines if line[0] != " "] == TEXTS
+    rows = [answer for answers in fill(TEXTS[:2], top_k=3) for answer in answers]
+    rows += [answer for answers in fill(TEXTS[2], top_k=3) for answer in answers]
+    shown = [line for line in lines if line[0] == " "]
+    for line, answer in zip(shown, rows, strict=True):
+        assert f"{answer['score']:.4f}" in line
+        assert line.endswith(answer["sequence"])
+    assert [line.split("  ")[1] for line in shown[6:]] == ["mask 1", "", "", "mask 2", "", ""]
+
+
+@pytest.mark.parametrize("text", ["中文字", "ｶﾞ", "हिन्दी", "e\u0301te\u0301", "ascii"])
+def test_tables_align_by_cells_not_by_characters(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print_table([(text, "|"), ("longer than all", "|")])
+    first, second = capsys.readouterr().out.splitlines()
+    cells = {"中文字": 6, "ｶﾞ": 2, "हिन्दी": 5, "e\u0301te\u0301": 3, "ascii": 5}[text]
+    assert second.index("|") == len("  longer than all  ")
+    assert first == f"  {text}{' ' * (15 - cells)}  |"
+
+
+def test_control_characters_do_not_reach_the_terminal(run: Any) -> None:
+    status, out, _ = run("fill-mask", "\x1b[31m<mask>\x07")
+    assert status == 0
+    assert "\x1b" not in out
+    assert "\x07" not in out
+
+
+@pytest.mark.parametrize("stdin", ["a b\n\nc\n", "a b\r\n\r\nc\r\n", "\ufeffa b\n\nc"])
+def test_embed_reads_one_text_a_line_and_writes_one_vector_a_line(run: Any, fill: Any, stdin: str) -> None:
+    status, out, err = run("embed", "--json", stdin=stdin.encode())
+    assert (status, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["text"] for row in rows] == ["a b", "", "c"]
+    want = xlmr.embed(fill.model, fill.tokenizer, ["a b", "", "c"])
+    torch.testing.assert_close(torch.tensor([row["embedding"] for row in rows]), want)
+
+
+def test_embed_writes_an_array_or_leaves_the_old_one(run: Any, fill: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "new" / "vectors.bin"
+    options = ["--pooling", "cls", "--no-normalize", "--max-length", 6, "--output", path]
+    status, out, err = run("embed", *options, *TEXTS)
+    assert (status, out, err) == (0, "", f"{path}: 3 vectors of 32 numbers\n")
+    want = xlmr.embed(fill.model, fill.tokenizer, TEXTS, pooling="cls", normalize=False, max_length=6)
+    np.testing.assert_allclose(np.load(path), want.numpy(), rtol=1e-5, atol=1e-6)
+
+    def fail(file: Any, array: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "save", fail)
+    assert run("embed", "--output", path, "a") == (1, "", "xlmr embed: disk full\n")
+    assert np.load(path).shape == (3, 32)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_embed_shows_the_beginning_of_each_vector(run: Any) -> None:
+    status, out, _ = run("embed", "a b", "c")
+    assert status == 0
+    assert [line.endswith(f"… 32 numbers  {text}") for line, text in zip(out.splitlines(), ["a b", "c"], strict=True)]
+
+
+def test_info_says_which_path_computes_and_why(run: Any, fill: Any) -> None:
+    status, out, _ = run("info", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["xlmr"] == xlmr.__version__
+    assert facts["path"] == fill.model.backend_report()
+    assert facts["parameters"] == fill.model.num_parameters()
+    assert facts["longest text"] == 48
+    assert facts["triton kernels"] == "Triton kernels need a GPU and the tensors are on 'cpu'"
+    status, out, _ = run("info")
+    assert status == 0
+    assert fill.model.backend_report() in out
+
+
+def test_demo_shows_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--json", "--device", "cpu"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert len({row["language"] for row in shown["filled"]}) >= 12
+    assert sum(row["right"] for row in shown["filled"]) >= 0.6 * len(shown["filled"])
+    assert sum(row["right"] for row in shown["nearest"]) >= 0.6 * len(shown["nearest"])
+    assert shown["seconds"] < 20
+    assert cli.main(["demo", "--device", "cpu"]) == 0
+    assert "filled right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "message"),
+    [
+        (["fill-mask", "no mask"], b"", "xlmr fill-mask: the text 'no mask' has no <mask>: put one"),
+        (["fill-mask", "<mask>", "--top-k", 0], b"", "xlmr fill-mask: top_k is 0: allowed are 1 to"),
+        (["fill-mask", "<mask> a" * 99], b"", "xlmr fill-mask: the text '<mask> a"),
+        (["embed"], b"", "xlmr embed: there is no text: give texts as arguments, or one a line on standard input"),
+        (["embed"], b"caf\xe9\n", "xlmr embed: standard input is not UTF-8 text: "),
+        (["embed", "a", "--max-length", 1000], b"", "xlmr embed: max_length is 1000: allowed are 2 to 48"),
+        (["embed", "a", "--dtype", "int4"], b"", "xlmr embed: dtype is 'int4'"),
+        (["embed", "a", "--backend", "triton"], b"", "xlmr embed: backend 'triton' cannot run"),
+        (["info", "--device", "gpu"], b"", "xlmr info: device is 'gpu': allowed are cpu, cuda"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_1(
+    checkpoint: Path, capsys: Any, monkeypatch: Any, args: list[Any], stdin: bytes, message: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    assert cli.main([*map(str, args), "--model", str(checkpoint)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_a_missing_checkpoint_is_named(run: Any, tmp_path: Path) -> None:
+    status, out, err = run("embed", "a", model=tmp_path / "nowhere")
+    assert (status, out) == (1, "")
+    assert str(tmp_path / "nowhere") in err
+
+
+@pytest.mark.parametrize("args", [[], ["fly"], ["embed", "--pooling", "max"], ["pretrain"]])
+def test_wrong_usage_is_status_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(args)
+    assert exit.value.code == 2
+    assert "usage: xlmr" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_status_130(run: Any, monkeypatch: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "pipeline", interrupted)
+    assert run("embed", "a") == (130, "", "")
+
+
+def test_a_closed_pipe_ends_quietly(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "xlmr", "embed", "--json", "--model", str(checkpoint)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(b"a\n" * 500)
+    assert (process.returncode, err) == (141, b"")

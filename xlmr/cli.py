@@ -1,0 +1,302 @@
+"""The command `xlmr`. Answers go to standard output; progress, warnings and errors to standard error.
+
+Exit status: 0, or 1 where the job failed, 2 for wrong usage, 130 if interrupted, 141 if the reader of the output left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import __version__, demo, pretrain
+from .demo.evaluate import Sentence, read
+from .encode import POOLINGS, embed
+from .files import write_atomically
+from .kernels._launch import unsupported
+from .ops import BACKENDS
+from .pipelines import Pipeline, pipeline
+
+INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
+PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
+SHOWN = 4  # numbers of a vector that a table shows
+NEIGHBOURS = 12  # sentences of each language among which the demo looks for the nearest
+PARTNER = 7  # a language is compared with the seventh after it: mostly one of another script
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line, `sys.argv` by default; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a lone surrogate in a text is shown, not raised on
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
+        return PIPE_CLOSED
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        print(f"xlmr {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xlmr", description="XLM-RoBERTa from the command line.")
+    parser.add_argument("--version", action="version", version=f"xlmr {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], Any], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    fill = command("fill-mask", _fill_mask, "Fill each <mask> in the texts with the most probable words.")
+    fill.add_argument("--top-k", type=int, default=5, metavar="K", help="how many words to show (default 5)")
+    fill.add_argument(
+        "--target", action="append", metavar="WORD", help="let only this word, and others so given, compete"
+    )
+
+    vectors = command("embed", _embed, "Turn each text into a vector.")
+    vectors.add_argument("--pooling", choices=POOLINGS, default="mean", help="mean of all tokens, or the first one's")
+    vectors.add_argument("--no-normalize", action="store_true", help="keep the lengths of the vectors")
+    vectors.add_argument(
+        "--max-length", type=int, metavar="N", help="truncate to N tokens (default: the model's limit)"
+    )
+    vectors.add_argument(
+        "--output", type=Path, metavar="FILE", help="write a NumPy array [texts, N] to this file instead"
+    )
+
+    for sub in (fill, vectors):
+        sub.add_argument("texts", nargs="*", metavar="TEXT", help="by default standard input, one text a line")
+    info = command("info", _info, "Show the environment, the device, and which path computes a model and why.")
+    show = command("demo", _demo, "Show a model at work: filled masks, nearest sentences across languages.")
+    for sub in (fill, vectors, info, show):
+        sub.add_argument(
+            "--model", metavar="DIR|NAME", help="checkpoint directory or hub name (default: the demo model)"
+        )
+        sub.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+        sub.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's)")
+        sub.add_argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)")
+        sub.add_argument("--json", action="store_true", help="write JSON, one object a line")
+
+    training = command("pretrain", pretrain.main, "Train a masked language model on text files, or go on training one.")
+    pretrain.add_arguments(training)
+    return parser
+
+
+def _fill_mask(args: argparse.Namespace) -> None:
+    texts = _texts(args)
+    answers = _pipeline("fill-mask", args)(texts, top_k=args.top_k, targets=args.target)
+    for text, answer in zip(texts, answers if len(texts) > 1 else [answers], strict=True):
+        if args.json:
+            _print_json({"text": text, "answers": answer})
+        else:
+            print(_clean(text))
+            _print_answers(answer)
+
+
+def _print_answers(answer: list[Any]) -> None:
+    masks = answer if isinstance(answer[0], list) else [answer]
+    _print_table(
+        (f"mask {number}" if len(masks) > 1 and not rank else "", f"{a['score']:.4f}", a["token_str"], a["sequence"])
+        for number, row in enumerate(masks, 1)
+        for rank, a in enumerate(row)
+    )
+
+
+def _embed(args: argparse.Namespace) -> None:
+    texts = _texts(args)
+    found = _vectors(_pipeline("feature-extraction", args), texts, args)
+    if args.output:
+        write_atomically(args.output.parent, {args.output.name: lambda path: _save_array(path, found)})
+        print(f"{args.output}: {len(texts)} vectors of {found.shape[1]} numbers", file=sys.stderr)
+    elif args.json:
+        for text, vector in zip(texts, found.tolist(), strict=True):
+            _print_json({"text": text, "embedding": vector})
+    else:
+        _print_table(
+            (*(f"{number:+.4f}" for number in vector[:SHOWN].tolist()), f"… {len(vector)} numbers", text)
+            for text, vector in zip(texts, found, strict=True)
+        )
+
+
+def _vectors(pipe: Pipeline, texts: list[str], args: argparse.Namespace) -> Tensor:
+    return embed(
+        pipe.model,
+        pipe.tokenizer,
+        texts,
+        pooling=args.pooling,
+        normalize=not args.no_normalize,
+        max_length=args.max_length,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _save_array(path: Path, vectors: Tensor) -> None:
+    with path.open("wb") as file:  # given a name instead, NumPy would append .npy to it
+        np.save(file, vectors.numpy())
+
+
+def _info(args: argparse.Namespace) -> None:
+    model = _pipeline("feature-extraction", args).model
+    facts: dict[str, Any] = {
+        "xlmr": __version__,
+        "python": platform.python_version(),
+        **{name: _installed(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "triton kernels": unsupported(model.device) or f"can run on {model.device}",
+        "model": str(args.model or demo.CHECKPOINT),
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "longest text": model.config.max_length,
+        "path": model.backend_report(),
+    }
+    if args.json:
+        _print_json(facts)
+    else:
+        _print_table((name, ", ".join(value) if isinstance(value, list) else value) for name, value in facts.items())
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _demo(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    sentences = read(demo.HELD_OUT)
+    fill = _pipeline("fill-mask", args)
+    filled, nearest = _filled(fill, sentences), _nearest(fill, sentences)
+    seconds = time.perf_counter() - started
+    if args.json:
+        _print_json({"filled": filled, "nearest": nearest, "seconds": seconds})
+        return
+    print(f"{args.model or 'The embedded demo model'}: {fill.model.num_parameters():,} parameters, on {fill.device}")
+    print("The sentences were held out when the demo model was trained.")
+    print(f"\nA word masked in a sentence of each language: {_share(filled)} filled right")
+    _print_table(
+        (row["language"], row["text"], row["answer"], f"{row['score']:.2f}", "" if row["right"] else row["expected"])
+        for row in filled
+    )
+    print(f"\nThe nearest of {NEIGHBOURS} sentences of another language: {_share(nearest)} translations, for instance")
+    _print_table((row["language"], row["text"], row["other"], row["nearest"]) for row in nearest[:: NEIGHBOURS + 1])
+    print(f"\n{seconds:.1f} s")
+
+
+def _filled(fill: Pipeline, sentences: list[Sentence]) -> list[dict[str, Any]]:
+    """For each language the most probable word at one mask, where the vocabulary has the right one."""
+    chosen: dict[str, tuple[str, str]] = dict.fromkeys((s.language for s in sentences), ("", ""))
+    for sentence in random.Random(0).sample(sentences, len(sentences)):
+        start, end = sentence.answers[-1]
+        word = sentence.text[start:end]
+        if len(fill.tokenizer.tokenize(word)) == 1:
+            chosen[sentence.language] = sentence.text[:start] + fill.tokenizer.mask_token + sentence.text[end:], word
+    rows = [(language, text, word) for language, (text, word) in chosen.items() if text]
+    answers = fill([text for _, text, _ in rows], top_k=1)
+    return [
+        {
+            "language": language,
+            "text": text,
+            "expected": word,
+            "answer": best["token_str"],
+            "score": best["score"],
+            "right": best["token_str"] == word,
+        }
+        for (language, text, word), [best] in zip(rows, answers, strict=True)
+    ]
+
+
+def _nearest(pipe: Pipeline, sentences: list[Sentence]) -> list[dict[str, Any]]:
+    """For some sentences of each language, the nearest of the same sentences in another, by the vectors' cosine."""
+    keys = random.Random(0).sample(sorted({s.key for s in sentences}), NEIGHBOURS)
+    languages = list(dict.fromkeys(s.language for s in sentences))
+    own = {language: [s for s in sentences if s.language == language and s.key in keys] for language in languages}
+    vectors = embed(pipe.model, pipe.tokenizer, [s.text for language in languages for s in own[language]])
+    by_language = dict(zip(languages, vectors.split(NEIGHBOURS), strict=True))
+    rows = []
+    for number, language in enumerate(languages):
+        other = languages[(number + PARTNER) % len(languages)]
+        indices = (by_language[language] @ by_language[other].T).argmax(dim=1).tolist()
+        for sentence, found in zip(own[language], (own[other][i] for i in indices), strict=True):
+            rows.append(
+                {
+                    "language": language,
+                    "text": sentence.text,
+                    "other": other,
+                    "nearest": found.text,
+                    "right": found.key == sentence.key,
+                }
+            )
+    return rows
+
+
+def _share(rows: list[dict[str, Any]]) -> str:
+    return f"{sum(row['right'] for row in rows)} of {len(rows)}"
+
+
+def _pipeline(task: str, args: argparse.Namespace) -> Pipeline:
+    return pipeline(task, args.model, device=args.device, dtype=args.dtype, backend=args.backend)
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    if args.texts:
+        return args.texts
+    if sys.stdin.isatty():
+        print("one text a line, then end of file (Ctrl-D):", file=sys.stderr)
+    try:
+        given = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: {error}") from None
+    if not given:
+        raise ValueError("there is no text: give texts as arguments, or one a line on standard input")
+    return given.replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _print_table(rows: Iterable[Sequence[Any]]) -> None:
+    """Columns of equal width, also where letters take two cells of a terminal or none."""
+    cells = [[_clean(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
+        print("  " + "  ".join(padded).rstrip())
+
+
+def _clean(text: str) -> str:
+    """The text without control characters, which could steer the terminal."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" else c for c in text)
+
+
+def _width(text: str) -> int:
+    """How many cells of a terminal the text takes."""
+    return sum(_cells(character) for character in text)
+
+
+def _cells(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # drawn onto the letter before, or not at all
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1

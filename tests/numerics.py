@@ -5,9 +5,15 @@ from torch import Tensor
 
 
 def assert_accurate(
-    ours: Tensor, reference: Tensor, truth: Tensor, *, dtype: torch.dtype | None = None, scale: float | None = None
+    ours: Tensor,
+    reference: Tensor,
+    truth: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    scale: float | None = None,
+    ulps: int = 4,
 ) -> None:
-    """max|ours − truth| ≤ 2 · max|reference − truth| + 4 ulp, where `truth` is the reference in float64.
+    """max|ours − truth| ≤ 2 · max|reference − truth| + a few ulp, where `truth` is the reference in float64.
 
     `reference` is the same computation in the dtype under test: its error is what that dtype costs. The ulps, of
     `dtype` (by default that of `ours`) at `scale` (by default the truth's largest magnitude, at least 1), are for a
@@ -19,5 +25,5 @@ def assert_accurate(
         return
     error = (ours.double() - truth.double()).abs().max().item()
     allowed = 2 * (reference.double() - truth.double()).abs().max().item()
-    allowed += 4 * torch.finfo(dtype or ours.dtype).eps * (scale or max(1.0, truth.abs().max().item()))
+    allowed += ulps * torch.finfo(dtype or ours.dtype).eps * (scale or max(1.0, truth.abs().max().item()))
     assert error <= allowed, f"max error {error:.3e}, allowed {allowed:.3e}"

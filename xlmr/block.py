@@ -217,8 +217,8 @@ def begin(
         "weights": collected_weights(False) is not None,
     }
     past = cache.get_seq_length() if cache is not None else 0
-    if encoder_hidden is not None:
-        needs["every_position"] = True
+    if cache is not None or encoder_hidden is not None:
+        needs["every_position"] = True  # keys and values are kept for, or come from, a padded batch
     layout = plan(batch, seqlen, mask, keys=past + seqlen, causal=causal, **common, **needs)
     state = Pass(layout, causal and (mask is None or mask.dim() == 2), cache)
     if encoder_hidden is not None:

@@ -73,8 +73,11 @@ def prepare_inputs_for_generation(
 ) -> dict[str, Any]:
     """The arguments of the next forward: of `input_ids` [B, S] only the tokens that the cache does not hold yet."""
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    real = (input_ids != self.config.pad_token_id).long()  # positions skip pads, with a cache as without
+    positions = real.cumsum(1) * real + self.config.pad_token_id
     return {
         "input_ids": input_ids[:, past:],
+        "position_ids": positions[:, past:],
         "attention_mask": attention_mask,
         "past_key_values": past_key_values,
         "use_cache": use_cache,

@@ -23,38 +23,45 @@ class Rule(NamedTuple):
 
 
 TREE = {
-    "torch",
-    "xlmr.block",
-    "xlmr.cache",
-    "xlmr.checkpoint",
-    "xlmr.config",
-    "xlmr.ops",
-    "xlmr.outputs",
-    "xlmr.varlen",
-}
-TASKS = TREE | {"numpy", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
+    "torch", "xlmr.activations", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config", "xlmr.inputs",
+    "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
+}  # fmt: skip
+WORDS = {"xlmr.batch_encoding", "xlmr.files", "xlmr.layout", "xlmr.sentencepiece_model", "xlmr.vocabulary"}
+TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
 RULES = {
     "kernels/_launch": Rule({"torch"}, {"triton"}),
     "xlmr/__init__": Rule(set(), {"xlmr"}),
     "xlmr/__main__": Rule({"xlmr.cli"}),
+    "xlmr/activations": Rule({"torch"}),
+    "xlmr/batch_encoding": Rule(set(), {"numpy", "torch"}),
     "xlmr/block": Rule({"torch", "xlmr.cache", "xlmr.ops", "xlmr.varlen"}),
     "xlmr/cache": Rule({"torch"}),
-    "xlmr/checkpoint": Rule({"safetensors", "torch"}, {"huggingface_hub"}),
-    "xlmr/cli": Rule(TASKS | {"xlmr"}, {"xlmr"}),
-    "xlmr/config": Rule({"xlmr.checkpoint"}, {"torch"}),
+    "xlmr/checkpoint": Rule({"torch", "xlmr.files", "xlmr.weights"}),
+    "xlmr/cli": Rule({"numpy", "torch", "xlmr"}),
+    "xlmr/config": Rule({"xlmr.files"}, {"torch"}),
     "xlmr/demo/__init__": Rule(set()),
+    "xlmr/demo/corpus": Rule({"sentencepiece"}, {"babel"}),
+    "xlmr/demo/evaluate": Rule({"torch", "xlmr"}),
     "xlmr/eager": Rule({"torch"}),
     "xlmr/encode": Rule(TASKS, {"tqdm"}),
-    "xlmr/heads": Rule(TREE | {"xlmr.model"}),
+    "xlmr/files": Rule(set(), {"huggingface_hub", "torch"}),
+    "xlmr/generation": Rule({"torch", "xlmr.cache"}),
+    "xlmr/heads": Rule(TREE | {"xlmr.generation", "xlmr.model"}),
+    "xlmr/inputs": Rule({"torch", "xlmr.block", "xlmr.cache", "xlmr.config"}),
+    "xlmr/layout": Rule(set()),
     "xlmr/model": Rule(TREE),
     "xlmr/ops": Rule({"torch", "xlmr.eager"}, {"xlmr.kernels"}),
     "xlmr/outputs": Rule({"torch", "xlmr.cache"}),
     "xlmr/pipelines": Rule(TASKS | {"xlmr.demo", "xlmr.encode"}),
-    "xlmr/pretrain": Rule(TASKS, {"matplotlib", "tqdm"}),
-    "xlmr/tokenizer": Rule({"sentencepiece", "xlmr.checkpoint"}, {"torch"}),
+    "xlmr/pretrain": Rule(TASKS | {"xlmr.encode"}, {"matplotlib", "tqdm"}),
+    "xlmr/pretrained": Rule(TREE),
+    "xlmr/sentencepiece_model": Rule({"sentencepiece"}),
+    "xlmr/tokenizer": Rule(WORDS),
     "xlmr/varlen": Rule({"torch"}),
+    "xlmr/vocabulary": Rule({"xlmr.sentencepiece_model"}),
+    "xlmr/weights": Rule({"safetensors", "torch", "xlmr.files"}),
 }
-MODULE_CLASSES = {"xlmr/block", "xlmr/heads", "xlmr/model"}  # the only files that define nn.Module classes
+MODULE_CLASSES = {"xlmr/activations", "xlmr/block"}  # the only files that define nn.Module classes
 
 
 class Import(NamedTuple):
@@ -98,7 +105,7 @@ def violations(file: str, source: str) -> list[str]:
         allowed = rule.anywhere | rule.lazily if lazy else rule.anywhere
         if not any(name == entry or name.startswith(entry + ".") for entry in allowed):
             found.append(f"imports {name} {'lazily' if lazy else 'at once'}")
-        if name.split(".")[0] == "xlmr" and not relative:
+        if folder == "kernels" and name.split(".")[0] in ("kernels", "xlmr") and not relative:
             found.append(f"imports {name} absolutely")
     bases = {ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
     if file not in MODULE_CLASSES and bases & {"Module", "nn.Module", "torch.nn.Module"}:
@@ -125,7 +132,7 @@ def test_imports_follow_the_table(file: str) -> None:
 @pytest.mark.parametrize(
     ("file", "planted", "complaint"),
     [
-        ("kernels/_launch", "import kernels", "imports kernels at once"),
+        ("kernels/_launch", "from kernels import _launch", "imports kernels absolutely"),
         ("kernels/_launch", "from . import attention", "imports xlmr.kernels.attention at once"),
         ("kernels/_launch", "from .attention import x", "imports xlmr.kernels.attention at once"),
         ("kernels/_launch", "from ..ops import x", "imports xlmr.ops at once"),
@@ -134,7 +141,7 @@ def test_imports_follow_the_table(file: str) -> None:
         ("xlmr/eager", "try:\n    import triton\nexcept ImportError: ...", "imports triton at once"),
         ("xlmr/eager", "def f():\n    from .kernels import attention", "imports xlmr.kernels lazily"),
         ("xlmr/ops", "from .kernels import attention", "imports xlmr.kernels at once"),
-        ("xlmr/ops", "from xlmr.eager import embed", "imports xlmr.eager absolutely"),
+        ("xlmr/config", "from xlmr.ops import EAGER", "imports xlmr.ops at once"),
         ("xlmr/model", "from .heads import x", "imports xlmr.heads at once"),
         ("xlmr/config", "if TYPE_CHECKING:\n    from .model import x", "imports xlmr.model lazily"),
         ("xlmr/config", "class A(nn.Module): ...", "defines an nn.Module class"),
@@ -142,7 +149,7 @@ def test_imports_follow_the_table(file: str) -> None:
     ],
 )
 def test_the_check_finds_a_planted_fault(file: str, planted: str, complaint: str) -> None:
-    assert violations(file, planted) == [complaint]
+    assert complaint in violations(file, planted)
 
 
 @pytest.mark.parametrize(

@@ -245,9 +245,9 @@ def save_model(
     Tied weights are written once.
 
     An exception at any point leaves the directory as it was, and so does a kill while files are written. A kill during
-    the switch that follows, a few renames, leaves the old weights or the new ones, never a mix; only between two of the
-    renames, and only if config.json changed, can the old weights stand beside the new config.json. What a kill leaves
-    besides, a directory `.saving-…` or surplus shards, is never read.
+    the switch that follows, a few renames, leaves the old weights or the new ones, never a mix; only if config.json
+    changes is there a moment in it when the old weights stand beside the new config.json. What a kill leaves besides, a
+    directory `.saving-…` or surplus shards, is never read.
     """
     state = dict(model.state_dict() if state_dict is None else state_dict)
     for name, weight in state.items():

@@ -124,15 +124,14 @@ def write_weights(
     """
     standing = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     shards = _split(state, _parse_size(max_shard_size))
-    files, main = _files(
-        shards, *(("model", ".safetensors") if safe_serialization else ("pytorch_model", ".bin")), standing
-    )
+    stem, suffix = ("model", ".safetensors") if safe_serialization else ("pytorch_model", ".bin")
+    files, main = _files(shards, stem, suffix, standing)
     if "config.json" not in standing or (directory / "config.json").read_bytes() != config.encode():
         files["config.json"] = config
     old = [name for name in WEIGHTS if name in standing]
     hidden = bool(old) and WEIGHTS.index(old[0]) < WEIGHTS.index(main)
-    last = {"config.json": 1 + hidden, main: 2 - hidden}
-    ordered = {name: files[name] for name in sorted(files, key=lambda name: last.get(name, 0))}
+    late = {main: 1, "config.json": 2} if hidden else {"config.json": 1, main: 2}
+    ordered = {name: files[name] for name in sorted(files, key=lambda name: late.get(name, 0))}
     stale = [*reversed(old), *(name for name in sorted(standing) if SHARD.fullmatch(name))]
     write_atomically(directory, ordered, [name for name in stale if name not in files])
 

@@ -78,25 +78,25 @@ def cut(first: int, second: int | None, strategy: str, budget: int) -> tuple[int
     return (left, second or 0) if strategy == "only_first" else (first, left)
 
 
-def windows(count: int, size: int, stride: int, side: str) -> list[Span]:
-    """The part of `count` tokens that is kept, at most `size` of them, then those that overflow.
+def kept_part(count: int, size: int, side: str) -> Span:
+    """Where the `size` tokens are that stay of `count`: the first ones, with side "left" the last ones."""
+    return (0, min(size, count)) if side == "right" else (max(count - size, 0), count)
 
-    Each window shares `stride` tokens with the one before; with side "left" the last tokens are kept.
-    """
+
+def windows(count: int, size: int, stride: int, side: str) -> list[Span]:
+    """`kept_part`, then the parts that overflow: at most `size` tokens each, `stride` of them from the one before."""
     if count <= size:
         return [(0, count)]
-    if size == 0:
-        return [(0, 0), (0, count)]
     if stride >= size:
         raise ValueError(
-            f"stride is {stride}; it must be smaller than the {size} tokens that a window holds of the text"
+            f"stride is {stride}, but a window has room for {size} tokens of the text, which must be more; "
+            "use a smaller stride or a larger max_length"
         )
-    starts = range(0, count - stride, size - stride)
-    spans = [(start, min(start + size, count)) for start in starts]
-    return spans if side == "right" else [(count - end, count - start) for start, end in spans]
+    spans = [(start, min(start + size, count)) for start in range(0, count - stride, size - stride)]
+    return spans if side == "right" else [(count - stop, count - start) for start, stop in spans]
 
 
-def combine(first: list[Span], second: list[Span | None]) -> Iterator[tuple[Span, Span | None]]:
+def combine(first: Sequence[Span], second: Sequence[Span | None]) -> Iterator[tuple[Span, Span | None]]:
     """The windows of a pair of texts: what is kept of both, then the first's others with each of the second's, …"""
     yield first[0], second[0]
     for window in first[1:]:

@@ -120,6 +120,7 @@ class SentencePieceModel:
 
     def piece_to_id(self, piece: str) -> int | None:
         """The id of a piece of the vocabulary, None if it has no such piece."""
+        _refuse_surrogates(piece)
         index = self._processor.piece_to_id(piece)
         return index if self._processor.id_to_piece(index) == piece else None
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from .files import read_json, resolve, write_atomically
-from .layout import Layout, Span, Values, combine, cut, pad_row, padded_length, special_count, windows
+from .layout import Layout, Span, Values, combine, cut, kept_part, pad_row, padded_length, special_count, windows
 from .sentencepiece_model import SPACE, SentencePieceModel, vocabulary_size
 from .vocabulary import SPECIAL_TOKENS, AddedToken, AddedVocabulary, Vocabulary, describe, integer, plain
 
@@ -193,7 +193,7 @@ class XLMRobertaTokenizer(Vocabulary):
         old = (
             prefix + name for name in ("added_tokens.json", "special_tokens_map.json")
         )  # what they said is in CONFIG_FILE
-        stale = {name: None for name in old if Path(save_directory, name).is_file()}
+        stale: dict[str, Any] = {name: None for name in old if Path(save_directory, name).is_file()}
         write_atomically(save_directory, {**files, **stale})
         return tuple(os.path.join(save_directory, name) for name in files)
 
@@ -382,13 +382,15 @@ class XLMRobertaTokenizer(Vocabulary):
         spans: list[tuple[int, Span, Span | None]] = []
         for sample, row in enumerate(first):
             count, other = len(row), None if second is None else len(second[sample])
-            kept, other_kept = (count, other) if budget is None else cut(count, other, truncation, budget)
-            parts = windows(count, kept, stride, self.truncation_side)
-            others: list[Span | None] = [None]
-            if other is not None:
-                others = [*windows(other, other_kept or 0, stride, self.truncation_side)]
-            both = combine(parts, others) if overflow else [(parts[0], others[0])]
-            spans += [(sample, *pair) for pair in both]
+            kept, other_kept = (count, other or 0) if budget is None else cut(count, other, truncation, budget)
+            if overflow:
+                parts = windows(count, kept, stride, self.truncation_side)
+                others = [None] if other is None else windows(other, other_kept, stride, self.truncation_side)
+                spans += [(sample, *both) for both in combine(parts, others)]
+            else:
+                part = kept_part(count, kept, self.truncation_side)
+                other_part = None if other is None else kept_part(other, other_kept, self.truncation_side)
+                spans.append((sample, part, other_part))
         lengths = [around + stop - start + (pair[1] - pair[0] if pair else 0) for _, (start, stop), pair in spans]
         if verbose and max_length is None and budget is None:
             self._warn_if_too_long(max(lengths, default=0))
@@ -438,7 +440,7 @@ class XLMRobertaTokenizer(Vocabulary):
         """The rows of a call again, with the text, the characters and the word behind each id."""
         first, second = source.texts
         aligned: list[Any] = [self._align_text(text, source) for text in first]
-        aligned_pairs: Any = second and [self._align_text(text, source) for text in second]
+        aligned_pairs: Any = None if second is None else [self._align_text(text, source) for text in second]
 
         def rows(field: int, begin: Any, end: Any, fill: Any) -> list[list]:
             values = [text[field] for text in aligned], aligned_pairs and [text[field] for text in aligned_pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -73,8 +74,16 @@ class AddedVocabulary:
     def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
         self.tokens = dict(sorted(tokens.items()))
         self.ids = {token.content: index for index, token in self.tokens.items()}
-        self._every = _Matcher(self.ids)
-        self._ordinary = _Matcher(token.content for token in self.tokens.values() if not token.special)
+        self.special_ids = frozenset(index for index, token in self.tokens.items() if token.special)
+        self.end = max(self.tokens, default=-1) + 1
+
+    @functools.cached_property
+    def _every(self) -> _Matcher:
+        return _Matcher(self.ids)
+
+    @functools.cached_property
+    def _ordinary(self) -> _Matcher:
+        return _Matcher(token.content for token in self.tokens.values() if not token.special)
 
     def with_tokens(self, new: Mapping[int, AddedToken]) -> AddedVocabulary:
         """This vocabulary with some tokens put in, or put in the place of those with the same id."""
@@ -193,12 +202,12 @@ class Vocabulary:
         self._place(added_tokens_decoder)
         self._special_tokens = dict(SPECIAL_TOKENS)
         self._additional: list[str] = []
-        given = {name: value for name, value in special_tokens.items() if value is not None}
-        self.add_special_tokens({**given, "additional_special_tokens": list(additional_special_tokens)})
+        named = {**SPECIAL_TOKENS, **{name: value for name, value in special_tokens.items() if value is not None}}
+        self.add_special_tokens({**named, "additional_special_tokens": list(additional_special_tokens)})
 
     def __len__(self) -> int:
         """The number of ids, added tokens included."""
-        return max(len(self._model), *(index + 1 for index in self._added.tokens))
+        return max(len(self._model), self._added.end)
 
     @property
     def vocab_size(self) -> int:
@@ -231,13 +240,11 @@ class Vocabulary:
         placed: dict[int, AddedToken] = {}
         fresh: dict[str, int] = {}
         for value in tokens:
-            token = AddedToken.of(value, special=special_tokens)
-            index = self._index(token.content)
+            content = AddedToken.of(value).content
+            index = self._index(content)
             if index is None:
-                index = fresh.setdefault(token.content, size + len(fresh))
-            elif isinstance(value, str) and index in self._added.tokens:
-                token = self._added.tokens[index]  # keeps how it was to be matched
-            placed[index] = replace(token, special=True) if special_tokens else token
+                index = fresh.setdefault(content, size + len(fresh))
+            placed[index] = self._read_token(value, index, special_tokens)
         if placed:
             self._added = self._added.with_tokens(placed)
         return len(fresh)
@@ -301,16 +308,25 @@ class Vocabulary:
 
     def _place(self, decoder: Mapping[Any, Any]) -> None:
         """Put in the added tokens of a checkpoint, at the ids that it gives them."""
-        tokens = {_file_id(index): AddedToken.of(value) for index, value in decoder.items()}
+        values = {_file_id(index): value for index, value in decoder.items()}
+        placed: dict[int, AddedToken] = {}
         size, taken = len(self), set[str]()
-        for index, token in sorted(tokens.items()):
-            known = self._index(token.content)
-            if token.content in taken or index != (size if known is None else known):
+        for index, value in sorted(values.items(), key=operator.itemgetter(0)):
+            content = AddedToken.of(value).content
+            known = self._index(content)
+            if content in taken or index != (size if known is None else known):
                 right = f"its id is {known}" if known is not None else f"the next free id is {size}"
-                raise ValueError(f"the checkpoint gives its added token {token.content!r} id {index}, but {right}")
+                raise ValueError(f"the checkpoint gives its added token {content!r} id {index}, but {right}")
+            placed[index] = self._read_token(value, index)
             size = max(size, index + 1)
-            taken.add(token.content)
-        self._added = self._added.with_tokens(tokens)
+            taken.add(content)
+        self._added = self._added.with_tokens(placed)
+
+    def _read_token(self, value: Any, index: int, special: bool = False) -> AddedToken:
+        """The token that `value` describes; a bare str says nothing new about a token that is there already."""
+        known = self._added.tokens.get(index) if isinstance(value, str) else None
+        token = known or AddedToken.of(value, special)
+        return replace(token, special=True) if special else token
 
     # Ids and tokens
 
@@ -327,8 +343,7 @@ class Vocabulary:
         if isinstance(ids, int):
             return self._token(ids)
         if skip_special_tokens:
-            special = self._special_ids()
-            ids = [index for index in ids if index not in special]
+            ids = [index for index in ids if index not in self._added.special_ids]
         if ids and min(ids) >= 0 and max(ids) < len(self._model):  # the usual case, in one call
             return self._model.ids_to_pieces(ids)
         return [self._token(index) for index in ids]
@@ -359,7 +374,7 @@ class Vocabulary:
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> list[str]:
         """`decode` of each row of ids."""
-        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in plain(sequences)]
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
@@ -367,9 +382,6 @@ class Vocabulary:
         for spaced, joined in _CLEAN_UP.items():
             text = text.replace(spaced, joined)
         return text
-
-    def _special_ids(self) -> set[int]:
-        return {index for index, token in self._added.tokens.items() if token.special}
 
 
 def _file_id(value: Any) -> int:

@@ -173,7 +173,11 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(facts)
     else:
-        _print_table((name, ", ".join(value) if isinstance(value, list) else value) for name, value in facts.items())
+        _print_table((name, _shown(value)) for name, value in facts.items())
+
+
+def _shown(fact: Any) -> str:
+    return ", ".join(fact) or "none" if isinstance(fact, list) else "not installed" if fact is None else str(fact)
 
 
 def _installed(package: str) -> str | None:

@@ -140,6 +140,8 @@ def test_demo_shows_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> No
         (["embed"], b"", "xlmr embed: there is no text: give texts as arguments, or one a line on standard input"),
         (["embed"], b"caf\xe9\n", "xlmr embed: standard input is not UTF-8 text: "),
         (["embed", "a", "--max-length", 1000], b"", "xlmr embed: max_length is 1000: allowed are 2 to 48"),
+        (["embed", "a", "--output", "/"], b"", "xlmr embed: --output / is a directory"),
+        (["embed", "a \udcff"], b"", "xlmr embed: "),
         (["embed", "a", "--dtype", "int4"], b"", "xlmr embed: dtype is 'int4'"),
         (["embed", "a", "--backend", "triton"], b"", "xlmr embed: backend 'triton' cannot run"),
         (["info", "--device", "gpu"], b"", "xlmr info: device is 'gpu': allowed are cpu, cuda"),

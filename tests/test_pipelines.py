@@ -83,6 +83,7 @@ def test_fill_mask_gives_what_the_reference_gives(fill: Any, reference: Any, inp
         ("The capital of France is Paris.", {}),
         (TEXTS, {}),
         ("", {"return_tensors": True}),
+        (["", "is"], {"return_tensors": True}),
         (TEXTS, {"return_tensors": True, "batch_size": 1}),
         ([LONG], {"truncation": True}),
         (LONG, {"tokenize_kwargs": {"truncation": True, "max_length": 7}}),

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"xlmr {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +121,8 @@ def _print_answers(answer: list[Any]) -> None:
 
 
 def _embed(args: argparse.Namespace) -> None:
+    if args.output and args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a directory: give the name of a file")
     texts = _texts(args)
     found = _vectors(_pipeline("feature-extraction", args), texts, args)
     if args.output:

@@ -28,9 +28,9 @@ class Packed(NamedTuple):
 
 
 def pack(sequences: Sequence[Sequence[int]], device: torch.device) -> Packed:
-    """Sequences of token ids one after the other, none of them empty."""
+    """Sequences of token ids, at least one, laid one after the other."""
     lengths = [len(ids) for ids in sequences]
-    input_ids = torch.tensor([token for ids in sequences for token in ids])
+    input_ids = torch.tensor([token for ids in sequences for token in ids], dtype=torch.long)
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Packed(input_ids.to(device, non_blocking=True), cu_seqlens.to(device, non_blocking=True), max(lengths))
 

@@ -9,6 +9,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple
 
@@ -160,10 +161,10 @@ class FillMaskPipeline(Pipeline):
     ) -> tuple[Iterator[list[float]], Iterator[list[int]]]:
         """The k best scores and tokens of every mask, in the order of the masks of the sequences (ids, masks)."""
         packed = pack([ids for ids, _ in sequences], self.device)
-        starts = packed.cu_seqlens.tolist()
+        starts = accumulate((len(ids) for ids, _ in sequences), initial=0)
         rows = [start + mask for start, (_, masks) in zip(starts, sequences, strict=False) for mask in masks]
-        device = self.device
-        scores, tokens = self.model.topk_packed(*packed, rows=torch.tensor(rows, device=device), k=k, targets=words)
+        where = torch.tensor(rows, device=self.device)
+        scores, tokens = self.model.topk_packed(*packed, rows=where, k=k, targets=words)
         return iter(scores.exp().tolist()), iter(tokens.tolist())
 
     def _row(

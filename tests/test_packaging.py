@@ -116,4 +116,4 @@ def test_the_ci_runs_the_commands_of_the_readme() -> None:
     readme, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
     promised = [line for line in readme.splitlines() if line.startswith("pip install -c constraints.txt ")]
     assert len(promised) == 2
-    assert set(promised) <= set(ci.splitlines())
+    assert {f"({line})" for line in promised} <= set(ci.splitlines())

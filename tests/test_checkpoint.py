@@ -72,6 +72,7 @@ def load_both(name: str, directory: Path, **options: Any) -> tuple[Any, Any, dic
     ]
     assert tied[0] == tied[1]
     assert (ours.config.dtype, ours.training) == (theirs.config.dtype, False)
+    assert all(parameter.requires_grad for parameter in ours.parameters())
     return ours, theirs, info
 
 
@@ -228,6 +229,7 @@ def test_a_configuration_of_ones_own(saved: Path) -> None:
     for config in (theirs, ours):
         model = XLMRobertaModel.from_pretrained(directory, config=config, dtype="bfloat16", use_cache=False)
         assert (model.config.hidden_dropout_prob, model.config.use_cache) == (0.5, False)
+        assert model.name_or_path == str(directory)
     assert ours == before
     assert XLMRobertaModel.from_pretrained(directory, config=saved / "XLMRobertaForMaskedLM").config.num_labels == 3
     with pytest.raises(TypeError, match="config is a int; give a XLMRobertaConfig"):

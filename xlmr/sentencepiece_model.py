@@ -128,15 +128,15 @@ class SentencePieceModel:
         """The vocabulary: the piece of id i at i."""
         return self.ids_to_pieces(list(range(len(self))))
 
-    def to_tokenizer_json(self, added_tokens: list[dict[str, Any]], cls: str, sep: str) -> dict[str, Any]:
+    def to_tokenizer_json(self, added_tokens: list[dict[str, Any]], bos: str, eos: str) -> dict[str, Any]:
         """The content of the `tokenizer.json` that makes the tokenizers library work as nearly alike as it can.
 
-        `added_tokens` are the file's entries of that name; `cls` and `sep` the contents of two of them.
+        `added_tokens` are the file's entries of that name; `bos` and `eos` the contents of two of them.
         """
         scores = self._processor.get_score(list(range(len(self))))
         metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
         token_ids = {token["content"]: token["id"] for token in added_tokens}
-        first, last = ({"SpecialToken": {"id": content, "type_id": 0}} for content in (cls, sep))
+        first, last = ({"SpecialToken": {"id": content, "type_id": 0}} for content in (bos, eos))
         text, pair = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         return {
             "version": "1.0",
@@ -151,7 +151,7 @@ class SentencePieceModel:
                 "type": "TemplateProcessing",
                 "single": [first, text, last],
                 "pair": [first, text, last, last, pair, last],
-                "special_tokens": {t: {"id": t, "ids": [token_ids[t]], "tokens": [t]} for t in (cls, sep)},
+                "special_tokens": {t: {"id": t, "ids": [token_ids[t]], "tokens": [t]} for t in (bos, eos)},
             },
             "decoder": metaspace,
             "model": {

@@ -31,6 +31,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 MAX_TOKENIZER_BYTES = 128 * 2**20  # tokenizer.json of the real vocabulary takes 17 MB
 NO_LIMIT = int(1e30)  # model_max_length when nothing is known, as in transformers
+LARGEST_LIMIT = int(1e20)  # what lies above means that nothing is known, too
 
 _SETTINGS = (  # what tokenizer_config.json may hold for the constructor, besides the special tokens
     "added_tokens_decoder",
@@ -183,7 +184,7 @@ class XLMRobertaTokenizer(Vocabulary):
             "truncation_side": self.truncation_side,
         }
         added = [{"id": index, **asdict(token)} for index, token in self._added.tokens.items()]
-        tokenizer_json = self._model.to_tokenizer_json(added, self.cls_token, self.sep_token)
+        tokenizer_json = self._model.to_tokenizer_json(added, self.bos_token, self.eos_token)
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         files: dict[str, Any] = {
             prefix + VOCAB_FILE: self._model.proto,
@@ -399,7 +400,7 @@ class XLMRobertaTokenizer(Vocabulary):
     def _limit(self, max_length: int | None, used: bool) -> int | None:
         if max_length is not None:
             return integer("max_length", max_length)
-        if self.model_max_length < NO_LIMIT:
+        if self.model_max_length <= LARGEST_LIMIT:
             return self.model_max_length
         if used:
             self._warn_once("neither max_length nor the tokenizer's model_max_length gives a limit: nothing is cut")
@@ -427,7 +428,7 @@ class XLMRobertaTokenizer(Vocabulary):
         special_tokens_mask: bool,
     ) -> dict[str, list]:
         """The rows of each key that is wanted; None stands for what `model_input_names` says."""
-        data = {"input_ids": layout.rows(ids, self.cls_token_id, self.sep_token_id, self.pad_token_id)}
+        data = {"input_ids": layout.rows(ids, self.bos_token_id, self.eos_token_id, self.pad_token_id)}
         if "token_type_ids" in self.model_input_names if type_ids is None else type_ids:
             data["token_type_ids"] = layout.rows(_like(ids, 0), 0, 0, self.pad_token_type_id)
         if "attention_mask" in self.model_input_names if attention_mask is None else attention_mask:
@@ -449,7 +450,7 @@ class XLMRobertaTokenizer(Vocabulary):
         sequences = _like(ids, 0)[0], _like(ids, 1)[1]
         columns = {
             **self._columns(layout, ids, type_ids=True, attention_mask=True, special_tokens_mask=True),
-            "tokens": rows(0, self.cls_token, self.sep_token, self.pad_token),
+            "tokens": rows(0, self.bos_token, self.eos_token, self.pad_token),
             "offsets": rows(1, (0, 0), (0, 0), (0, 0)),
             "word_ids": rows(2, None, None, None),
             "sequence_ids": layout.rows(sequences, None, None, None),
@@ -700,7 +701,7 @@ def _declared_length(declared: Any, config: Mapping[str, Any]) -> int | None:
     """The longest row: the lesser of what tokenizer_config.json declares and what config.json has positions for."""
     if declared is not None and (isinstance(declared, bool) or not isinstance(declared, (int, float)) or declared < 1):
         raise ValueError(f"tokenizer_config.json gives {declared!r} as model_max_length; a positive integer is needed")
-    limits = [] if declared is None or declared >= NO_LIMIT else [int(declared)]
+    limits = [] if declared is None or declared > LARGEST_LIMIT else [int(declared)]
     positions, pad = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
     if str(config.get("model_type")).startswith("xlm-roberta") and isinstance(positions, int) and isinstance(pad, int):
         limits.append(max(positions - pad - 1, 1))

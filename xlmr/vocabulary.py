@@ -135,8 +135,9 @@ class _Matcher:
             if start < end:
                 continue
             for length in self._lengths[text[start]]:
-                if text[start : start + length] in self._words:
-                    end = start + length
+                word = text[start : start + length]
+                if word in self._words:
+                    end = start + len(word)  # the slice is shorter at the end of the text
                     yield start, end
                     break
 

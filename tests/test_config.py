@@ -157,6 +157,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert read(path, id2label={0: "x"}).label2id == {"x": 0}
     assert read(path, torch_dtype="bfloat16").dtype == read(path, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert read(path, output_past=False).output_past is False
+    assert XLMRobertaConfig.from_dict({"max_length": 20}).max_length == 510  # a setting of text generation is dropped
     with pytest.raises(TypeError, match="'num_layers' is no field of XLMRobertaConfig; is 'num_labels' meant"):
         read(path, num_layers=3)
     values = {"nested": {"a": []}}
@@ -186,12 +187,14 @@ def test_overrides(tmp_path: Path) -> None:
         ({"num_labels": -1}, "num_labels is -1"),
         ({"num_labels": 10**12}, "num_labels is 1000000000000"),
         ({"id2label": ["a"]}, "id2label is"),
+        ({"id2label": {"0": "a"}, "label2id": "a"}, "label2id is 'a'"),
         ({"id2label": {"one": "a"}}, "id2label has 'one': 'a'"),
         ({"id2label": {"0": ["a"]}}, "id2label has '0'"),
         ({"problem_type": "multi"}, "problem_type is 'multi'"),
         ({"num_labels": 1, "problem_type": "single_label_classification"}, "needs num_labels > 1"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'; allowed: 'absolute'"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads is"),
+        ({"use_return_dict": True}, "'use_return_dict' cannot be a configuration key"),
         ({"to_dict": 1}, "'to_dict' cannot be a configuration key"),
         ({"__class__": 1}, "'__class__' cannot be a configuration key"),
         ({"model_type": "roberta"}, "model_type is 'roberta'.*byte-level BPE"),

@@ -135,10 +135,10 @@ def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore
     places: set[int] = set()
     for name in list(found):
         values = found.pop(name).to(device, model.config.dtype).contiguous()
-        _set(
-            model, name, values.clone() if values.data_ptr() in places else values
-        )  # pickles may hold one storage twice
+        if values.data_ptr() in places:  # a pickle may hold one storage twice
+            values = values.clone()
         places.add(values.data_ptr())
+        _set(model, name, values)
     for tied, source in ties.items():
         _set(model, tied, model.get_parameter(source))
     return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": []}

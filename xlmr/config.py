@@ -110,7 +110,6 @@ class XLMRobertaConfig:
         values = _own_copy(values)
         _check_model_type(values.pop("model_type", self.model_type))
         torch_dtype, num_labels = values.pop("torch_dtype", None), values.pop("num_labels", None)
-        values.pop("max_length", None)  # a setting of text generation in files of 4.x, which transformers 5 drops too
         if "name_or_path" in values:
             values["_name_or_path"] = values.pop("name_or_path")
         for field in fields(self):
@@ -171,8 +170,9 @@ class XLMRobertaConfig:
             )
         if path is None:
             raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, subfolder)}")
+        values = read_json(path)
         try:
-            return cls.from_dict({"name_or_path": os.fspath(name_or_dir), **read_json(path)}, **overrides)
+            return cls.from_dict({**values, "name_or_path": os.fspath(name_or_dir)}, **overrides)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -184,6 +184,7 @@ class XLMRobertaConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> XLMRobertaConfig:
         """Build from a dictionary of fields, then `overrides`; TypeError for one that is neither a field nor in it."""
+        values = {name: value for name, value in values.items() if name != "max_length"}  # of text generation, in 4.x
         known = {field.name for field in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
         for name in overrides:
             if name not in known:
@@ -243,6 +244,8 @@ class XLMRobertaConfig:
             self.num_labels = 2 if num_labels is None else num_labels
             return
         self.id2label = _integer_keys(self.id2label)
+        if not isinstance(self.label2id, (dict, type(None))):
+            raise ValueError(f"label2id is {reprlib.repr(self.label2id)}; it must map names to numbers")
         inverse = {label: i for i, label in self.id2label.items()}
         if self.label2id is None:
             self.label2id = inverse
@@ -250,9 +253,8 @@ class XLMRobertaConfig:
             logger.warning("num_labels=%s replaces an id2label of %d labels", num_labels, len(self.id2label))
             self.num_labels = num_labels
         elif self.label2id != inverse or sorted(self.id2label) != list(range(len(self.id2label))):
-            logger.warning(
-                "id2label %s and label2id %s are no numbering from 0 and its inverse", self.id2label, self.label2id
-            )
+            labels = reprlib.repr(self.id2label), reprlib.repr(self.label2id)
+            logger.warning("id2label %s and label2id %s are not a numbering from 0 and its inverse", *labels)
 
     def validate(self) -> None:
         """Raise ValueError naming the first wrong field; run at construction and before saving."""

@@ -1,6 +1,9 @@
-"""Device facts that every kernel shares: where Triton can run, and why not where it cannot."""
+"""What every kernel shares: where Triton can run, the choice among measured configurations, and the refusals."""
 
+import functools
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -45,3 +48,87 @@ def _gpu_problem(device: torch.device) -> str | None:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to launch a kernel: its tile sizes by constexpr name, warps a program and pipeline stages."""
+
+    tiles: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """Keywords of a launch: kernel[grid](…, **config.meta)."""
+        return {**dict(self.tiles), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def config(num_warps: int, num_stages: int, **tiles: int) -> Config:
+    return Config(tuple(tiles.items()), num_warps, num_stages)
+
+
+# A kernel's table: target → bucket of the shape → Config. "portable" serves every target that has no table of its own.
+Table = Mapping[str, Mapping[object, Config]]
+
+
+def pick(table: Table, device: torch.device, bucket: object) -> Config:
+    """The configuration of `bucket` in the table of the target that `device` is."""
+    return table.get(target(device), table["portable"])[bucket]
+
+
+@functools.lru_cache
+def target(device: torch.device) -> str:
+    """ "sm_80", "sm_90", "sm_100" or "gfx942" where tables may be keyed so; "portable" elsewhere and in the interpreter."""
+    if device.type != "cuda":
+        return "portable"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, _ = torch.cuda.get_device_capability(device)
+    return f"sm_{major}0"
+
+
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of the device; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(operation: str, **tensors: torch.Tensor | None) -> None:
+    """Refuses what no kernel takes: a device that cannot run them, a foreign dtype, tensors that do not belong together.
+
+    Optional tensors may be None. Gradients are refused too: these kernels have no backward.
+    """
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, *_ = given.values()
+    why = unsupported(first.device)
+    if why is not None:
+        raise RuntimeError(f"{operation}: {why}; use backend='eager'")
+    for name, tensor in given.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{operation}: {name} is on {tensor.device}, the first argument on {first.device}")
+        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{operation}: {name} is {tensor.dtype}, the first argument {first.dtype}; allowed is one of "
+                f"{', '.join(map(str, DTYPES))} for all"
+            )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
+        raise RuntimeError(
+            f"{operation}: the Triton kernels have no backward yet; call under torch.no_grad(), or use backend='eager'"
+        )
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError(message) unless `condition`: for shapes and values."""
+    if not condition:
+        raise ValueError(message)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: three TF32 products for fp32, one only where the user allows it; "ieee" otherwise."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

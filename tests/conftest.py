@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the reference's tokenizer
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ import transformers
 from hypothesis import settings
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the CPU
 
 settings.register_profile("xlmr", derandomize=True, deadline=None, database=None)
 settings.load_profile("xlmr")
@@ -60,3 +64,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     transformers.XLMRobertaForMaskedLM(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels are tested: a GPU where there is one, else the CPU under Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN: a kernel that leaves an element unwritten, or reads one, is found out."""
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def poison(*args: Any, allocate: Any = allocate, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poison)

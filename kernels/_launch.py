@@ -79,7 +79,7 @@ def pick(table: Table, device: torch.device, bucket: object) -> Config:
 
 @functools.lru_cache
 def target(device: torch.device) -> str:
-    """ "sm_80", "sm_90", "sm_100" or "gfx942" where tables may be keyed so; "portable" elsewhere and in the interpreter."""
+    """The key of `device` in a Table: "sm_80", "sm_90", …, "gfx942", …; "portable" in the interpreter."""
     if device.type != "cuda":
         return "portable"
     if torch.version.hip:
@@ -98,7 +98,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(operation: str, **tensors: torch.Tensor | None) -> None:
-    """Refuses what no kernel takes: a device that cannot run them, a foreign dtype, tensors that do not belong together.
+    """Refuses what no kernel takes: a device that cannot run them, a foreign dtype, tensors that do not fit together.
 
     Optional tensors may be None. Gradients are refused too: these kernels have no backward.
     """

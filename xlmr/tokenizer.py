@@ -33,9 +33,7 @@ MAX_TOKENIZER_BYTES = 128 * 2**20  # tokenizer.json of the real vocabulary takes
 NO_LIMIT = int(1e30)  # model_max_length when nothing is known, as in transformers
 LARGEST_LIMIT = int(1e20)  # what lies above means that nothing is known, too
 
-_SETTINGS: dict[
-    str, Any
-] = {  # what tokenizer_config.json may hold for the constructor, besides the special tokens, and its type
+_SETTINGS: dict[str, Any] = {  # what tokenizer_config.json may hold for the constructor, and the type of it
     "added_tokens_decoder": dict,
     "additional_special_tokens": list,
     "clean_up_tokenization_spaces": bool,

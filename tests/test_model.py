@@ -205,6 +205,13 @@ def test_chunked_feed_forward() -> None:
     with torch.no_grad():
         tokens = ids()
         same(ours(tokens, RIGHT)[0], reference(tokens, RIGHT)[0], RIGHT)
+        expected = ours(tokens, RIGHT)[0]
+        ours.config.chunk_size_feed_forward = 0
+        for layer in ours.encoder.layer:
+            layer.chunk_size_feed_forward = 0
+        ours.ops = replace(EAGER, rows_at_once=lambda x: 7)
+        torch.testing.assert_close(ours(tokens, RIGHT)[0], expected, atol=1e-6, rtol=1e-5)
+    _, ours = build("Model", chunk_size_feed_forward=4)
     with pytest.raises(ValueError, match="11 tokens: chunk_size_feed_forward 4 must divide it"):
         ours(tokens[:, :11])
 

@@ -211,7 +211,8 @@ def test_decode_is_transformers(ours: Any, theirs: Any, data: Any, skip: bool, c
     assert ours.decode(rows[0], **how) == theirs.decode(rows[0], **how)
     tokens = theirs.convert_ids_to_tokens(rows[0], skip_special_tokens=skip)
     assert ours.convert_ids_to_tokens(torch.tensor(rows[0]), skip_special_tokens=skip) == tokens
-    assert ours.convert_tokens_to_string(tokens) == theirs.convert_tokens_to_string(tokens)
+    for joined in (tokens, ["▁▁a▁", *tokens]):
+        assert ours.convert_tokens_to_string(joined) == theirs.convert_tokens_to_string(joined)
     assert ours.convert_tokens_to_ids([*tokens, "no such token"]) == theirs.convert_tokens_to_ids(
         [*tokens, "no such token"]
     )
@@ -348,6 +349,12 @@ def test_added_tokens_are_matched_as_in_transformers(model_file: Path, parts: li
         assert tokenizer.decode(batch.input_ids, skip) == theirs.decode(batch.input_ids, skip)
 
 
+def test_added_tokens_may_want_the_same_space(tokenizer: Any) -> None:
+    tokenizer.add_tokens([AddedToken("x", rstrip=True), " y"])
+    batch = tokenizer("x y", return_offsets_mapping=True)
+    assert (batch.tokens()[1:-1], batch["offset_mapping"][1:-1]) == (["x", " y"], [(0, 2), (2, 3)])
+
+
 def test_adding_tokens(tokenizer: Any) -> None:
     size = len(tokenizer)
     assert tokenizer.add_tokens(["one", "two", "one", "▁la"]) == 3 - (tokenizer.get_vocab().get("▁la") is not None)
@@ -431,6 +438,12 @@ WRONG_CALLS: list[tuple[tuple, dict[str, Any], type[Exception], str]] = [
     (("a",), {"max_length": -1, "truncation": True}, ValueError, "max_length is -1; it must be at least 0"),
     (("a",), {"max_length": 1, "truncation": True}, ValueError, "max_length is 1; the special tokens alone take 2"),
     (("a", "b"), {"max_length": 3, "truncation": True}, ValueError, "the special tokens alone take 4"),
+    (
+        (["a"], ["a b c"]),
+        {"max_length": 7, "truncation": "only_first"},
+        ValueError,
+        "cannot remove 3 tokens: .* 2 and 4",
+    ),
     (("a b c",), {"max_length": 4, "truncation": "only_second"}, ValueError, "truncation='only_second' cannot remove"),
     (
         ("a b c",),

@@ -3,6 +3,7 @@
 import functools
 import io
 import re
+from typing import Any
 
 import sentencepiece
 import transformers
@@ -59,7 +60,7 @@ def judge() -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=proto())
 
 
-def reference() -> transformers.XLMRobertaTokenizer:
+def reference(**settings: Any) -> transformers.XLMRobertaTokenizer:
     """transformers' tokenizer; made anew, since tests change it."""
     data, sp = proto(), judge()
     start = data.index(b"\x08nmt_nfkc\x12") + 10  # the charsmap stands behind a length in three bytes
@@ -72,6 +73,7 @@ def reference() -> transformers.XLMRobertaTokenizer:
         ],
         _spm_precompiled_charsmap=data[start + 3 : start + 3 + size],
         mask_token=transformers.AddedToken("<mask>", lstrip=True, special=True),
+        **settings,
     )
 
 

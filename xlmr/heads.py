@@ -113,6 +113,14 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.decoder = new_embeddings
 
+    def _resize_output(self, size: int) -> None:
+        old = self.lm_head.decoder
+        if isinstance(old, nn.Linear):
+            new = nn.Linear(old.in_features, size, device=old.weight.device, dtype=old.weight.dtype)
+            self.lm_head.decoder, bias = self._like(new, old), self.lm_head.bias.detach()
+            bias = F.pad(bias, (0, size - len(bias)))  # a negative padding cuts
+            self.lm_head.bias = nn.Parameter(bias, requires_grad=self.lm_head.bias.requires_grad)
+
     def logits(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, N] → [B, S, V]."""
         return self.lm_head.padded(x, layout) if plain(self.lm_head) else self.lm_head(layout.pad(x))

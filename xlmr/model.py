@@ -200,11 +200,12 @@ class XLMRobertaLayer(SequenceBlock):
         x = run(self.attention, x, state)
         if state.cross is not None:
             x = run(self.crossattention, x, state)
-        if not self.chunk_size_feed_forward:
+        if not (plain(self.intermediate) and plain(self.output)):
             return self.feed_forward(x, state.layout)
-        size = self.chunk_size_feed_forward * state.layout.batch  # the reference cuts the sequence, we cut the rows
-        whole = replace(state.layout, seqlen=self.chunk_size_feed_forward, indices=None)
-        return torch.cat([self.feed_forward(chunk, whole) for chunk in x.split(size)])
+        # The reference cuts the sequence into chunks; rows do as well, since each is treated alone.
+        size = self.chunk_size_feed_forward * state.layout.batch or self.ops.rows_at_once(x)
+        chunks = [self.feed_forward(chunk, state.layout) for chunk in x.split(size)]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def feed_forward(self, x: Tensor, layout: Layout) -> Tensor:
         return run_rows(self.output, layout, run_rows(self.intermediate, layout, x), x)

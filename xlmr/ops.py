@@ -30,6 +30,7 @@ class Ops:
     gelu_layer_norm: Callable[..., torch.Tensor]
     vocab_cross_entropy: Callable[..., torch.Tensor]
     vocab_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rows_at_once: Callable[[torch.Tensor], int]
 
 
 EAGER = Ops(
@@ -42,6 +43,7 @@ EAGER = Ops(
     gelu_layer_norm=eager.gelu_layer_norm,
     vocab_cross_entropy=eager.vocab_cross_entropy,
     vocab_topk=eager.vocab_topk,
+    rows_at_once=eager.rows_at_once,
 )
 
 

@@ -188,25 +188,17 @@ class XLMRobertaPreTrainedModel(Block):
         if size == old.num_embeddings:
             return old
         new = nn.Embedding(size, old.embedding_dim, padding_idx, device=old.weight.device, dtype=old.weight.dtype)
-        self.set_input_embeddings(self._grown(new, old))
+        self.set_input_embeddings(self._like(new, old))
         self._resize_output(size)
         self.config.vocab_size = size
         self.tie_weights()
         return new
 
     def _resize_output(self, size: int) -> None:
-        decoder = self.get_output_embeddings()
-        if isinstance(decoder, nn.Linear):
-            new = nn.Linear(decoder.in_features, size, device=decoder.weight.device, dtype=decoder.weight.dtype)
-            self.set_output_embeddings(self._grown(new, decoder))
-            head: Any = self.lm_head
-            kept, bias = min(size, len(head.bias)), head.bias
-            head.bias = nn.Parameter(bias.new_zeros(size), requires_grad=bias.requires_grad)
-            with torch.no_grad():
-                head.bias[:kept] = bias[:kept]
+        """Gives the decoder `size` words, where a head has one."""
 
     @torch.no_grad()
-    def _grown(self, new: nn.Module, old: nn.Module) -> nn.Module:
+    def _like(self, new: nn.Module, old: nn.Module) -> nn.Module:
         """`new`, initialised, with the rows that `old` has; trainable as `old` is."""
         self._init_weights(new)
         for name, parameter in old.named_parameters():

@@ -287,6 +287,8 @@ def _checked_vocabulary(vocabulary: Any) -> list[tuple[str, float]]:
                 checked.append((piece, float(score)))
             case _:
                 raise ValueError(f"its model.vocab[{index}] is {entry!s:.80}, not [piece, score]")
+    if len(dict(checked)) < len(checked):
+        raise ValueError("its model.vocab holds a piece twice")
     return checked
 
 

@@ -33,17 +33,17 @@ MAX_TOKENIZER_BYTES = 128 * 2**20  # tokenizer.json of the real vocabulary takes
 NO_LIMIT = int(1e30)  # model_max_length when nothing is known, as in transformers
 LARGEST_LIMIT = int(1e20)  # what lies above means that nothing is known, too
 
-_SETTINGS = (  # what tokenizer_config.json may hold for the constructor, besides the special tokens
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "clean_up_tokenization_spaces",
-    "extra_special_tokens",
-    "model_input_names",
-    "model_max_length",
-    "padding_side",
-    "split_special_tokens",
-    "truncation_side",
-)
+_SETTINGS: dict[str, Any] = {  # what tokenizer_config.json may hold for the constructor, and the type of it
+    "added_tokens_decoder": dict,
+    "additional_special_tokens": list,
+    "clean_up_tokenization_spaces": bool,
+    "extra_special_tokens": (list, dict),
+    "model_input_names": list,
+    "model_max_length": (int, float),
+    "padding_side": str,
+    "split_special_tokens": bool,
+    "truncation_side": str,
+}
 _NOT_KEPT = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_class", "tokenizer_file", "vocab_file")
 _PADDING: dict[Any, str] = {name: name for name in ("longest", "max_length", "do_not_pad")}
 _PADDING |= {True: "longest", False: "do_not_pad"}
@@ -145,6 +145,9 @@ class XLMRobertaTokenizer(Vocabulary):
             return {} if path is None else read_json(path)
 
         stored = {key: value for key, value in read(CONFIG_FILE).items() if value is not None}
+        for name, kind in _SETTINGS.items():
+            if name in stored and not isinstance(stored[name], kind):
+                raise ValueError(f"{CONFIG_FILE} gives {describe(stored[name])} as {name}, which is of another type")
         vocab_file, tokenizer_file = find(VOCAB_FILE), None
         if vocab_file is None or "added_tokens_decoder" not in stored:
             tokenizer_file = find(TOKENIZER_FILE)
@@ -186,16 +189,13 @@ class XLMRobertaTokenizer(Vocabulary):
         added = [{"id": index, **asdict(token)} for index, token in self._added.tokens.items()]
         tokenizer_json = self._model.to_tokenizer_json(added, self.bos_token, self.eos_token)
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        files: dict[str, Any] = {
+        files: dict[str, bytes | str] = {
             prefix + VOCAB_FILE: self._model.proto,
             prefix + TOKENIZER_FILE: json.dumps(tokenizer_json, ensure_ascii=False),
             prefix + CONFIG_FILE: json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n",
         }
-        old = (
-            prefix + name for name in ("added_tokens.json", "special_tokens_map.json")
-        )  # what they said is in CONFIG_FILE
-        stale: dict[str, Any] = {name: None for name in old if Path(save_directory, name).is_file()}
-        write_atomically(save_directory, {**files, **stale})
+        old = (prefix + name for name in ("added_tokens.json", "special_tokens_map.json"))  # CONFIG_FILE says it all
+        write_atomically(save_directory, files, [name for name in old if Path(save_directory, name).is_file()])
         return tuple(os.path.join(save_directory, name) for name in files)
 
     def save_vocabulary(
@@ -697,10 +697,10 @@ def _load(
     return model, {token.get("id"): token for token in added}
 
 
-def _declared_length(declared: Any, config: Mapping[str, Any]) -> int | None:
+def _declared_length(declared: float | None, config: Mapping[str, Any]) -> int | None:
     """The longest row: the lesser of what tokenizer_config.json declares and what config.json has positions for."""
-    if declared is not None and (isinstance(declared, bool) or not isinstance(declared, (int, float)) or declared < 1):
-        raise ValueError(f"tokenizer_config.json gives {declared!r} as model_max_length; a positive integer is needed")
+    if declared is not None and not declared >= 1:
+        raise ValueError(f"{CONFIG_FILE} gives {declared!r} as model_max_length; a positive integer is needed")
     limits = [] if declared is None or declared > LARGEST_LIMIT else [int(declared)]
     positions, pad = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
     if str(config.get("model_type")).startswith("xlm-roberta") and isinstance(positions, int) and isinstance(pad, int):

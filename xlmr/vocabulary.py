@@ -101,8 +101,9 @@ class AddedVocabulary:
         end = 0
         for start, stop in (self._ordinary if split_special_tokens else self._every).find(text):
             token = self.tokens[self.ids[text[start:stop]]]
-            if start < end or (token.single_word and _touches_word(text, start, stop)):
+            if token.single_word and _touches_word(text, start, stop):
                 continue
+            start = max(start, end)  # where the token before has taken white space that this one starts with
             while token.lstrip and start > end and text[start - 1].isspace():
                 start -= 1
             while token.rstrip and stop < len(text) and text[stop].isspace():

@@ -1,0 +1,1 @@
+"""Benchmarks: measured, never asserted. `python -m bench.bench_model --help`."""

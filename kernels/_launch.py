@@ -20,10 +20,10 @@ def unsupported(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"Triton kernels need a GPU and the tensors are on {device.type!r}"
-    return _triton_problem() or (None if interpreted else _gpu_problem(device))
+    return triton_problem() or (None if interpreted else _gpu_problem(device))
 
 
-def _triton_problem() -> str | None:
+def triton_problem() -> str | None:
     try:
         import triton
     except ImportError:
@@ -132,3 +132,8 @@ def input_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def rows_at_once(x: torch.Tensor) -> int:
+    """All rows: a kernel's temporaries do not profit from a small number of rows."""
+    return max(len(x), 1)

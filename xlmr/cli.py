@@ -14,6 +14,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from .files import write_atomically
 from .kernels._launch import unsupported
 from .ops import BACKENDS
 from .pipelines import Pipeline, pipeline
+from .verify import verify
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
 SHOWN = 4  # numbers of a vector that a table shows
 NEIGHBOURS = 12  # sentences of each language among which the demo looks for the nearest
+VERIFIED = 6  # held-out sentences that `xlmr verify` computes by default
 PARTNER = 7  # a language is compared with the seventh after it: mostly one of another script
 
 
@@ -86,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("texts", nargs="*", metavar="TEXT", help="by default standard input, one text a line")
     info = command("info", _info, "Show the environment, the device, and which path computes a model and why.")
     show = command("demo", _demo, "Show a model at work: filled masks, nearest sentences across languages.")
-    for sub in (fill, vectors, info, show):
+    check = command(
+        "verify", _verify, "Compare each operation and the whole model with float64; exit 1 if one is wrong."
+    )
+    check.add_argument("--text", action="append", metavar="TEXT", help="compute this text, and others so given")
+    for sub in (fill, vectors, info, show, check):
         sub.add_argument(
             "--model", metavar="DIR|NAME", help="checkpoint directory or hub name (default: the demo model)"
         )
@@ -187,6 +194,30 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _verify(args: argparse.Namespace) -> int:
+    if args.backend == "auto" and unsupported(torch.device(args.device or "cpu")) is None:
+        args.backend = "triton"  # under the interpreter: "auto" would stay eager on a CPU, which needs no proof
+    pipe = _pipeline("fill-mask", args)
+    texts = args.text or [sentence.text for sentence in read(demo.HELD_OUT)[:VERIFIED]]
+    verdicts = verify(pipe.model, pipe.tokenizer, texts)
+    if args.json:
+        for verdict in verdicts:
+            _print_json({**asdict(verdict.worst), "calls": verdict.calls, "right": verdict.right})
+    else:
+        print(f"{pipe.model.backend_report()}; {str(pipe.model.dtype).removeprefix('torch.')}, {len(texts)} texts")
+        _print_table(
+            [
+                ("operation", "calls", "error", "eager's error", "bound", ""),
+                *(
+                    (v.operation, v.calls, *(f"{x:.1e}" for x in (v.worst.error, v.worst.twin_error, v.worst.bound)),
+                     "" if v.right else "WRONG")
+                    for v in verdicts
+                ),
+            ]
+        )  # fmt: skip
+    return 0 if all(verdict.right for verdict in verdicts) else 1
 
 
 def _demo(args: argparse.Namespace) -> None:

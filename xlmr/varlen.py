@@ -5,7 +5,7 @@ after the other; otherwise they are all B·S positions. `plan` decides which, on
 `Layout.pad` convert; `Sequences` tells attention where each sequence begins and ends.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -27,6 +27,7 @@ class Sequences:
     k_lens: Tensor
     max_q: int
     max_k: int
+    _blocks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int) -> "Sequences":
@@ -40,6 +41,22 @@ class Sequences:
         bounds = torch.cat([self.q_starts, self.q_starts[-1:] + self.q_lens[-1:]])
         cut = torch.searchsorted(rows, bounds.to(rows.dtype), out_int32=True)
         return replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=min(self.max_q, rows.numel()))
+
+    def blocks(self, block_m: int, rows: int) -> Tensor:
+        """The `rows` rows of q in blocks of at most block_m, none across sequences: int32 [rows // block_m + B, 2].
+
+        Each entry is a sequence and the block's first row within it; entries past the last block name sequence −1.
+        Computed on the device once for all layers; `rows` is q.shape[0], known on the host.
+        """
+        if block_m not in self._blocks:
+            counts = (self.q_lens + (block_m - 1)) // block_m
+            ends = counts.cumsum(0, dtype=torch.int32)
+            block = torch.arange(rows // block_m + counts.numel(), dtype=torch.int32, device=counts.device)
+            sequence = torch.searchsorted(ends, block, right=True, out_int32=True)
+            sequence = torch.where(block < ends[-1:], sequence, -1)
+            first = (block - (ends - counts)[sequence]) * block_m
+            self._blocks[block_m] = torch.stack([sequence, first], dim=1)
+        return self._blocks[block_m]
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int, int, int]]:

@@ -1,0 +1,314 @@
+"""Linear layers.   y = x·wᵀ + b   or   y = gelu(x·wᵀ + b)   or   (q, k, v) = (x·wqᵀ + bq, x·wkᵀ + bk, x·wvᵀ + bv)
+
+Shapes  x: [T, K], rows at any stride   w: [N, K], as in torch.nn.Linear   b: [N] or None   y: [T, N]
+        q, k, v: [T, N], views of one buffer [T, 3, N]
+Twins   xlmr.eager.linear, xlmr.eager.linear_act, xlmr.eager.qkv_projection
+
+Products are summed in fp32, BLOCK_K at a time in the order of K; bias and the exact GELU act on that sum, which is rounded
+once. The projection's three weights share a launch: each column tile reads one of them.
+
+A row's bits depend on that row alone. K is never split, BLOCK_K is one constant for each dtype, and each target stays with
+one tensor-core instruction whatever the tile: BLOCK_M ≥ 64 on sm_90 and sm_100, below which the compiler leaves wgmma and
+tcgen05.mma for mma.sync; tiles of at least 32×32 on gfx942, below which it takes an MFMA of another depth. What varies with
+the load (tiles, warps, stages, how a tile is loaded) does not enter the order of a sum.
+
+Prediction for an H200 (nothing is measured yet), bf16, 790 TFLOP/s attainable. From T = 16,384 on the tensor cores are the
+roof: wgmma drains a 128×256 tile from shared memory as fast as it computes, and the next tile's first loads fly during an
+epilogue, which itself is exposed (storing 10 %, GELU twice that at K = 768): 550–620 TFLOP/s at K ≤ 1024, 480–560 with
+GELU, 620–680 at K ≥ 3072. One text (T ≤ 64) streams the weights on 48 to 192 programs and waits for latency: 2–6 µs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._launch import Config, Table, check, config, input_precision, pick, processors, require, target
+
+
+def cost(T: int, N: int, K: int, itemsize: int) -> tuple[int, int]:
+    """(flops, bytes): one product, bias included; x, w, b and y through memory once. The projection has 3 N columns."""
+    return 2 * T * N * K, (T * K + N * K + N + T * N) * itemsize
+
+
+# Elements of K a step, by the bytes of an element: 128 bytes. Never by the load: see the docstring.
+BLOCK_K = {2: 64, 4: 32}
+
+TEXT_ROWS = 64  # at most so many rows: "text", one tile of rows
+OUTPUTS = {"small": 1 << 20, "medium": 1 << 23}  # at most so many elements of y; beyond: "large"
+
+# (bytes of an element, load). Not measured yet: chosen by compiling for each target.
+CONFIGS: Table = {
+    "portable": {
+        (2, "text"): config(4, 3, BLOCK_M=64, BLOCK_N=32),
+        (2, "small"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (2, "medium"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (2, "large"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (4, "text"): config(4, 3, BLOCK_M=64, BLOCK_N=32),
+        (4, "small"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (4, "medium"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (4, "large"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+    },
+    "sm_80": {
+        (2, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=32),
+        (2, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
+        (2, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+        (2, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+        (4, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=32),
+        (4, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
+        (4, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+        (4, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+    },
+    "sm_90": {
+        (2, "text"): config(4, 8, BLOCK_M=64, BLOCK_N=16),
+        (2, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=128),
+        (2, "medium"): config(8, 4, BLOCK_M=128, BLOCK_N=128),
+        (2, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=256),
+        (4, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=16),
+        (4, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
+        (4, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+        (4, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+    },
+    "sm_100": {
+        (2, "text"): config(4, 8, BLOCK_M=64, BLOCK_N=32),
+        (2, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=128),
+        (2, "medium"): config(8, 4, BLOCK_M=128, BLOCK_N=128),
+        (2, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=256),
+        (4, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=32),
+        (4, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
+        (4, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+        (4, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+    },
+    "gfx942": {
+        (2, "text"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (2, "small"): config(4, 2, BLOCK_M=64, BLOCK_N=64),
+        (2, "medium"): config(4, 2, BLOCK_M=128, BLOCK_N=128),
+        (2, "large"): config(8, 2, BLOCK_M=256, BLOCK_N=128),
+        (4, "text"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (4, "small"): config(4, 2, BLOCK_M=64, BLOCK_N=64),
+        (4, "medium"): config(4, 2, BLOCK_M=128, BLOCK_N=128),
+        (4, "large"): config(8, 2, BLOCK_M=128, BLOCK_N=128),
+    },
+}
+DESCRIPTOR_TARGETS = ("sm_90", "sm_100")  # GPUs that copy whole tiles by themselves (TMA)
+WAVES = 2  # more tiles than this for each processor: the grid is persistent
+EPILOGUE_N = tl.constexpr(128)  # columns finished at a time: the fp32 temporaries of 256 would spill
+
+
+def bucket(T: int, N: int, itemsize: int) -> tuple[int, str]:
+    """The key of CONFIGS[target] for a y of [T, N]."""
+    if T <= TEXT_ROWS:
+        return itemsize, "text"
+    return itemsize, next((load for load, most in OUTPUTS.items() if T * N <= most), "large")
+
+
+@triton.jit
+def _of_part(part, q, k, v, PARTS: tl.constexpr):
+    """q, k or v for part 0, 1 or 2: a pointer or a descriptor."""
+    chosen = q
+    if PARTS == 3:
+        if part == 1:
+            chosen = k
+        elif part == 2:
+            chosen = v
+    return chosen
+
+
+@triton.jit
+def _product(
+    x_ptr, w_ptr, stride_xm, stride_wn, row, col, T,
+    N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x[row : row + BLOCK_M] · w[col : col + BLOCK_N]ᵀ in fp32; zeros beyond T, N and K."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if not DESCRIPTORS:
+        m, n, cols = row + tl.arange(0, BLOCK_M)[:, None], col + tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + m.to(tl.int64) * stride_xm + cols[None, :]
+        w_ptrs = w_ptr + n.to(tl.int64) * stride_wn + cols[None, :]
+    for k in range(0, K, BLOCK_K):
+        if DESCRIPTORS:
+            x, w = x_ptr.load([row, k]), w_ptr.load([col, k])
+        else:
+            x_mask, w_mask = m < T, n < N
+            if K % BLOCK_K != 0:
+                x_mask, w_mask = x_mask & (k + cols < K)[None, :], w_mask & (k + cols < K)[None, :]
+            x, w = tl.load(x_ptrs + k, mask=x_mask, other=0.0), tl.load(w_ptrs + k, mask=w_mask, other=0.0)
+        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, b_ptr, y_ptr, row, part, col, T,
+    N: tl.constexpr, PARTS: tl.constexpr, GELU: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Bias and GELU on a tile of sums, stored as y[row :, part, col :]."""
+    cols = col + tl.arange(0, BLOCK_N)
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        acc = 0.5 * acc * (1.0 + tl.math.erf(acc * 0.7071067811865476))
+    if DESCRIPTORS:
+        y_ptr.store([row, part, col], acc.to(y_ptr.dtype).reshape(BLOCK_M, 1, BLOCK_N))
+    else:
+        rows = (row + tl.arange(0, BLOCK_M))[:, None]
+        y_ptrs = y_ptr + rows.to(tl.int64) * (PARTS * N) + (part * N + cols)[None, :]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows < T) & (cols < N)[None, :])
+
+
+@triton.jit
+def _tile(
+    tile, x_ptr, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, y_ptr, stride_xm, stride_wn, T,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """The tile of that number. Numbers run down GROUP_M row tiles before the next column tile: their rows stay in L2."""
+    part_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    group_tiles: tl.constexpr = GROUP_M * PARTS * part_tiles
+    first = tile // group_tiles * GROUP_M
+    height = tl.minimum(tl.cdiv(T, BLOCK_M) - first, GROUP_M)
+    row = (first + tile % group_tiles % height) * BLOCK_M
+    column_tile = tile % group_tiles // height
+    part, col = column_tile // part_tiles, column_tile % part_tiles * BLOCK_N
+    w_ptr, b_ptr = _of_part(part, wq_ptr, wk_ptr, wv_ptr, PARTS), bq_ptr
+    if bq_ptr is not None:
+        b_ptr = _of_part(part, bq_ptr, bk_ptr, bv_ptr, PARTS)
+    acc = _product(
+        x_ptr, w_ptr, stride_xm, stride_wn, row, col, T, N, K, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    if BLOCK_N > EPILOGUE_N:
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        _finish(left, b_ptr, y_ptr, row, part, col, T, N, PARTS, GELU, DESCRIPTORS, BLOCK_M, BLOCK_N // 2)
+        col += BLOCK_N // 2
+        _finish(right, b_ptr, y_ptr, row, part, col, T, N, PARTS, GELU, DESCRIPTORS, BLOCK_M, BLOCK_N // 2)
+    else:
+        _finish(acc, b_ptr, y_ptr, row, part, col, T, N, PARTS, GELU, DESCRIPTORS, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _linear_fwd_kernel(
+    x_ptr, wq_ptr, wk_ptr, wv_ptr,  # DESCRIPTORS: tensor descriptors, as is y_ptr
+    bq_ptr, bk_ptr, bv_ptr,  # None: no bias
+    y_ptr, stride_xm, stride_wn, T,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    if DESCRIPTORS:
+        tiles = tl.cdiv(T, BLOCK_M) * (tl.cdiv(N, BLOCK_N) * PARTS)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _tile(
+                tile, x_ptr, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, y_ptr, stride_xm, stride_wn, T,
+                N, K, PARTS, GELU, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), x_ptr, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, y_ptr, stride_xm, stride_wn, T,
+            N, K, PARTS, GELU, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+        )  # fmt: skip
+
+
+def linear_fwd(
+    operation: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gelu: bool = False,
+    tuned: Config | None = None,
+    descriptors: bool | None = None,
+) -> Tensor:
+    """y [T, P, N] of x [T, K], P weights [N, K] (1 or 3) and as many biases [N], all or none of them None.
+
+    `tuned` and `descriptors` overrule the table's configuration and the choice between tensor descriptors and pointers.
+    """
+    _check_arguments(operation, x, weights, biases)
+    (T, K), N, parts, itemsize = x.shape, weights[0].shape[0], len(weights), x.element_size()
+    y = torch.empty((T, parts, N), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tuned = tuned or pick(CONFIGS, x.device, bucket(T, parts * N, itemsize))
+    if descriptors is None:
+        descriptors = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and describable(x, weights)
+    block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
+    programs = tiles = triton.cdiv(T, block_m) * triton.cdiv(N, block_n) * parts
+    operands, out = [x, *weights], y
+    if descriptors:
+        if tiles > WAVES * processors(x.device):
+            programs = processors(x.device)
+        blocks = [block_m] + [block_n] * parts
+        operands = [
+            TensorDescriptor.from_tensor(t, [rows, BLOCK_K[itemsize]])
+            for t, rows in zip(operands, blocks, strict=True)
+        ]
+        out = TensorDescriptor.from_tensor(y, [block_m, 1, min(block_n, EPILOGUE_N.value)])
+    absent = [None] * (3 - parts)
+    _linear_fwd_kernel[(programs,)](
+        *operands, *absent, *biases, *absent, out,
+        K if T == 1 else x.stride(0), K if N == 1 else weights[0].stride(0), T,  # a single row: any stride
+        N=N, K=K, PARTS=parts, GELU=gelu, PRECISION=input_precision(x.dtype), DESCRIPTORS=descriptors,
+        BLOCK_K=BLOCK_K[itemsize], GROUP_M=8, **tuned.meta,
+    )  # fmt: skip
+    return y
+
+
+def describable(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether tensor descriptors can express the operands and the result: bases and rows at multiples of 16 bytes."""
+    itemsize, K = x.element_size(), x.shape[1]
+    return (weights[0].shape[0] * itemsize) % 16 == 0 and all(
+        t.data_ptr() % 16 == 0 and (t.stride(0) * itemsize) % 16 == 0 and t.stride(0) >= K for t in (x, *weights)
+    )
+
+
+def _check_arguments(operation: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    suffixes = ("",) if len(weights) == 1 else ("_q", "_k", "_v")
+    named = {f"weight{suffix}": w for suffix, w in zip(suffixes, weights, strict=True)}
+    named_biases = {f"bias{suffix}": b for suffix, b in zip(suffixes, biases, strict=True) if b is not None}
+    check(operation, x=x, **named, **named_biases)
+    first = weights[0]
+    require(x.dim() == 2, f"{operation}: x is {tuple(x.shape)}, expected [T, K]")
+    K = x.shape[1]
+    for name, w in named.items():
+        require(
+            w.dim() == 2 and w.shape[1] == K and w.shape == first.shape,
+            f"{operation}: {name} is {tuple(w.shape)}, expected [N, {K}]" + (", the same N for all" if suffixes[1:] else ""),
+        )
+        require(
+            w.stride(0) == first.stride(0), f"{operation}: the weights' rows have strides {w.stride(0)}, {first.stride(0)}"
+        )
+    for name, t in {"x": x, **named}.items():
+        require(K <= 1 or t.stride(1) == 1, f"{operation}: the last dimension of {name} must be contiguous")
+    for name, b in named_biases.items():
+        fits = b.shape == first.shape[:1] and (b.is_contiguous())
+        require(fits, f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{first.shape[0]}]")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias; x [T, in], weight [out, in] → [T, out]."""
+    return linear_fwd("linear", x, [weight], [bias])[:, 0]
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu") -> Tensor:
+    """gelu(x · weightᵀ + bias) with the exact, erf form of GELU (Hendrycks & Gimpel, 2016); [T, in] → [T, out].
+
+    ValueError for any other `act`.
+    """
+    if act != "gelu":
+        raise ValueError(f"linear_act fuses 'gelu' only, not {act!r}: apply that activation to linear's result")
+    return linear_fwd("linear_act", x, [weight], [bias], gelu=True)[:, 0]
+
+
+def qkv_projection(
+    x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, bq: Tensor | None, bk: Tensor | None, bv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (unscaled), keys and values of x [T, N]: three [T, H·D] views of one buffer [T, 3, H·D], one launch."""
+    biases = [bq, bk, bv]
+    if any(b is None for b in biases) and any(b is not None for b in biases):
+        biases = [x.new_zeros(len(w)) if b is None else b for w, b in zip((wq, wk, wv), biases, strict=True)]
+    q, k, v = linear_fwd("qkv_projection", x, [wq, wk, wv], biases).unbind(1)
+    return q, k, v

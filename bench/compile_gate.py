@@ -2,11 +2,11 @@
 
 `python -m bench.compile_gate [--target sm_90 …] [--json]` runs the kernels' public functions on CPU tensors at XLM-R's
 shapes while a driver that only names a target is active. What is compiled is therefore what they launch: their own
-choice of configuration, Triton's own specialisation. Nothing is executed. Every target is compiled for its own table and
-for the "portable" one. Exit status 1 where
+choice of configuration, Triton's own specialisation. Nothing is executed. Every target is compiled with its own table
+and with the "portable" one. Exit status 1 where
 - shared memory is more than the target has, or a stack or a spilled vector register is left;
-- a dot runs without its tensor-core instruction: mma.sync (sm_80), wgmma (sm_90) and tcgen05.mma (sm_100) from 64 rows a
-  tile on and mma.sync below, v_mfma (gfx942). Dots of fp32 operands in "ieee" precision have none;
+- a dot runs without its tensor-core instruction: mma.sync (sm_80), wgmma (sm_90) and tcgen05.mma (sm_100) from 64 rows
+  a tile on and mma.sync below, v_mfma (gfx942). Dots of fp32 operands in "ieee" precision have none;
 - a kernel or an entry of a table is reached by no case, or something does not compile.
 
 Results are kept by a hash of the kernel's source, its specialisation, its options and Triton's version.
@@ -32,6 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,7 +51,6 @@ from xlmr.varlen import Sequences
 
 from . import harness
 
-KERNELS = ("attention", "embedding", "layer_norm", "linear", "vocab_softmax")
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
@@ -225,6 +225,7 @@ class Recorder:
         with contextlib.ExitStack() as stack:
             stack.callback(triton.runtime.driver.set_active, active)
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", record))
+            stack.enter_context(mock.patch.object(torch, "empty", torch.zeros))  # an index that no kernel wrote
             for module, (name, value) in itertools.product((_launch, *self.modules), pretended.items()):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
@@ -266,7 +267,9 @@ def _with_helpers(kernels: set[JITFunction]) -> set[JITFunction]:
 
 
 def _one_line(error: Exception) -> str:
-    """Its last line: Triton puts the source's excerpt before the reason."""
+    """The last line of its first cause: Triton puts excerpts of the source before the reason."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
@@ -381,104 +384,108 @@ def _compile(index: int) -> tuple[int, Measured]:
 # ---- XLM-R's shapes ----
 
 MODELS = {"base": (768, 3072), "large": (1024, 4096)}  # hidden and intermediate units
+ROWS = {"base": (40, 1024), "large": (128, 8192)}  # one text … a full batch: every load of the tables
 OTHER_WIDTHS = (96, 256, 384, 2048, 4096, 8192, 10000)  # what else the row-wise kernels have configurations for
 HEAD_DIMS = (64, 80)
-ROWS = (1, 40, 512, 8192)  # one text's only row … a full batch
 VOCABULARY = 250002
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FULL = ("bf16", "fp32")  # fp16 compiles as bf16 does: one call of each kernel is enough
+
+Empty = Callable[..., Tensor]  # (dtype's name, *shape)
 
 
 def cases(kernels: Mapping[str, ModuleType]) -> list[Case]:
-    """Every public function at the shapes of XLM-R base and large, in every dtype.
+    """Every public function of the modules at the shapes of XLM-R base and large.
 
     All tensors of floats are views of one memory, which is reserved and never touched.
     """
-    found: list[Case] = []
     memory = torch.empty(VOCABULARY * 1024 * 4, dtype=torch.uint8)
-    for name, dtype in DTYPES.items():
 
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return memory[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    def empty(dtype: str, *shape: int) -> Tensor:
+        return memory[: math.prod(shape) * DTYPES[dtype].itemsize].view(DTYPES[dtype]).view(shape)
 
-        if "layer_norm" in kernels:
-            found += _layer_norm(kernels["layer_norm"], name, empty)
-        if "embedding" in kernels:
-            found += _embedding(kernels["embedding"], name, empty)
-        if "linear" in kernels:
-            found += _linear(kernels["linear"], name, empty)
-        if "attention" in kernels:
-            found += _attention(kernels["attention"], name, empty)
-        if "vocab_softmax" in kernels:
-            found += _vocab_softmax(kernels["vocab_softmax"], name, empty)
-    return found
+    return [case for name, kernel in kernels.items() for case in CASES[name](kernel, empty)]
 
 
-Empty = Callable[..., Tensor]
+def _row_wise() -> Iterator[tuple[str, int]]:
+    yield from itertools.product(DTYPES, (hidden for hidden, _ in MODELS.values()))
+    yield from (("fp32", N) for N in OTHER_WIDTHS)
 
 
-def _layer_norm(kernel: ModuleType, dtype: str, empty: Empty) -> Iterator[Case]:
-    for N in (*(hidden for hidden, _ in MODELS.values()), *OTHER_WIDTHS):
-        x, vector = empty(512, N), empty(N)
-        label = f"[512, {N}] {dtype}"
-        yield f"add_layer_norm {label}", functools.partial(kernel.add_layer_norm, x, x, vector, vector, 1e-5)
-        yield f"gelu_layer_norm {label}", functools.partial(kernel.gelu_layer_norm, x, vector, vector, 1e-5)
+def _layer_norm(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
+    for dtype, N in _row_wise():
+        x, vector = empty(dtype, 512, N), empty(dtype, N)
+        yield f"add_layer_norm {dtype} {N}", partial(kernel.add_layer_norm, x, x, vector, vector, 1e-5)
+        yield f"gelu_layer_norm {dtype} {N}", partial(kernel.gelu_layer_norm, x, vector, vector, 1e-5)
 
 
-def _embedding(kernel: ModuleType, dtype: str, empty: Empty) -> Iterator[Case]:
+def _embedding(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
     ids = torch.zeros(512, dtype=torch.int64)
-    for N in (*(hidden for hidden, _ in MODELS.values()), *OTHER_WIDTHS):
-        tables = (empty(514, N), empty(1, N), empty(514, N))
-        call = functools.partial(kernel.embed, ids, ids, ids, *tables, empty(N), empty(N), 1e-5, 1)
-        yield f"embed [512, {N}] {dtype}", call
+    for dtype, N in _row_wise():
+        tables, vector = [empty(dtype, rows, N) for rows in (514, 1, 514)], empty(dtype, N)
+        yield f"embed {dtype} {N}", partial(kernel.embed, ids, ids, ids, *tables, vector, vector, 1e-5, 1)
 
 
-def _linear(kernel: ModuleType, dtype: str, empty: Empty) -> Iterator[Case]:
-    for (model, (N, F)), T in itertools.product(MODELS.items(), ROWS):
-        label = f"{model}, {T} rows, {dtype}"
-        square, up, down, bias = empty(N, N), empty(F, N), empty(N, F), empty(N)
-        x = empty(T, N)
-        qkv = functools.partial(kernel.qkv_projection, x, square, square, square, bias, bias, bias)
-        yield f"qkv_projection {label}", qkv
-        yield f"linear {label}", functools.partial(kernel.linear, x, square, bias)
-        yield f"linear (down) {label}", functools.partial(kernel.linear, empty(T, F), down, bias)
-        yield f"linear_act {label}", functools.partial(kernel.linear_act, x, up, empty(F))
-        labels = functools.partial(kernel.linear, x, empty(3, N), None)
-        yield f"linear (three labels, no bias) {label}", labels
+def _linear(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
+    for dtype, (model, (N, F)) in itertools.product(DTYPES, MODELS.items()):
+        new = partial(empty, dtype)
+        for T in ROWS[model] if dtype in FULL else ROWS[model][-1:]:
+            label, x = f"{dtype} {model} {T} rows", new(T, N)
+            weights, biases = [new(N, N)] * 3, [new(N)] * 3
+            yield f"qkv_projection {label}", partial(kernel.qkv_projection, x, *weights, *biases)
+            yield f"linear_act {label}", partial(kernel.linear_act, x, new(F, N), new(F))
+        label, x = f"{dtype} {model} {T} rows", new(T, F)
+        yield f"linear {label}", partial(kernel.linear, x, new(N, F), new(N))
+        if dtype in FULL:  # a classifier: no tensor descriptor can express three columns
+            yield f"linear {label} to 3", partial(kernel.linear, x, new(3, F), None)
 
 
-def _attention(kernel: ModuleType, dtype: str, empty: Empty) -> Iterator[Case]:
+def _attention(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
     texts = 4
-    for D, causal, (queries, keys) in itertools.product(
-        HEAD_DIMS, (False, True), ((1, 512), (64, 64), (512, 512))
-    ):
-        q, k, v = empty(texts * keys, 3, 12, D).unbind(1)
-        sequences = Sequences.packed(torch.arange(texts + 1, dtype=torch.int32) * keys, keys)
-        if queries < keys:
-            sequences = sequences.with_queries(torch.arange(texts) * keys)
-            q = empty(texts, 12, D)
-        call = functools.partial(kernel.attention, q, k, v, sequences, D**-0.5, causal)
-        yield f"attention {queries}×{keys}, head_dim {D}{', causal' * causal}, {dtype}", call
+    variants = [(dtype, *variant) for dtype in FULL for variant in ((64, False), (64, True), (80, False))]
+    for dtype, D, causal in (*variants, ("fp16", 64, False)):
+        for queries, keys in ((1, 512), (64, 64), (512, 512)):
+            q, k, v = empty(dtype, texts * keys, 3, 12, D).unbind(1)
+            sequences = Sequences.packed(torch.arange(texts + 1, dtype=torch.int32) * keys, keys)
+            if queries < keys:  # the last layer of a classifier
+                sequences, q = sequences.with_queries(torch.arange(texts) * keys), empty(dtype, texts, 12, D)
+            label = f"attention {dtype} {queries}×{keys} head_dim {D}{' causal' * causal}"
+            yield label, partial(kernel.attention, q, k, v, sequences, D**-0.5, causal)
 
 
-def _vocab_softmax(kernel: ModuleType, dtype: str, empty: Empty) -> Iterator[Case]:
-    for (model, (N, _)), T in itertools.product(MODELS.items(), ROWS):
-        x, weight, bias = empty(T, N), empty(VOCABULARY, N), empty(VOCABULARY)
-        labels, targets = torch.zeros(T, dtype=torch.int64), torch.arange(100)
-        label = f"{model}, {T} rows, {dtype}"
-        yield f"vocab_cross_entropy {label}", functools.partial(kernel.vocab_cross_entropy, x, weight, bias, labels)
-        yield f"vocab_topk {label}", functools.partial(kernel.vocab_topk, x, weight, bias, 5)
-        yield f"vocab_topk (targets) {label}", functools.partial(kernel.vocab_topk, x, weight, bias, 5, targets)
+def _vocab_softmax(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
+    for dtype, (model, T) in itertools.product(DTYPES, (("base", 40), ("large", 128))):
+        N = MODELS[model][0]
+        label, x = f"{dtype} {model} {T} rows", empty(dtype, T, N)
+        head = (x, empty(dtype, VOCABULARY, N), empty(dtype, VOCABULARY))
+        yield f"vocab_topk {label}", partial(kernel.vocab_topk, *head, 5)
+        if dtype in FULL:
+            labels = torch.zeros(T, dtype=torch.int64)
+            yield f"vocab_cross_entropy {label}", partial(kernel.vocab_cross_entropy, *head, labels)
+            yield f"vocab_topk {label} 100 targets", partial(kernel.vocab_topk, *head, 5, torch.arange(100))
+
+
+CASES = {
+    "attention": _attention,
+    "embedding": _embedding,
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "vocab_softmax": _vocab_softmax,
+}
 
 
 COLUMNS = [
-    "kernel", "for", "target", "tables", "dtype", "configuration", "registers", "spilled", "stack", "shared_kib", "tensor_cores"
+    "kernel", "for", "target", "tables", "dtype", "configuration", "registers", "spilled", "stack", "shared_kib",
+    "tensor_cores",
 ]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_gate", description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="files of kernels/; default: all")
+    parser.add_argument(
+        "--kernel", nargs="+", choices=CASES, default=list(CASES), help="files of kernels/; default: all"
+    )
     parser.add_argument("--json", action="store_true", help="the table and the problems as JSON")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/xlmr/compile_gate", metavar="DIR")
     parser.add_argument("--processes", type=int, default=2)

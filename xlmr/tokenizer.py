@@ -368,34 +368,42 @@ class XLMRobertaTokenizer(Vocabulary):
         if max_length is not None and padding is False and truncation is None:
             truncation = True
         padding, truncation = _choice("padding", padding, _PADDING), _choice("truncation", truncation, _TRUNCATION)
-        first, second = ids
         side = self.padding_side if padding_side is None else _side("padding_side", padding_side)
         stride = integer("stride", stride)
         multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
         limit = self._limit(max_length, used=padding == "max_length" or truncation != "do_not_truncate")
-        around = special_count(second is not None) if add_special_tokens else 0
+        around = special_count(pair=ids[1] is not None) if add_special_tokens else 0
         budget = None if limit is None or truncation == "do_not_truncate" else limit - around
         if budget is not None and budget < 0:
             raise ValueError(f"max_length is {limit}; the special tokens alone take {around}")
         if budget is not None and padding != "do_not_pad" and multiple and (budget + around) % multiple:
             raise ValueError(f"max_length is {limit}, no multiple of pad_to_multiple_of, {multiple}")
 
+        spans = self._spans(ids, truncation, budget, stride, overflow)
+        lengths = [around + stop - start + (pair[1] - pair[0] if pair else 0) for _, (start, stop), pair in spans]
+        longest = max(lengths, default=0)
+        if verbose and max_length is None and budget is None and longest > self.model_max_length:
+            limits = f"{longest} tokens, more than the {self.model_max_length} that the model can take"
+            self._warn_once("too long", f"a text has {limits}; truncation=True cuts it")
+        return Layout(spans, add_special_tokens, padded_length(longest, padding, limit, multiple), side)
+
+    def _spans(
+        self, ids: Values, truncation: str, budget: int | None, stride: int, overflow: bool
+    ) -> list[tuple[int, Span, Span | None]]:
+        """What of each text stays, and with `overflow` the windows that follow; `budget`: tokens, None for all."""
+        first, second = ids
+        side = self.truncation_side
         spans: list[tuple[int, Span, Span | None]] = []
         for sample, row in enumerate(first):
             count, other = len(row), None if second is None else len(second[sample])
             kept, other_kept = (count, other or 0) if budget is None else cut(count, other, truncation, budget)
             if overflow:
-                parts = windows(count, kept, stride, self.truncation_side)
-                others = [None] if other is None else windows(other, other_kept, stride, self.truncation_side)
-                spans += [(sample, *both) for both in combine(parts, others)]
+                others = [None] if other is None else windows(other, other_kept, stride, side)
+                spans += [(sample, *both) for both in combine(windows(count, kept, stride, side), others)]
             else:
-                part = kept_part(count, kept, self.truncation_side)
-                other_part = None if other is None else kept_part(other, other_kept, self.truncation_side)
-                spans.append((sample, part, other_part))
-        lengths = [around + stop - start + (pair[1] - pair[0] if pair else 0) for _, (start, stop), pair in spans]
-        if verbose and max_length is None and budget is None:
-            self._warn_if_too_long(max(lengths, default=0))
-        return Layout(spans, add_special_tokens, padded_length(lengths, padding, limit, multiple), side)
+                other_part = None if other is None else kept_part(other, other_kept, side)
+                spans.append((sample, kept_part(count, kept, side), other_part))
+        return spans
 
     def _limit(self, max_length: int | None, used: bool) -> int | None:
         if max_length is not None:
@@ -403,20 +411,14 @@ class XLMRobertaTokenizer(Vocabulary):
         if self.model_max_length <= LARGEST_LIMIT:
             return self.model_max_length
         if used:
-            self._warn_once("neither max_length nor the tokenizer's model_max_length gives a limit: nothing is cut")
+            self._warn_once(
+                "no limit", "neither max_length nor the tokenizer's model_max_length gives a limit: none is used"
+            )
         return None
 
-    def _warn_if_too_long(self, length: int) -> None:
-        if length > self.model_max_length:
-            self._warn_once(
-                f"a text has {length} tokens, more than the {self.model_max_length} that the model can take; "
-                "truncation=True cuts it",
-                key="too long",
-            )
-
-    def _warn_once(self, message: str, key: str = "") -> None:
-        if (key or message) not in self._warned:
-            self._warned.add(key or message)
+    def _warn_once(self, reason: str, message: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
             logger.warning(message)
 
     def _columns(
@@ -430,11 +432,11 @@ class XLMRobertaTokenizer(Vocabulary):
         """The rows of each key that is wanted; None stands for what `model_input_names` says."""
         data = {"input_ids": layout.rows(ids, self.bos_token_id, self.eos_token_id, self.pad_token_id)}
         if "token_type_ids" in self.model_input_names if type_ids is None else type_ids:
-            data["token_type_ids"] = layout.rows(_like(ids, 0), 0, 0, self.pad_token_type_id)
+            data["token_type_ids"] = layout.constant(0, 0, 0, self.pad_token_type_id)
         if "attention_mask" in self.model_input_names if attention_mask is None else attention_mask:
-            data["attention_mask"] = layout.rows(_like(ids, 1), 1, 1, 0)
+            data["attention_mask"] = layout.constant(1, 1, 1, 0)
         if special_tokens_mask:
-            data["special_tokens_mask"] = layout.rows(_like(ids, 0), 1, 1, 1)
+            data["special_tokens_mask"] = layout.constant(0, 0, 1, 1)
         return data
 
     def _align(self, source: _Source, layout: Layout, ids: Values) -> list[Encoding]:
@@ -447,13 +449,12 @@ class XLMRobertaTokenizer(Vocabulary):
             values = [text[field] for text in aligned], aligned_pairs and [text[field] for text in aligned_pairs]
             return layout.rows(values, begin, end, fill)
 
-        sequences = _like(ids, 0)[0], _like(ids, 1)[1]
         columns = {
             **self._columns(layout, ids, type_ids=True, attention_mask=True, special_tokens_mask=True),
             "tokens": rows(0, self.bos_token, self.eos_token, self.pad_token),
             "offsets": rows(1, (0, 0), (0, 0), (0, 0)),
             "word_ids": rows(2, None, None, None),
-            "sequence_ids": layout.rows(sequences, None, None, None),
+            "sequence_ids": layout.constant(0, 1, None, None),
         }
         names = [{"input_ids": "ids", "token_type_ids": "type_ids"}.get(name, name) for name in columns]
         n_sequences = 1 if second is None else 2
@@ -522,7 +523,7 @@ class XLMRobertaTokenizer(Vocabulary):
         side = self.padding_side if padding_side is None else _side("padding_side", padding_side)
         multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
         limit = self._limit(max_length, used=padding == "max_length")
-        length = padded_length(lengths, padding, limit, multiple)
+        length = padded_length(max(lengths, default=0), padding, limit, multiple)
         fills = {
             "input_ids": self.pad_token_id,
             "attention_mask": 0,
@@ -588,12 +589,6 @@ class _Source:
     words: bool
     split_special_tokens: bool
     added: AddedVocabulary
-
-
-def _like(values: Values, constant: int) -> Values:
-    """`constant` in the place of every value."""
-    first, second = values
-    return [[constant] * len(row) for row in first], second and [[constant] * len(row) for row in second]
 
 
 # Reading arguments

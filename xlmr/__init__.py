@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .model import XLMRobertaModel
     from .pipelines import pipeline
+    from .pretrained import XLMRobertaPreTrainedModel
     from .tokenizer import BatchEncoding, XLMRobertaTokenizer, XLMRobertaTokenizerFast
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "XLMRobertaForSequenceClassification",
     "XLMRobertaForTokenClassification",
     "XLMRobertaModel",
+    "XLMRobertaPreTrainedModel",
     "XLMRobertaTokenizer",
     "XLMRobertaTokenizerFast",
     "__version__",
@@ -46,6 +48,7 @@ _MODULES = {
     "BatchEncoding": "tokenizer",
     "XLMRobertaConfig": "config",
     "XLMRobertaModel": "model",
+    "XLMRobertaPreTrainedModel": "pretrained",
     "XLMRobertaTokenizer": "tokenizer",
     "XLMRobertaTokenizerFast": "tokenizer",
     "embed": "encode",

@@ -20,7 +20,7 @@ from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from .files import read_json, resolve, write_atomically
 from .layout import Layout, Span, Values, combine, cut, kept_part, pad_row, padded_length, special_count, windows
 from .sentencepiece_model import SPACE, SentencePieceModel, vocabulary_size
-from .vocabulary import SPECIAL_TOKENS, AddedToken, AddedVocabulary, Vocabulary, describe, integer, plain
+from .vocabulary import SPECIAL_TOKENS, AddedToken, AddedVocabulary, Vocabulary, describe, integer, plain, tokens_by_id
 
 __all__ = ["AddedToken", "BatchEncoding", "CharSpan", "TokenSpan", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast"]
 
@@ -107,7 +107,7 @@ class XLMRobertaTokenizer(Vocabulary):
 
         model, file_tokens = _load(vocab_file, tokenizer_file)
         extra = extra_special_tokens.values() if isinstance(extra_special_tokens, Mapping) else extra_special_tokens
-        decoder = {**(added_tokens_decoder or {}), **file_tokens}
+        decoder = {**tokens_by_id((added_tokens_decoder or {}).items()), **file_tokens}
         super().__init__(model, special_tokens, [*additional_special_tokens, *extra], decoder)
 
     @classmethod
@@ -144,26 +144,19 @@ class XLMRobertaTokenizer(Vocabulary):
             path = find(filename)
             return {} if path is None else read_json(path)
 
-        stored = {key: value for key, value in read(CONFIG_FILE).items() if value is not None}
-        for name, kind in _SETTINGS.items():
-            if name in stored and not isinstance(stored[name], kind):
-                raise ValueError(f"{CONFIG_FILE} gives {describe(stored[name])} as {name}, which is of another type")
-        vocab_file, tokenizer_file = find(VOCAB_FILE), None
-        if vocab_file is None or "added_tokens_decoder" not in stored:
-            tokenizer_file = find(TOKENIZER_FILE)
+        config = read(CONFIG_FILE)
+        complete = "added_tokens_decoder" in config  # since transformers 4.34, and no longer since 5
+        if not complete:
+            added = read("added_tokens.json").items()
+            config |= read("special_tokens_map.json")
+            config["added_tokens_decoder"] = tokens_by_id((index, content) for content, index in added)
+        vocab_file = find(VOCAB_FILE)
+        tokenizer_file = None if vocab_file and complete else find(TOKENIZER_FILE)
         if vocab_file is None and tokenizer_file is None:
             raise OSError(f"{pretrained_model_name_or_path} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}")
-        if "added_tokens_decoder" not in stored:  # as written before transformers 4.34
-            stored.update(read("special_tokens_map.json"))
-            added = read("added_tokens.json").items()
-            stored["added_tokens_decoder"] = {index: content for content, index in added}
-        stored["model_max_length"] = _declared_length(stored.get("model_max_length"), read("config.json"))
-        names = {*_SETTINGS, *SPECIAL_TOKENS}
-        known = {key: value for key, value in stored.items() if key in names}
-        tokenizer = cls(
-            vocab_file, tokenizer_file, **{"name_or_path": str(pretrained_model_name_or_path), **known, **settings}
-        )
-        tokenizer.init_kwargs = {key: value for key, value in stored.items() if key not in {*names, *_NOT_KEPT}}
+        known = {"name_or_path": str(pretrained_model_name_or_path), **_known_settings(config, read("config.json"))}
+        tokenizer = cls(vocab_file, tokenizer_file, **{**known, **settings})
+        tokenizer.init_kwargs = {key: value for key, value in config.items() if key not in {*known, *_NOT_KEPT}}
         return tokenizer
 
     def save_pretrained(
@@ -249,12 +242,16 @@ class XLMRobertaTokenizer(Vocabulary):
             max_length: of a row, special tokens included; by default `model_max_length`.
             stride: how many tokens the windows of a text share, with `return_overflowing_tokens`.
             pad_to_multiple_of: round the padded length up to a multiple of it.
+            padding_side: "right" or "left"; by default the attribute.
             return_tensors: None for lists of int, "pt" for torch (int64), "np" for NumPy.
             return_overflowing_tokens: what truncation cuts off follows in further rows; overflow_to_sample_mapping
                 tells the text of each.
             return_special_tokens_mask: 1 at the special tokens put around texts and at padding.
             return_offsets_mapping: offset_mapping, (start, end) of each token in code points of its text.
+            return_length: length, of each row.
+            return_token_type_ids, return_attention_mask: by default what `model_input_names` says.
             split_special_tokens: cut special tokens written in a text like any other word; by default the attribute.
+            verbose: tell, once, if a row is longer than `model_max_length`.
 
         Returns a `BatchEncoding` with the rows of input_ids, attention_mask and what else is asked for; of one text,
         and without tensors, the row itself. TypeError or ValueError for anything else than the above.
@@ -507,7 +504,7 @@ class XLMRobertaTokenizer(Vocabulary):
 
         Padded are input_ids, attention_mask (made where missing), token_type_ids, special_tokens_mask and
         offset_mapping; other keys, labels say, stay as they are. Tensors come back as tensors. The other arguments are
-        those of a call.
+        those of a call; `verbose` has no effect.
         """
         columns = _read_columns(encoded_inputs)
         return_tensors = return_tensors or _tensor_type(columns["input_ids"])
@@ -669,7 +666,7 @@ def _side(name: str, value: Any) -> str:
 
 def _load(
     vocab_file: str | os.PathLike[str] | None, tokenizer_file: str | os.PathLike[str] | None
-) -> tuple[SentencePieceModel, dict[Any, Any]]:
+) -> tuple[SentencePieceModel, dict[int, Any]]:
     """The model, and the added tokens of `tokenizer.json` by id."""
     if vocab_file is None and tokenizer_file is None:
         raise ValueError(f"give vocab_file, the path of a {VOCAB_FILE}, or tokenizer_file, that of a {TOKENIZER_FILE}")
@@ -689,11 +686,23 @@ def _load(
         raise ValueError(
             f"{tokenizer_file} holds {size} pieces, {vocab_file} {len(model)}: remove the one that is stale"
         )
-    return model, {token.get("id"): token for token in added}
+    return model, tokens_by_id((token.get("id"), token) for token in added)
 
 
-def _declared_length(declared: float | None, config: Mapping[str, Any]) -> int | None:
-    """The longest row: the lesser of what tokenizer_config.json declares and what config.json has positions for."""
+def _known_settings(config: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Any]:
+    """What tokenizer_config.json and config.json say that the constructor takes; ValueError for nonsense."""
+    known = {
+        name: value for name, value in config.items() if value is not None and name in {*_SETTINGS, *SPECIAL_TOKENS}
+    }
+    for name, kind in _SETTINGS.items():
+        if name in known and not isinstance(known[name], kind):
+            raise ValueError(f"{CONFIG_FILE} gives {describe(known[name])} as {name}, which is of another type")
+    known["model_max_length"] = _longest_row(known.get("model_max_length"), model_config)
+    return known
+
+
+def _longest_row(declared: float | None, config: dict[str, Any]) -> int | None:
+    """The lesser of what tokenizer_config.json declares and what config.json has positions for."""
     if declared is not None and not declared >= 1:
         raise ValueError(f"{CONFIG_FILE} gives {declared!r} as model_max_length; a positive integer is needed")
     limits = [] if declared is None or declared > LARGEST_LIMIT else [int(declared)]

@@ -269,7 +269,16 @@ def test_hostile_old_files_are_refused(model_file: Path, name: str, content: Any
 def test_damaged_models_are_refused(model_file: Path) -> None:
     data = proto()
     unlike = data.replace(b"\x05<unk>", b"\x05<UNK>", 1)
-    for damaged in (b"", b"\x00", data[:1000], data[: len(data) // 2], b"\x0a\xff\xff\xff\xff\x7f", b"{}" * 50, unlike):
+    for damaged in (
+        b"",
+        b"\x00",
+        data[:1000],
+        data[: len(data) // 2],
+        b"\x0a\xff\xff\xff\xff\x7f",
+        b"\x80" * 10**6,
+        b"{}" * 50,
+        unlike,
+    ):
         model_file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"sentencepiece") as caught:
             XLMRobertaTokenizer(model_file)

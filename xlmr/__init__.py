@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from .model import XLMRobertaModel
     from .pipelines import pipeline
     from .pretrained import XLMRobertaPreTrainedModel
-    from .tokenizer import BatchEncoding, XLMRobertaTokenizer, XLMRobertaTokenizerFast
+    from .tokenizer import AddedToken, BatchEncoding, XLMRobertaTokenizer, XLMRobertaTokenizerFast
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddedToken",
     "BatchEncoding",
     "XLMRobertaConfig",
     "XLMRobertaForCausalLM",
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
     "XLMRobertaConfig": "config",
     "XLMRobertaModel": "model",

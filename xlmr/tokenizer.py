@@ -18,8 +18,19 @@ from typing import Any
 
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from .files import read_json, resolve, write_atomically
-from .layout import Layout, Span, Values, combine, cut, kept_part, pad_row, padded_length, special_count, windows
 from .sentencepiece_model import SPACE, SentencePieceModel, vocabulary_size
+from .token_layout import (
+    Span,
+    TokenLayout,
+    Values,
+    combine,
+    cut,
+    kept_part,
+    pad_row,
+    padded_length,
+    special_count,
+    windows,
+)
 from .vocabulary import SPECIAL_TOKENS, AddedToken, AddedVocabulary, Vocabulary, describe, integer, plain, tokens_by_id
 
 __all__ = ["AddedToken", "BatchEncoding", "CharSpan", "TokenSpan", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast"]
@@ -360,7 +371,7 @@ class XLMRobertaTokenizer(Vocabulary):
         padding_side: str | None = None,
         overflow: bool = False,
         verbose: bool = True,
-    ) -> Layout:
+    ) -> TokenLayout:
         """Where the tokens of each text go, from the options of a call."""
         if max_length is not None and padding is False and truncation is None:
             truncation = True
@@ -382,7 +393,7 @@ class XLMRobertaTokenizer(Vocabulary):
         if verbose and max_length is None and budget is None and longest > self.model_max_length:
             limits = f"{longest} tokens, more than the {self.model_max_length} that the model can take"
             self._warn_once("too long", f"a text has {limits}; truncation=True cuts it")
-        return Layout(spans, add_special_tokens, padded_length(longest, padding, limit, multiple), side)
+        return TokenLayout(spans, add_special_tokens, padded_length(longest, padding, limit, multiple), side)
 
     def _spans(
         self, ids: Values, truncation: str, budget: int | None, stride: int, overflow: bool
@@ -420,7 +431,7 @@ class XLMRobertaTokenizer(Vocabulary):
 
     def _columns(
         self,
-        layout: Layout,
+        layout: TokenLayout,
         ids: Values,
         type_ids: bool | None,
         attention_mask: bool | None,
@@ -436,7 +447,7 @@ class XLMRobertaTokenizer(Vocabulary):
             data["special_tokens_mask"] = layout.constant(0, 0, 1, 1)
         return data
 
-    def _align(self, source: _Source, layout: Layout, ids: Values) -> list[Encoding]:
+    def _align(self, source: _Source, layout: TokenLayout, ids: Values) -> list[Encoding]:
         """The rows of a call again, with the text, the characters and the word behind each id."""
         first, second = source.texts
         aligned: list[Any] = [self._align_text(text, source) for text in first]

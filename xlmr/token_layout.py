@@ -11,7 +11,7 @@ Values = tuple[list[list], "list[list] | None"]  # one value a token, for each t
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """The rows of a batch, whatever is laid out in them: ids, masks, offsets.
 
     spans: for each row the number of its text, the span of that text's tokens, and its pair's span or None.

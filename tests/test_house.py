@@ -26,7 +26,7 @@ TREE = {
     "torch", "xlmr.activations", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config", "xlmr.inputs",
     "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
 }  # fmt: skip
-WORDS = {"xlmr.batch_encoding", "xlmr.files", "xlmr.layout", "xlmr.sentencepiece_model", "xlmr.vocabulary"}
+WORDS = {"xlmr.batch_encoding", "xlmr.files", "xlmr.token_layout", "xlmr.sentencepiece_model", "xlmr.vocabulary"}
 TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
 RULES = {
     "kernels/_launch": Rule({"torch"}, {"triton"}),
@@ -48,7 +48,7 @@ RULES = {
     "xlmr/generation": Rule({"torch", "xlmr.cache"}),
     "xlmr/heads": Rule(TREE | {"xlmr.generation", "xlmr.model"}),
     "xlmr/inputs": Rule({"torch", "xlmr.block", "xlmr.cache", "xlmr.config"}),
-    "xlmr/layout": Rule(set()),
+    "xlmr/token_layout": Rule(set()),
     "xlmr/model": Rule(TREE),
     "xlmr/ops": Rule({"torch", "xlmr.eager"}, {"xlmr.kernels"}),
     "xlmr/outputs": Rule({"torch", "xlmr.cache"}),

@@ -204,12 +204,14 @@ HOSTILE: list[tuple[Change, str]] = [
     (put("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}), "pre_tokenizer has"),
     (put("added_tokens", {}), "added_tokens must be a list"),
     (put("added_tokens", 4, "id", 10**12), r"'<mask>' id 1000000000000, but its id is"),
+    (put("added_tokens", 4, "id", 3), "two added tokens the id 3"),
+    (put("added_tokens", 4, "id", [3]), r"the id \[3\]; an integer"),
     (put("added_tokens", 4, "id", -1), "the id -1; an integer from 0 up"),
     (put("added_tokens", 4, "content", "x y"), "'x y' id .*, but the next free id is"),
     (put("added_tokens", 4, "content", ""), "a non-empty str is needed"),
     (put("added_tokens", 4, "content", ["x"]), "a non-empty str is needed"),
     (put("added_tokens", 4, "lstrip", "no"), "lstrip of the added token '<mask>' must be true or false"),
-    (put("added_tokens", 4, {"id": 3}), "allowed: a str, an AddedToken or a dict"),
+    (put("added_tokens", 3, {"id": 3}), "allowed: a str, an AddedToken or a dict"),
 ]
 
 
@@ -231,10 +233,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"added_tokens_decoder": {"x": "y"}}, "the id 'x'; an integer"),
     ({"added_tokens_decoder": {"99999999999": {"content": "far"}}}, "id 99999999999, but the next free id is"),
     ({"added_tokens_decoder": {"0": {"content": "</s>"}}}, "'</s>' id 0, but its id is 2"),
-    (
-        {"added_tokens_decoder": {"0": {"content": "<s>"}, "00": {"content": "<s>"}, "2": {"content": "<s>"}}},
-        "'<s>' id 2",
-    ),
+    ({"added_tokens_decoder": {"0": {"content": "<s>"}, "00": {"content": "<s>"}}}, "two added tokens the id 00"),
+    ({"added_tokens_decoder": {"0": {"content": "<s>"}, "1": {"content": "<s>"}}}, "'<s>' id 1, but its id is 0"),
     ({"added_tokens_decoder": []}, r"gives \[\] \(list\) as added_tokens_decoder"),
     ({"additional_special_tokens": 3}, r"gives 3 \(int\) as additional_special_tokens"),
     ({"additional_special_tokens": [3]}, "a token is 3; allowed"),
@@ -249,10 +249,36 @@ def test_a_hostile_tokenizer_config_is_refused(model_file: Path, config: dict[st
         XLMRobertaTokenizer.from_pretrained(model_file.parent)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("special_tokens_map.json", {"additional_special_tokens": 3}, "as additional_special_tokens"),
+        ("special_tokens_map.json", {"mask_token": {"text": "<mask>"}}, "a token is .*; allowed: a str"),
+        ("added_tokens.json", {"new": [1]}, r"the id \[1\]; an integer"),
+        ("added_tokens.json", {"new": 5}, "'new' id 5, but the next free id is"),
+        ("added_tokens.json", [], "holds a JSON list"),
+        (CONFIG, [], "holds a JSON list"),
+    ],
+)
+def test_hostile_old_files_are_refused(model_file: Path, name: str, content: Any, message: str) -> None:
+    (model_file.parent / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        XLMRobertaTokenizer.from_pretrained(model_file.parent)
+
+
 def test_damaged_models_are_refused(model_file: Path) -> None:
     data = proto()
     unlike = data.replace(b"\x05<unk>", b"\x05<UNK>", 1)
-    for damaged in (b"", b"\x00", data[:1000], data[: len(data) // 2], b"\x0a\xff\xff\xff\xff\x7f", b"{}" * 50, unlike):
+    for damaged in (
+        b"",
+        b"\x00",
+        data[:1000],
+        data[: len(data) // 2],
+        b"\x0a\xff\xff\xff\xff\x7f",
+        b"\x80" * 10**6,
+        b"{}" * 50,
+        unlike,
+    ):
         model_file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"sentencepiece") as caught:
             XLMRobertaTokenizer(model_file)

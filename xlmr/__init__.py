@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     )
     from .model import XLMRobertaModel
     from .pipelines import pipeline
-    from .tokenizer import BatchEncoding, XLMRobertaTokenizer, XLMRobertaTokenizerFast
+    from .pretrained import XLMRobertaPreTrainedModel
+    from .tokenizer import AddedToken, BatchEncoding, XLMRobertaTokenizer, XLMRobertaTokenizerFast
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddedToken",
     "BatchEncoding",
     "XLMRobertaConfig",
     "XLMRobertaForCausalLM",
@@ -35,6 +37,7 @@ __all__ = [
     "XLMRobertaForSequenceClassification",
     "XLMRobertaForTokenClassification",
     "XLMRobertaModel",
+    "XLMRobertaPreTrainedModel",
     "XLMRobertaTokenizer",
     "XLMRobertaTokenizerFast",
     "__version__",
@@ -43,9 +46,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
     "XLMRobertaConfig": "config",
     "XLMRobertaModel": "model",
+    "XLMRobertaPreTrainedModel": "pretrained",
     "XLMRobertaTokenizer": "tokenizer",
     "XLMRobertaTokenizerFast": "tokenizer",
     "embed": "encode",

@@ -199,14 +199,14 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any, int]]:
 
     def varint() -> int:
         nonlocal position
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 70, 7):  # ten bytes hold 64 bits
             byte = message[position]
             position += 1
             value |= (byte & 127) << shift
-            shift += 7
             if byte < 128:
                 return value
+        raise IndexError
 
     try:
         while position < len(message):

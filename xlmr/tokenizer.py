@@ -18,9 +18,20 @@ from typing import Any
 
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from .files import read_json, resolve, write_atomically
-from .layout import Layout, Span, Values, combine, cut, kept_part, pad_row, padded_length, special_count, windows
 from .sentencepiece_model import SPACE, SentencePieceModel, vocabulary_size
-from .vocabulary import SPECIAL_TOKENS, AddedToken, AddedVocabulary, Vocabulary, describe, integer, plain
+from .token_layout import (
+    Span,
+    TokenLayout,
+    Values,
+    combine,
+    cut,
+    kept_part,
+    pad_row,
+    padded_length,
+    special_count,
+    windows,
+)
+from .vocabulary import SPECIAL_TOKENS, AddedToken, AddedVocabulary, Vocabulary, describe, integer, plain, tokens_by_id
 
 __all__ = ["AddedToken", "BatchEncoding", "CharSpan", "TokenSpan", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast"]
 
@@ -107,7 +118,7 @@ class XLMRobertaTokenizer(Vocabulary):
 
         model, file_tokens = _load(vocab_file, tokenizer_file)
         extra = extra_special_tokens.values() if isinstance(extra_special_tokens, Mapping) else extra_special_tokens
-        decoder = {**(added_tokens_decoder or {}), **file_tokens}
+        decoder = {**tokens_by_id((added_tokens_decoder or {}).items()), **file_tokens}
         super().__init__(model, special_tokens, [*additional_special_tokens, *extra], decoder)
 
     @classmethod
@@ -144,26 +155,19 @@ class XLMRobertaTokenizer(Vocabulary):
             path = find(filename)
             return {} if path is None else read_json(path)
 
-        stored = {key: value for key, value in read(CONFIG_FILE).items() if value is not None}
-        for name, kind in _SETTINGS.items():
-            if name in stored and not isinstance(stored[name], kind):
-                raise ValueError(f"{CONFIG_FILE} gives {describe(stored[name])} as {name}, which is of another type")
-        vocab_file, tokenizer_file = find(VOCAB_FILE), None
-        if vocab_file is None or "added_tokens_decoder" not in stored:
-            tokenizer_file = find(TOKENIZER_FILE)
+        config = read(CONFIG_FILE)
+        complete = "added_tokens_decoder" in config  # since transformers 4.34, and no longer since 5
+        if not complete:
+            added = read("added_tokens.json").items()
+            config |= read("special_tokens_map.json")
+            config["added_tokens_decoder"] = tokens_by_id((index, content) for content, index in added)
+        vocab_file = find(VOCAB_FILE)
+        tokenizer_file = None if vocab_file and complete else find(TOKENIZER_FILE)
         if vocab_file is None and tokenizer_file is None:
             raise OSError(f"{pretrained_model_name_or_path} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}")
-        if "added_tokens_decoder" not in stored:  # as written before transformers 4.34
-            stored.update(read("special_tokens_map.json"))
-            added = read("added_tokens.json").items()
-            stored["added_tokens_decoder"] = {index: content for content, index in added}
-        stored["model_max_length"] = _declared_length(stored.get("model_max_length"), read("config.json"))
-        names = {*_SETTINGS, *SPECIAL_TOKENS}
-        known = {key: value for key, value in stored.items() if key in names}
-        tokenizer = cls(
-            vocab_file, tokenizer_file, **{"name_or_path": str(pretrained_model_name_or_path), **known, **settings}
-        )
-        tokenizer.init_kwargs = {key: value for key, value in stored.items() if key not in {*names, *_NOT_KEPT}}
+        known = {"name_or_path": str(pretrained_model_name_or_path), **_known_settings(config, read("config.json"))}
+        tokenizer = cls(vocab_file, tokenizer_file, **{**known, **settings})
+        tokenizer.init_kwargs = {key: value for key, value in config.items() if key not in {*known, *_NOT_KEPT}}
         return tokenizer
 
     def save_pretrained(
@@ -249,12 +253,16 @@ class XLMRobertaTokenizer(Vocabulary):
             max_length: of a row, special tokens included; by default `model_max_length`.
             stride: how many tokens the windows of a text share, with `return_overflowing_tokens`.
             pad_to_multiple_of: round the padded length up to a multiple of it.
+            padding_side: "right" or "left"; by default the attribute.
             return_tensors: None for lists of int, "pt" for torch (int64), "np" for NumPy.
             return_overflowing_tokens: what truncation cuts off follows in further rows; overflow_to_sample_mapping
                 tells the text of each.
             return_special_tokens_mask: 1 at the special tokens put around texts and at padding.
             return_offsets_mapping: offset_mapping, (start, end) of each token in code points of its text.
+            return_length: length, of each row.
+            return_token_type_ids, return_attention_mask: by default what `model_input_names` says.
             split_special_tokens: cut special tokens written in a text like any other word; by default the attribute.
+            verbose: tell, once, if a row is longer than `model_max_length`.
 
         Returns a `BatchEncoding` with the rows of input_ids, attention_mask and what else is asked for; of one text,
         and without tensors, the row itself. TypeError or ValueError for anything else than the above.
@@ -363,39 +371,47 @@ class XLMRobertaTokenizer(Vocabulary):
         padding_side: str | None = None,
         overflow: bool = False,
         verbose: bool = True,
-    ) -> Layout:
+    ) -> TokenLayout:
         """Where the tokens of each text go, from the options of a call."""
         if max_length is not None and padding is False and truncation is None:
             truncation = True
         padding, truncation = _choice("padding", padding, _PADDING), _choice("truncation", truncation, _TRUNCATION)
-        first, second = ids
         side = self.padding_side if padding_side is None else _side("padding_side", padding_side)
         stride = integer("stride", stride)
         multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
         limit = self._limit(max_length, used=padding == "max_length" or truncation != "do_not_truncate")
-        around = special_count(second is not None) if add_special_tokens else 0
+        around = special_count(pair=ids[1] is not None) if add_special_tokens else 0
         budget = None if limit is None or truncation == "do_not_truncate" else limit - around
         if budget is not None and budget < 0:
             raise ValueError(f"max_length is {limit}; the special tokens alone take {around}")
         if budget is not None and padding != "do_not_pad" and multiple and (budget + around) % multiple:
             raise ValueError(f"max_length is {limit}, no multiple of pad_to_multiple_of, {multiple}")
 
+        spans = self._spans(ids, truncation, budget, stride, overflow)
+        lengths = [around + stop - start + (pair[1] - pair[0] if pair else 0) for _, (start, stop), pair in spans]
+        longest = max(lengths, default=0)
+        if verbose and max_length is None and budget is None and longest > self.model_max_length:
+            limits = f"{longest} tokens, more than the {self.model_max_length} that the model can take"
+            self._warn_once("too long", f"a text has {limits}; truncation=True cuts it")
+        return TokenLayout(spans, add_special_tokens, padded_length(longest, padding, limit, multiple), side)
+
+    def _spans(
+        self, ids: Values, truncation: str, budget: int | None, stride: int, overflow: bool
+    ) -> list[tuple[int, Span, Span | None]]:
+        """What of each text stays, and with `overflow` the windows that follow; `budget`: tokens, None for all."""
+        first, second = ids
+        side = self.truncation_side
         spans: list[tuple[int, Span, Span | None]] = []
         for sample, row in enumerate(first):
             count, other = len(row), None if second is None else len(second[sample])
             kept, other_kept = (count, other or 0) if budget is None else cut(count, other, truncation, budget)
             if overflow:
-                parts = windows(count, kept, stride, self.truncation_side)
-                others = [None] if other is None else windows(other, other_kept, stride, self.truncation_side)
-                spans += [(sample, *both) for both in combine(parts, others)]
+                others = [None] if other is None else windows(other, other_kept, stride, side)
+                spans += [(sample, *both) for both in combine(windows(count, kept, stride, side), others)]
             else:
-                part = kept_part(count, kept, self.truncation_side)
-                other_part = None if other is None else kept_part(other, other_kept, self.truncation_side)
-                spans.append((sample, part, other_part))
-        lengths = [around + stop - start + (pair[1] - pair[0] if pair else 0) for _, (start, stop), pair in spans]
-        if verbose and max_length is None and budget is None:
-            self._warn_if_too_long(max(lengths, default=0))
-        return Layout(spans, add_special_tokens, padded_length(lengths, padding, limit, multiple), side)
+                other_part = None if other is None else kept_part(other, other_kept, side)
+                spans.append((sample, kept_part(count, kept, side), other_part))
+        return spans
 
     def _limit(self, max_length: int | None, used: bool) -> int | None:
         if max_length is not None:
@@ -403,25 +419,19 @@ class XLMRobertaTokenizer(Vocabulary):
         if self.model_max_length <= LARGEST_LIMIT:
             return self.model_max_length
         if used:
-            self._warn_once("neither max_length nor the tokenizer's model_max_length gives a limit: nothing is cut")
+            self._warn_once(
+                "no limit", "neither max_length nor the tokenizer's model_max_length gives a limit: none is used"
+            )
         return None
 
-    def _warn_if_too_long(self, length: int) -> None:
-        if length > self.model_max_length:
-            self._warn_once(
-                f"a text has {length} tokens, more than the {self.model_max_length} that the model can take; "
-                "truncation=True cuts it",
-                key="too long",
-            )
-
-    def _warn_once(self, message: str, key: str = "") -> None:
-        if (key or message) not in self._warned:
-            self._warned.add(key or message)
+    def _warn_once(self, reason: str, message: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
             logger.warning(message)
 
     def _columns(
         self,
-        layout: Layout,
+        layout: TokenLayout,
         ids: Values,
         type_ids: bool | None,
         attention_mask: bool | None,
@@ -430,14 +440,14 @@ class XLMRobertaTokenizer(Vocabulary):
         """The rows of each key that is wanted; None stands for what `model_input_names` says."""
         data = {"input_ids": layout.rows(ids, self.bos_token_id, self.eos_token_id, self.pad_token_id)}
         if "token_type_ids" in self.model_input_names if type_ids is None else type_ids:
-            data["token_type_ids"] = layout.rows(_like(ids, 0), 0, 0, self.pad_token_type_id)
+            data["token_type_ids"] = layout.constant(0, 0, 0, self.pad_token_type_id)
         if "attention_mask" in self.model_input_names if attention_mask is None else attention_mask:
-            data["attention_mask"] = layout.rows(_like(ids, 1), 1, 1, 0)
+            data["attention_mask"] = layout.constant(1, 1, 1, 0)
         if special_tokens_mask:
-            data["special_tokens_mask"] = layout.rows(_like(ids, 0), 1, 1, 1)
+            data["special_tokens_mask"] = layout.constant(0, 0, 1, 1)
         return data
 
-    def _align(self, source: _Source, layout: Layout, ids: Values) -> list[Encoding]:
+    def _align(self, source: _Source, layout: TokenLayout, ids: Values) -> list[Encoding]:
         """The rows of a call again, with the text, the characters and the word behind each id."""
         first, second = source.texts
         aligned: list[Any] = [self._align_text(text, source) for text in first]
@@ -447,13 +457,12 @@ class XLMRobertaTokenizer(Vocabulary):
             values = [text[field] for text in aligned], aligned_pairs and [text[field] for text in aligned_pairs]
             return layout.rows(values, begin, end, fill)
 
-        sequences = _like(ids, 0)[0], _like(ids, 1)[1]
         columns = {
             **self._columns(layout, ids, type_ids=True, attention_mask=True, special_tokens_mask=True),
             "tokens": rows(0, self.bos_token, self.eos_token, self.pad_token),
             "offsets": rows(1, (0, 0), (0, 0), (0, 0)),
             "word_ids": rows(2, None, None, None),
-            "sequence_ids": layout.rows(sequences, None, None, None),
+            "sequence_ids": layout.constant(0, 1, None, None),
         }
         names = [{"input_ids": "ids", "token_type_ids": "type_ids"}.get(name, name) for name in columns]
         n_sequences = 1 if second is None else 2
@@ -506,7 +515,7 @@ class XLMRobertaTokenizer(Vocabulary):
 
         Padded are input_ids, attention_mask (made where missing), token_type_ids, special_tokens_mask and
         offset_mapping; other keys, labels say, stay as they are. Tensors come back as tensors. The other arguments are
-        those of a call.
+        those of a call; `verbose` has no effect.
         """
         columns = _read_columns(encoded_inputs)
         return_tensors = return_tensors or _tensor_type(columns["input_ids"])
@@ -522,7 +531,7 @@ class XLMRobertaTokenizer(Vocabulary):
         side = self.padding_side if padding_side is None else _side("padding_side", padding_side)
         multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
         limit = self._limit(max_length, used=padding == "max_length")
-        length = padded_length(lengths, padding, limit, multiple)
+        length = padded_length(max(lengths, default=0), padding, limit, multiple)
         fills = {
             "input_ids": self.pad_token_id,
             "attention_mask": 0,
@@ -588,12 +597,6 @@ class _Source:
     words: bool
     split_special_tokens: bool
     added: AddedVocabulary
-
-
-def _like(values: Values, constant: int) -> Values:
-    """`constant` in the place of every value."""
-    first, second = values
-    return [[constant] * len(row) for row in first], second and [[constant] * len(row) for row in second]
 
 
 # Reading arguments
@@ -674,7 +677,7 @@ def _side(name: str, value: Any) -> str:
 
 def _load(
     vocab_file: str | os.PathLike[str] | None, tokenizer_file: str | os.PathLike[str] | None
-) -> tuple[SentencePieceModel, dict[Any, Any]]:
+) -> tuple[SentencePieceModel, dict[int, Any]]:
     """The model, and the added tokens of `tokenizer.json` by id."""
     if vocab_file is None and tokenizer_file is None:
         raise ValueError(f"give vocab_file, the path of a {VOCAB_FILE}, or tokenizer_file, that of a {TOKENIZER_FILE}")
@@ -694,11 +697,23 @@ def _load(
         raise ValueError(
             f"{tokenizer_file} holds {size} pieces, {vocab_file} {len(model)}: remove the one that is stale"
         )
-    return model, {token.get("id"): token for token in added}
+    return model, tokens_by_id((token.get("id"), token) for token in added)
 
 
-def _declared_length(declared: float | None, config: Mapping[str, Any]) -> int | None:
-    """The longest row: the lesser of what tokenizer_config.json declares and what config.json has positions for."""
+def _known_settings(config: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Any]:
+    """What tokenizer_config.json and config.json say that the constructor takes; ValueError for nonsense."""
+    known = {
+        name: value for name, value in config.items() if value is not None and name in {*_SETTINGS, *SPECIAL_TOKENS}
+    }
+    for name, kind in _SETTINGS.items():
+        if name in known and not isinstance(known[name], kind):
+            raise ValueError(f"{CONFIG_FILE} gives {describe(known[name])} as {name}, which is of another type")
+    known["model_max_length"] = _longest_row(known.get("model_max_length"), model_config)
+    return known
+
+
+def _longest_row(declared: float | None, config: dict[str, Any]) -> int | None:
+    """The lesser of what tokenizer_config.json declares and what config.json has positions for."""
     if declared is not None and not declared >= 1:
         raise ValueError(f"{CONFIG_FILE} gives {declared!r} as model_max_length; a positive integer is needed")
     limits = [] if declared is None or declared > LARGEST_LIMIT else [int(declared)]

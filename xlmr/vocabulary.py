@@ -192,7 +192,7 @@ class Vocabulary:
         model: SentencePieceModel,
         special_tokens: Mapping[str, Any],
         additional_special_tokens: Sequence[Any],
-        added_tokens_decoder: Mapping[Any, Any],
+        added_tokens_decoder: Mapping[int, Any],
     ) -> None:
         unknown = ", ".join(sorted(special_tokens.keys() - SPECIAL_TOKENS.keys()))
         if unknown:
@@ -308,12 +308,11 @@ class Vocabulary:
             raise ValueError(f"token id {index} is outside the vocabulary; allowed: 0 to {len(self) - 1}")
         return self._added.tokens[index].content if index >= len(self._model) else self._model.ids_to_pieces([index])[0]
 
-    def _place(self, decoder: Mapping[Any, Any]) -> None:
+    def _place(self, decoder: Mapping[int, Any]) -> None:
         """Put in the added tokens of a checkpoint, at the ids that it gives them."""
-        values = {_file_id(index): value for index, value in decoder.items()}
         placed: dict[int, AddedToken] = {}
         size, taken = len(self), set[str]()
-        for index, value in sorted(values.items(), key=operator.itemgetter(0)):
+        for index, value in sorted(decoder.items(), key=operator.itemgetter(0)):
             content = AddedToken.of(value).content
             known = self._index(content)
             if content in taken or index != (size if known is None else known):
@@ -386,13 +385,20 @@ class Vocabulary:
         return text
 
 
-def _file_id(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).isdecimal():
-        raise ValueError(f"the checkpoint gives an added token the id {value!r}; an integer from 0 up is needed")
-    return int(value)
+def tokens_by_id(entries: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
+    """The added tokens of a checkpoint by id, from (id, token); ValueError for what is no id, or one given twice."""
+    tokens: dict[int, Any] = {}
+    for index, token in entries:
+        if isinstance(index, bool) or not isinstance(index, (int, str)) or not str(index).isdecimal():
+            raise ValueError(f"the checkpoint gives an added token the id {index!r}; an integer from 0 up is needed")
+        if int(index) in tokens:
+            raise ValueError(f"the checkpoint gives two added tokens the id {index}")
+        tokens[int(index)] = token
+    return tokens
 
 
 def describe(value: Any) -> str:
+    """The value and its type, cut short, for an error message."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
@@ -407,10 +413,11 @@ def plain(value: Any) -> Any:
 
 
 def integer(name: str, value: Any, least: int = 0) -> int:
+    """The value as an int; TypeError or ValueError if it is none, or less than `least`."""
     try:
-        integer = operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {describe(value)}; an int is needed") from None
-    if integer < least:
-        raise ValueError(f"{name} is {integer}; it must be at least {least}")
-    return integer
+    if number < least:
+        raise ValueError(f"{name} is {number}; it must be at least {least}")
+    return number

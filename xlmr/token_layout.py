@@ -11,7 +11,7 @@ Values = tuple[list[list], "list[list] | None"]  # one value a token, for each t
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """The rows of a batch, whatever is laid out in them: ids, masks, offsets.
 
     spans: for each row the number of its text, the span of that text's tokens, and its pair's span or None.
@@ -24,16 +24,29 @@ class Layout:
     side: str = "right"
 
     def rows(self, values: Values, begin: Any, end: Any, fill: Any) -> list[list]:
-        """<s> A </s>, or <s> A </s></s> B </s>, for each row; `begin`, `end`, `fill`: values of <s>, </s>, <pad>."""
+        """The values of each row's tokens; `begin`, `end` and `fill` are those of <s>, </s> and <pad>."""
         first, second = values
+        return [
+            self._row(
+                first[text][start:stop], second[text][slice(*pair)] if second and pair else None, begin, end, fill
+            )
+            for text, (start, stop), pair in self.spans
+        ]
+
+    def constant(self, first: Any, second: Any, around: Any, fill: Any) -> list[list]:
+        """One value for every token of a text, one for those of a pair, one for special tokens, one for padding."""
+        return [
+            self._row([first] * (stop - start), [second] * (pair[1] - pair[0]) if pair else None, around, around, fill)
+            for _, (start, stop), pair in self.spans
+        ]
+
+    def _row(self, first: list, second: list | None, begin: Any, end: Any, fill: Any) -> list:
+        """<s> A </s>, or <s> A </s></s> B </s>."""
         before, after = ([begin], [end]) if self.special else ([], [])
-        rows = []
-        for text, (start, stop), pair in self.spans:
-            row = [*before, *first[text][start:stop], *after]
-            if pair is not None and second is not None:
-                row += [*after, *second[text][slice(*pair)], *after]
-            rows.append(pad_row(row, self.length, fill, self.side))
-        return rows
+        row = [*before, *first, *after]
+        if second is not None:
+            row += [*after, *second, *after]
+        return pad_row(row, self.length, fill, self.side)
 
 
 def special_count(pair: bool) -> int:
@@ -47,12 +60,12 @@ def pad_row(row: list, length: int | None, fill: Any, side: str) -> list:
     return row + missing if side == "right" else missing + row
 
 
-def padded_length(lengths: Sequence[int], padding: str, max_length: int | None, multiple: int | None) -> int | None:
+def padded_length(longest: int, padding: str, max_length: int | None, multiple: int | None) -> int | None:
     """The length that rows are padded to; None for "do_not_pad" and for "max_length" where there is no limit."""
-    longest = max(lengths, default=0) if padding == "longest" else max_length
-    if padding == "do_not_pad" or longest is None:
+    length = longest if padding == "longest" else max_length
+    if padding == "do_not_pad" or length is None:
         return None
-    return longest if multiple is None else -(-longest // multiple) * multiple
+    return length if multiple is None else -(-length // multiple) * multiple
 
 
 def cut(first: int, second: int | None, strategy: str, budget: int) -> tuple[int, int]:

@@ -4,18 +4,19 @@ Shapes  x: [T, K], rows at any stride   w: [N, K], as in torch.nn.Linear   b: [N
         q, k, v: [T, N], views of one buffer [T, 3, N]
 Twins   xlmr.eager.linear, xlmr.eager.linear_act, xlmr.eager.qkv_projection
 
-Products are summed in fp32, BLOCK_K at a time in the order of K; bias and the exact GELU act on that sum, which is rounded
-once. The projection's three weights share a launch: each column tile reads one of them.
+Products are summed in fp32, BLOCK_K at a time in the order of K; bias and the exact GELU act on that sum, which is
+rounded once. The projection's three weights share a launch: each column tile reads one of them.
 
-A row's bits depend on that row alone. K is never split, BLOCK_K is one constant for each dtype, and each target stays with
-one tensor-core instruction whatever the tile: BLOCK_M ≥ 64 on sm_90 and sm_100, below which the compiler leaves wgmma and
-tcgen05.mma for mma.sync; tiles of at least 32×32 on gfx942, below which it takes an MFMA of another depth. What varies with
-the load (tiles, warps, stages, how a tile is loaded) does not enter the order of a sum.
+A row's bits depend on that row alone. K is never split, BLOCK_K is one constant for each dtype, and each target stays
+with one tensor-core instruction whatever the tile: BLOCK_M ≥ 64 on sm_90 and sm_100, below which the compiler leaves
+wgmma and tcgen05.mma for mma.sync; tiles of at least 32×32 on gfx942, below which it takes an MFMA of another depth.
+What varies with the load (tiles, warps, stages, how a tile is loaded) does not enter the order of a sum.
 
-Prediction for an H200 (nothing is measured yet), bf16, 790 TFLOP/s attainable. From T = 16,384 on the tensor cores are the
-roof: wgmma drains a 128×256 tile from shared memory as fast as it computes, and the next tile's first loads fly during an
-epilogue, which itself is exposed (storing 10 %, GELU twice that at K = 768): 550–620 TFLOP/s at K ≤ 1024, 480–560 with
-GELU, 620–680 at K ≥ 3072. One text (T ≤ 64) streams the weights on 48 to 192 programs and waits for latency: 2–6 µs.
+Prediction for an H200 (nothing is measured yet), bf16, where 790 TFLOP/s can be had: from T = 16,384 on the tensor cores
+are the roof. wgmma reads a 128×256 tile from shared memory no slower than it computes, and the next tile's first loads
+fly during an epilogue; the epilogue itself is exposed. Counted in cycles at K = 768 (12,300 of wgmma a tile): 1,500 to
+store, 7,900 for GELU's 31 instructions an element. Hence 570–640 TFLOP/s at K ≤ 1024, 400–450 with GELU, 640–700 at
+K ≥ 3072. One text (T ≤ 64) streams the weights through 48 to 192 programs and waits for latency: 2–6 µs a launch.
 """
 
 from collections.abc import Sequence
@@ -40,69 +41,77 @@ BLOCK_K = {2: 64, 4: 32}
 TEXT_ROWS = 64  # at most so many rows: "text", one tile of rows
 OUTPUTS = {"small": 1 << 20, "medium": 1 << 23}  # at most so many elements of y; beyond: "large"
 
-# (bytes of an element, load). Not measured yet: chosen by compiling for each target.
+# (bytes of an element, load). "unaligned": elements come one by one, through registers. Not measured yet: chosen by
+# compiling for each target (none spills; at most 216 registers, 222 KiB of shared memory).
 CONFIGS: Table = {
     "portable": {
-        (2, "text"): config(4, 3, BLOCK_M=64, BLOCK_N=32),
-        (2, "small"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        (2, "medium"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        (2, "large"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        (4, "text"): config(4, 3, BLOCK_M=64, BLOCK_N=32),
-        (4, "small"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        (4, "medium"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        (4, "large"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (itemsize, load): config(8 if load == "unaligned" else 4, 3, BLOCK_M=64, BLOCK_N=64)
+        for itemsize in (2, 4)
+        for load in ("unaligned", "text", "small", "medium", "large")
     },
     "sm_80": {
+        (2, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64),
         (2, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=32),
         (2, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
         (2, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
         (2, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+        (4, "unaligned"): config(8, 3, BLOCK_M=64, BLOCK_N=64),
         (4, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=32),
         (4, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
-        (4, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
-        (4, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
+        (4, "medium"): config(8, 4, BLOCK_M=128, BLOCK_N=64),
+        (4, "large"): config(8, 4, BLOCK_M=128, BLOCK_N=64),
     },
     "sm_90": {
+        (2, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64),
         (2, "text"): config(4, 8, BLOCK_M=64, BLOCK_N=16),
         (2, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=128),
         (2, "medium"): config(8, 4, BLOCK_M=128, BLOCK_N=128),
         (2, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=256),
-        (4, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=16),
+        (4, "unaligned"): config(8, 3, BLOCK_M=64, BLOCK_N=64),
+        (4, "text"): config(4, 8, BLOCK_M=64, BLOCK_N=16),
         (4, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
         (4, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
         (4, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
     },
     "sm_100": {
+        (2, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64),
         (2, "text"): config(4, 8, BLOCK_M=64, BLOCK_N=32),
         (2, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=128),
         (2, "medium"): config(8, 4, BLOCK_M=128, BLOCK_N=128),
         (2, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=256),
+        (4, "unaligned"): config(8, 3, BLOCK_M=64, BLOCK_N=64),
         (4, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=32),
         (4, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
         (4, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
         (4, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
     },
     "gfx942": {
+        (2, "unaligned"): config(4, 2, BLOCK_M=64, BLOCK_N=64),
         (2, "text"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
         (2, "small"): config(4, 2, BLOCK_M=64, BLOCK_N=64),
         (2, "medium"): config(4, 2, BLOCK_M=128, BLOCK_N=128),
         (2, "large"): config(8, 2, BLOCK_M=256, BLOCK_N=128),
+        (4, "unaligned"): config(4, 2, BLOCK_M=64, BLOCK_N=64),
         (4, "text"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
         (4, "small"): config(4, 2, BLOCK_M=64, BLOCK_N=64),
         (4, "medium"): config(4, 2, BLOCK_M=128, BLOCK_N=128),
         (4, "large"): config(8, 2, BLOCK_M=128, BLOCK_N=128),
     },
 }
-DESCRIPTOR_TARGETS = ("sm_90", "sm_100")  # GPUs that copy whole tiles by themselves (TMA)
-WAVES = 2  # more tiles than this for each processor: the grid is persistent
+# GPUs that copy whole tiles by themselves (TMA). Not for one text: describing its tensors costs more than they save.
+DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
+WAVES = 2  # more tiles than this for each processor: with descriptors the grid is persistent, one program a processor
+GROUP_M = 8  # row tiles that run down a column tile before the next one: their rows stay in L2
 EPILOGUE_N = tl.constexpr(128)  # columns finished at a time: the fp32 temporaries of 256 would spill
 
 
-def bucket(T: int, N: int, itemsize: int) -> tuple[int, str]:
-    """The key of CONFIGS[target] for a y of [T, N]."""
+def bucket(T: int, N: int, itemsize: int, aligned: bool = True) -> tuple[int, str]:
+    """The key of CONFIGS[target] for a y of [T, N]; `aligned`: its operands come in vectors, or by descriptor."""
+    if not aligned:
+        return itemsize, "unaligned"
     if T <= TEXT_ROWS:
         return itemsize, "text"
-    return itemsize, next((load for load, most in OUTPUTS.items() if T * N <= most), "large")
+    return itemsize, next((load for load, most in OUTPUTS.items() if most >= T * N), "large")
 
 
 @triton.jit
@@ -168,7 +177,7 @@ def _tile(
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """The tile of that number. Numbers run down GROUP_M row tiles before the next column tile: their rows stay in L2."""
+    """Computes and stores the tile of that number."""
     part_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     group_tiles: tl.constexpr = GROUP_M * PARTS * part_tiles
     first = tile // group_tiles * GROUP_M
@@ -225,67 +234,70 @@ def linear_fwd(
 ) -> Tensor:
     """y [T, P, N] of x [T, K], P weights [N, K] (1 or 3) and as many biases [N], all or none of them None.
 
-    `tuned` and `descriptors` overrule the table's configuration and the choice between tensor descriptors and pointers.
+    `tuned` and `descriptors` overrule the table's configuration and the choice between descriptors and pointers.
     """
     _check_arguments(operation, x, weights, biases)
-    (T, K), N, parts, itemsize = x.shape, weights[0].shape[0], len(weights), x.element_size()
+    (T, K), N, parts, itemsize = x.shape, len(weights[0]), len(weights), x.element_size()
     y = torch.empty((T, parts, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    tuned = tuned or pick(CONFIGS, x.device, bucket(T, parts * N, itemsize))
     if descriptors is None:
-        descriptors = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and describable(x, weights)
+        descriptors = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and _describable(N, x, *weights)
+    if tuned is None:
+        aligned = descriptors or _vectorised(x, *weights)
+        tuned = pick(CONFIGS, x.device, bucket(T, parts * N, itemsize, aligned))
     block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
-    programs = tiles = triton.cdiv(T, block_m) * triton.cdiv(N, block_n) * parts
-    operands, out = [x, *weights], y
+    programs = triton.cdiv(T, block_m) * triton.cdiv(N, block_n) * parts
+    x_arg, w_args, y_arg = x, weights, y
     if descriptors:
-        if tiles > WAVES * processors(x.device):
+        if programs > WAVES * processors(x.device):
             programs = processors(x.device)
-        blocks = [block_m] + [block_n] * parts
-        operands = [
-            TensorDescriptor.from_tensor(t, [rows, BLOCK_K[itemsize]])
-            for t, rows in zip(operands, blocks, strict=True)
-        ]
-        out = TensorDescriptor.from_tensor(y, [block_m, 1, min(block_n, EPILOGUE_N.value)])
+        x_arg = TensorDescriptor.from_tensor(x, [block_m, BLOCK_K[itemsize]])
+        w_args = [TensorDescriptor.from_tensor(w, [block_n, BLOCK_K[itemsize]]) for w in weights]
+        y_arg = TensorDescriptor.from_tensor(y, [block_m, 1, min(block_n, EPILOGUE_N.value)])
     absent = [None] * (3 - parts)
     _linear_fwd_kernel[(programs,)](
-        *operands, *absent, *biases, *absent, out,
-        K if T == 1 else x.stride(0), K if N == 1 else weights[0].stride(0), T,  # a single row: any stride
+        x_arg, *w_args, *absent, *biases, *absent, y_arg,
+        K if T == 1 else x.stride(0), K if N == 1 else weights[0].stride(0), T,  # a single row may have any stride
         N=N, K=K, PARTS=parts, GELU=gelu, PRECISION=input_precision(x.dtype), DESCRIPTORS=descriptors,
-        BLOCK_K=BLOCK_K[itemsize], GROUP_M=8, **tuned.meta,
+        BLOCK_K=BLOCK_K[itemsize], GROUP_M=GROUP_M, **tuned.meta,
     )  # fmt: skip
     return y
 
 
-def describable(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether tensor descriptors can express the operands and the result: bases and rows at multiples of 16 bytes."""
-    itemsize, K = x.element_size(), x.shape[1]
-    return (weights[0].shape[0] * itemsize) % 16 == 0 and all(
-        t.data_ptr() % 16 == 0 and (t.stride(0) * itemsize) % 16 == 0 and t.stride(0) >= K for t in (x, *weights)
+def _describable(N: int, *matrices: Tensor) -> bool:
+    """Whether descriptors can express x, the weights and y: all rows at multiples of 16 bytes, none overlapping."""
+    row = 16 // matrices[0].element_size()
+    return N % row == 0 and all(
+        m.data_ptr() % 16 == 0 and m.stride(0) % row == 0 and m.stride(0) >= m.shape[1] for m in matrices
+    )
+
+
+def _vectorised(*matrices: Tensor) -> bool:
+    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements."""
+    return all(
+        m.data_ptr() % 16 == 0 and m.shape[1] % 16 == 0 and (len(m) == 1 or m.stride(0) % 16 == 0) for m in matrices
     )
 
 
 def _check_arguments(operation: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-    suffixes = ("",) if len(weights) == 1 else ("_q", "_k", "_v")
-    named = {f"weight{suffix}": w for suffix, w in zip(suffixes, weights, strict=True)}
-    named_biases = {f"bias{suffix}": b for suffix, b in zip(suffixes, biases, strict=True) if b is not None}
-    check(operation, x=x, **named, **named_biases)
-    first = weights[0]
+    suffixes = [""] if len(weights) == 1 else ["q", "k", "v"]
+    matrices = {f"w{part}" if part else "weight": w for part, w in zip(suffixes, weights, strict=True)}
+    vectors = {f"b{part}" if part else "bias": b for part, b in zip(suffixes, biases, strict=True) if b is not None}
+    check(operation, x=x, **matrices, **vectors)
     require(x.dim() == 2, f"{operation}: x is {tuple(x.shape)}, expected [T, K]")
-    K = x.shape[1]
-    for name, w in named.items():
-        require(
-            w.dim() == 2 and w.shape[1] == K and w.shape == first.shape,
-            f"{operation}: {name} is {tuple(w.shape)}, expected [N, {K}]" + (", the same N for all" if suffixes[1:] else ""),
-        )
-        require(
-            w.stride(0) == first.stride(0), f"{operation}: the weights' rows have strides {w.stride(0)}, {first.stride(0)}"
-        )
-    for name, t in {"x": x, **named}.items():
-        require(K <= 1 or t.stride(1) == 1, f"{operation}: the last dimension of {name} must be contiguous")
-    for name, b in named_biases.items():
-        fits = b.shape == first.shape[:1] and (b.is_contiguous())
-        require(fits, f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{first.shape[0]}]")
+    first = weights[0]
+    for name, w in matrices.items():
+        fits = w.dim() == 2 and w.shape[1] == x.shape[1] and w.shape == first.shape
+        require(fits, f"{operation}: {name} is {tuple(w.shape)}, expected [N, {x.shape[1]}], the same N for all")
+        same = len(w) == 1 or w.stride(0) == first.stride(0)
+        require(same, f"{operation}: rows of {name} are {w.stride(0)} elements apart, of the first {first.stride(0)}")
+    for name, m in {"x": x, **matrices}.items():
+        contiguous = m.shape[1] <= 1 or m.stride(1) == 1
+        require(contiguous, f"{operation}: the last dimension of {name} must be contiguous")
+    for name, b in vectors.items():
+        fits = b.shape == first.shape[:1] and b.is_contiguous()
+        require(fits, f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{len(first)}]")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

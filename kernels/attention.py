@@ -1,20 +1,21 @@
 """Flash attention, forward.   o = softmax(q·kᵀ·scale)·v   and   lse = log Σ exp(q·kᵀ·scale)   within each sequence
 
-Shapes  q, o: [Tq, H, D]   k, v: [Tk, H, D]   lse: [H, Tq] fp32   starts, lengths: [B] int32    Twin  xlmr.eager.attention
-Sources  Dao et al., 2022 and 2023 (FlashAttention 1, 2); Milakov & Gimelshein, 2018 (running maximum and sum).
+Shapes  q, o: [Tq, H, D]   k, v: [Tk, H, D]   lse: [H, Tq] fp32   starts, lengths: [B] int32
+Twin    xlmr.eager.attention
+Source  Dao et al., 2022 and 2023 (FlashAttention 1, 2); Milakov & Gimelshein, 2018 (running maximum and sum)
 
-One program computes BLOCK_M query rows of one head of one sequence: it walks over the sequence's keys in tiles of BLOCK_N
-and keeps every row's maximum m, sum l and output in registers, in fp32 and base 2. Where a sequence's queries and keys
-lie is data: packed and padded batches, cross attention, key/value caches and one query a text are the same kernel.
+One program computes BLOCK_M query rows of one head of one sequence: it walks over the sequence's keys in tiles of
+BLOCK_N and keeps every row's maximum, sum and output in registers, in fp32 and base 2. Where the queries and keys of a
+sequence lie is data: packed and padded batches, cross attention, key/value caches and one query a text are one kernel.
 
-A row's bits depend on its own sequence alone: BLOCK_N is one constant for each head_dim and dtype, a tile that a row does
-not see leaves its state as it is, and what varies with the load (BLOCK_M, warps, stages) never splits a row among warps.
+A row's bits depend on its own sequence alone: BLOCK_N is one constant for each head_dim and dtype, a tile that a row
+does not see leaves its state as it is, and what varies with the load (BLOCK_M, warps) keeps the order of its sums.
 
-Prediction for an H200 (nothing is measured yet), bf16, D = 64, bidirectional: the exponential is the roof. A score costs
-256 flops on the tensor cores (990 TFLOP/s) and one exp2 (16 a clock and SM: 132 · 16 · 1.75 GHz = 3.7 T/s), which alone
-bounds it at 946 TFLOP/s, and the two one after the other at 480. The fp32 work of a score (maximum, scale, sum, cast) is
-partly hidden by an SM's second program: 70 % of 480, 340 TFLOP/s, at 512 keys and 80 %, 380, from 2,048 on. One query a
-text reads K and V once: 75 % of 4.3 TB/s.
+Prediction for an H200 (nothing is measured yet), bf16, D = 64, bidirectional: the exponential is the roof. A score
+costs 256 flops on the tensor cores (990 TFLOP/s) and one exp2 (16 a clock and SM: 132 · 16 · 1.75 GHz = 3.7 T/s), which
+alone bounds it at 946 TFLOP/s; one after the other, the two allow 480. The fp32 work of a score (maximum, scale, sum,
+cast) is partly hidden by an SM's second program: 70 % of 480, 340 TFLOP/s, at 512 keys, and 80 %, 380, from 2,048 on.
+One query a text reads K and V once: 75 % of 4.3 TB/s.
 """
 
 from collections.abc import Sequence
@@ -43,29 +44,64 @@ def cost(
     return 4 * pairs * heads * head_dim, heads * (rows * head_dim * itemsize + 4 * sum(q_lens))
 
 
-# Keys a tile, by the largest head_dim it serves and the bytes of an element. Never by the load: see the docstring.
-BLOCK_N = {(64, 2): 64, (128, 2): 64, (64, 4): 32, (128, 4): 32}
+# The average number of queries a sequence up to which a batch counts as short.
+SHORT = 128
 
-# The most queries a sequence, on average over the batch, that count as this load; beyond is "long".
-LOADS = {"few": 16, "short": 128}
-
-# (head_dim up to, bytes of an element, load). Not measured yet: chosen by compiling, none spills.
+# (head_dim up to, bytes of an element, short). Not measured yet: chosen by compiling, without spills. Both loads of a
+# head_dim and dtype have one BLOCK_N and spread a row over the lanes of a warp alike, so their bits agree; where a
+# second tile would not, or spills, one serves both. A single query takes a whole tile too: the idle rows cost less time
+# than reading K and V, and a tile of 16 rows would spread a row over several warps.
 CONFIGS: Table = {
-    target: {
-        (64, 2, "few"): config(1, 3, BLOCK_M=16),
-        (64, 2, "short"): config(4, 3, BLOCK_M=64),
-        (64, 2, "long"): config(8, 3, BLOCK_M=128),
-        (128, 2, "few"): config(1, 3, BLOCK_M=16),
-        (128, 2, "short"): config(4, 2, BLOCK_M=64),
-        (128, 2, "long"): config(8, 2, BLOCK_M=128),
-        (64, 4, "few"): config(1, 2, BLOCK_M=16),
-        (64, 4, "short"): config(4, 2, BLOCK_M=64),
-        (64, 4, "long"): config(4, 2, BLOCK_M=64),
-        (128, 4, "few"): config(1, 2, BLOCK_M=16),
-        (128, 4, "short"): config(4, 2, BLOCK_M=64),
-        (128, 4, "long"): config(4, 2, BLOCK_M=64),
-    }
-    for target in ("portable", "sm_80", "sm_90", "sm_100", "gfx942")
+    "portable": {
+        (64, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 2, False): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (128, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (128, 2, False): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 4, True): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 4, False): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (128, 4, True): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        (128, 4, False): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+    },
+    "sm_80": {
+        (64, 2, True): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (64, 2, False): config(8, 3, BLOCK_M=128, BLOCK_N=64),
+        (128, 2, True): config(8, 3, BLOCK_M=128, BLOCK_N=32),
+        (128, 2, False): config(8, 3, BLOCK_M=128, BLOCK_N=32),
+        (64, 4, True): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 4, False): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (128, 4, True): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        (128, 4, False): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+    },
+    "sm_90": {
+        (64, 2, True): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (64, 2, False): config(8, 3, BLOCK_M=128, BLOCK_N=64),
+        (128, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=64),
+        (128, 2, False): config(8, 2, BLOCK_M=128, BLOCK_N=64),
+        (64, 4, True): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 4, False): config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 4, True): config(8, 2, BLOCK_M=128, BLOCK_N=16),
+        (128, 4, False): config(8, 2, BLOCK_M=128, BLOCK_N=16),
+    },
+    "sm_100": {
+        (64, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=128),
+        (64, 2, False): config(8, 2, BLOCK_M=128, BLOCK_N=128),
+        (128, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=64),
+        (128, 2, False): config(8, 2, BLOCK_M=128, BLOCK_N=64),
+        (64, 4, True): config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        (64, 4, False): config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 4, True): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        (128, 4, False): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+    },
+    "gfx942": {
+        (64, 2, True): config(2, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 2, False): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 2, True): config(2, 2, BLOCK_M=64, BLOCK_N=32),
+        (128, 2, False): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (64, 4, True): config(2, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 4, False): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 4, True): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 4, False): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+    },
 }
 
 
@@ -115,8 +151,8 @@ def _attention_fwd_kernel(
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Heads vary fastest: what runs at one time is every head of a few neighbouring blocks. Together they read whole rows
-    # of the QKV buffer, so DRAM pages are used in full, and the blocks of one text share its K and V in L2.
+    # Heads vary fastest: what runs at one time is every head of a few neighbouring blocks. Together they read whole
+    # rows of the QKV buffer, so DRAM pages are used in full, and the blocks of one text share its K and V in L2.
     head = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads
     sequence = tl.load(blocks_ptr + 2 * block)
@@ -180,9 +216,7 @@ def attention_fwd(
     if out.numel() == 0:
         return out, lse
     width = 64 if head_dim <= 64 else 128
-    queries = rows / sequences.q_lens.numel()
-    load = next((load for load, most in LOADS.items() if queries <= most), "long")
-    config = pick(CONFIGS, q.device, (width, q.element_size(), load))
+    config = pick(CONFIGS, q.device, (width, q.element_size(), rows <= SHORT * sequences.q_lens.numel()))
     blocks = sequences.blocks(dict(config.tiles)["BLOCK_M"], rows)
     _attention_fwd_kernel[(len(blocks) * heads,)](
         q, k, v, out, lse, blocks,
@@ -190,7 +224,7 @@ def attention_fwd(
         softmax_scale * LOG2_E.value, heads, rows,
         *(t.stride(dim) for t in (q, k, v, out) for dim in (0, 1)),
         HEAD_DIM=head_dim, CAUSAL=causal, PRECISION=input_precision(q.dtype),
-        BLOCK_N=BLOCK_N[width, q.element_size()], BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         **config.meta,
     )  # fmt: skip
     return out, lse
@@ -216,8 +250,9 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, sequences: Any, softmax_sc
     )
     spans = (sequences.q_starts, sequences.q_lens, sequences.k_starts, sequences.k_lens)
     require(
-        all(t.dtype == torch.int32 and t.dim() == 1 and t.shape == spans[0].shape for t in spans),
-        "attention: the starts and lengths of the sequences must be int32 [B], got "
+        all(t.dtype == torch.int32 and t.dim() == 1 and t.shape == spans[0].shape for t in spans)
+        and (spans[0].numel() > 0 or q.shape[0] == 0),
+        "attention: the starts and lengths of the sequences must be int32 [B], B ≥ 1 where q has rows; got "
         + ", ".join(f"{t.dtype} {list(t.shape)}" for t in spans),
     )
     require(
@@ -225,18 +260,17 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, sequences: Any, softmax_sc
         f"attention: the sequences are on {spans[0].device}, q is on {q.device}",
     )
     if q.device.type == "cpu":  # elsewhere reading them would wait for the device
-        _check_values(*(t.tolist() for t in spans), q.shape[0], k.shape[0])
+        _check_values(sequences, q.shape[0], k.shape[0])
 
 
-def _check_values(
-    q_starts: list[int], q_lens: list[int], k_starts: list[int], k_lens: list[int], queries: int, keys: int
-) -> None:
+def _check_values(sequences: Any, rows: int, keys: int) -> None:
+    q_starts, q_lens = sequences.q_starts.tolist(), sequences.q_lens.tolist()
     ends = [start + length for start, length in zip(q_starts, q_lens, strict=True)]
     require(
-        min(q_lens, default=0) >= 0 and [0, *ends] == [*q_starts, queries],
-        f"attention: q_starts {q_starts} and q_lens {q_lens} must cut the {queries} rows of q into sequences that follow "
-        "one another",
+        min(q_lens, default=0) >= 0 and [0, *ends] == [*q_starts, rows],
+        f"attention: q_starts {q_starts} and q_lens {q_lens} must cut the {rows} rows of q into adjacent sequences",
     )
+    k_starts, k_lens = sequences.k_starts.tolist(), sequences.k_lens.tolist()
     require(
         all(length >= 0 and 0 <= start <= keys - length for start, length in zip(k_starts, k_lens, strict=True)),
         f"attention: k_starts {k_starts} and k_lens {k_lens} leave the {keys} rows of k and v",
@@ -253,7 +287,7 @@ def attention(
     """
     if dropout_p > 0:
         raise RuntimeError(
-            f"attention: dropout_p is {dropout_p} and the Triton kernels have no dropout yet; call model.eval(), or use "
-            "backend='eager'"
+            f"attention: dropout_p is {dropout_p} and the Triton kernels have no dropout yet; call model.eval(), or "
+            "use backend='eager'"
         )
     return attention_fwd(q, k, v, sequences, softmax_scale, causal)[0]

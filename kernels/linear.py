@@ -12,7 +12,7 @@ with one tensor-core instruction whatever the tile: BLOCK_M ≥ 64 on sm_90 and 
 wgmma and tcgen05.mma for mma.sync; tiles of at least 32×32 on gfx942, below which it takes an MFMA of another depth.
 What varies with the load (tiles, warps, stages, how a tile is loaded) does not enter the order of a sum.
 
-Prediction for an H200 (nothing is measured yet), bf16, where 790 TFLOP/s can be had: from T = 16,384 on the tensor cores
+Prediction for an H200 (nothing is measured yet), bf16, where 790 TFLOP/s can be had: from T = 16,384 on tensor cores
 are the roof. wgmma reads a 128×256 tile from shared memory no slower than it computes, and the next tile's first loads
 fly during an epilogue; the epilogue itself is exposed. Counted in cycles at K = 768 (12,300 of wgmma a tile): 1,500 to
 store, 7,900 for GELU's 31 instructions an element. Hence 570–640 TFLOP/s at K ≤ 1024, 400–450 with GELU, 640–700 at

@@ -1,0 +1,305 @@
+"""Linear layers, with GELU and as the fused QKV projection, against eager in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import interpreter
+
+from tests.numerics import assert_accurate
+from xlmr import eager
+from xlmr.kernels import linear as kernel
+from xlmr.kernels._launch import config
+
+INTERPRETED = not torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies bf16 bits")
+needs_descriptors = pytest.mark.skipif(
+    INTERPRETED and triton.__version__ < "3.7", reason="its interpreter starts no range at a program's number"
+)
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.cuda, needs_gpu])]
+DESCRIPTORS = [False, pytest.param(True, marks=needs_descriptors)]
+
+
+def inputs(T: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """x [T, K], three weights [N, K] and three biases [N], of which results are about 1 and every element matters."""
+    x, w, b = torch.randn(T, K), torch.randn(3, N, K) / max(K, 1) ** 0.5, torch.randn(3, N)
+    return tuple(t.to(device, dtype) for t in (x, *w, *b))
+
+
+def linear(ops: Any, x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, bq: Tensor, bk: Tensor, bv: Tensor) -> Tensor:
+    return ops.linear(x, wq, bq)
+
+
+def no_bias(ops: Any, x: Tensor, wq: Tensor, *_: Tensor) -> Tensor:
+    return ops.linear(x, wq, None)
+
+
+def gelu(ops: Any, x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, bq: Tensor, bk: Tensor, bv: Tensor) -> Tensor:
+    return ops.linear_act(x, wq, bq)
+
+
+def gelu_no_bias(ops: Any, x: Tensor, wq: Tensor, *_: Tensor) -> Tensor:
+    return ops.linear_act(x, wq, None, "gelu")
+
+
+def qkv(ops: Any, *given: Tensor) -> Tensor:
+    return torch.stack(ops.qkv_projection(*given), 1)
+
+
+def qkv_some_biases(ops: Any, x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, *biases: Tensor) -> Tensor:
+    return torch.stack(ops.qkv_projection(x, wq, wk, wv, biases[0], None, biases[2]), 1)
+
+
+Operation = Callable[..., Tensor]
+OPERATIONS = pytest.mark.parametrize("operation", [linear, no_bias, gelu, gelu_no_bias, qkv, qkv_some_biases])
+EPILOGUES = pytest.mark.parametrize("operation", [linear, gelu, qkv])
+
+
+def assert_matches(operation: Operation, ours: Tensor, given: tuple[Tensor, ...]) -> None:
+    assert_accurate(ours, operation(eager, *given), operation(eager, *map(Tensor.double, given)))
+
+
+@pytest.fixture
+def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets how the kernel is launched, whatever the device: by descriptors or pointers, and with which tiles."""
+    launch = kernel.linear_fwd
+
+    def choose(descriptors: bool, tuned: Any = None) -> None:
+        def overruled(*args: Any, **kwargs: Any) -> Tensor:
+            return launch(*args, **kwargs, tuned=tuned, descriptors=descriptors)
+
+        monkeypatch.setattr(kernel, "linear_fwd", overruled)
+        monkeypatch.setattr(kernel, "processors", lambda device: 2)
+        monkeypatch.setattr(kernel, "GROUP_M", 2)
+
+    return choose
+
+
+@pytest.fixture
+def ordered_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums along K one product at a time, as a tensor core's order is one: the interpreter's BLAS has another for every
+    shape, and for some places in a tile."""
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
+        total = acc.data
+        for k in range(a.data.shape[1]):
+            total = total + a.data[:, k, None].astype(total.dtype) * b.data[k].astype(total.dtype)
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+    if INTERPRETED:
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@OPERATIONS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 96])
+@pytest.mark.parametrize("T", [0, 1, 37, 257])
+def test_accuracy(
+    T: int, width: int, dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None
+) -> None:
+    given = inputs(T, width, width, dtype, device)
+    assert_matches(operation, operation(kernel, *given), given)
+
+
+@EPILOGUES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "N", "K"), [(37, 3, 769), (37, 769, 24), (5, 1, 1), (4, 40, 0)])
+def test_any_width(
+    T: int, N: int, K: int, dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None
+) -> None:
+    given = inputs(T, N, K, dtype, device)
+    assert_matches(operation, operation(kernel, *given), given)
+
+
+@EPILOGUES
+@pytest.mark.parametrize("descriptors", DESCRIPTORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("BLOCK_M", "BLOCK_N"), [(64, 16), (128, 256)])
+def test_tiles(
+    BLOCK_M: int,
+    BLOCK_N: int,
+    dtype: torch.dtype,
+    descriptors: bool,
+    operation: Operation,
+    device: torch.device,
+    path: Callable[..., None],
+    poisoned: None,
+) -> None:
+    """The narrowest tile and the widest, finished in two halves, at edges in every direction; two groups of row tiles.
+    With descriptors two programs share the tiles of a persistent grid."""
+    given = inputs(2 * BLOCK_M + 3, 40, 104, dtype, device)
+    path(descriptors, config(8 if BLOCK_N > 16 else 4, 3, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N))
+    assert_matches(operation, operation(kernel, *given), given)
+
+
+@pytest.mark.parametrize("descriptors", DESCRIPTORS)
+def test_the_projections_columns_do_not_run_into_each_other(
+    descriptors: bool, device: torch.device, path: Callable[..., None], poisoned: None
+) -> None:
+    """N is no multiple of the column tile: the tile at the edge of q must not write k's first columns, nor v's end."""
+    given = inputs(70, 72, 16, torch.float16, device)
+    path(descriptors)
+    q, k, v = kernel.qkv_projection(*given)
+    assert q.data_ptr() + 72 * 2 == k.data_ptr()
+    assert k.data_ptr() + 72 * 2 == v.data_ptr()
+    assert q.shape == (70, 72)
+    assert q.stride() == k.stride() == v.stride() == (3 * 72, 1)
+    for ours, w, b in zip((q, k, v), given[1:4], given[4:], strict=True):
+        assert torch.equal(ours, kernel.linear(given[0], w, b))
+
+
+@EPILOGUES
+def test_strided_rows(operation: Operation, device: torch.device) -> None:
+    wide, *parameters = inputs(40, 32, 32, torch.float32, device)
+    wide = torch.randn(40, 3 * 32, device=device)
+    for x in (wide[:, 32:64], wide[::3, :32], wide[7:8, 64:], wide[:1, :32].expand(40, 32), wide[3, :32].view(1, 32)):
+        assert torch.equal(operation(kernel, x, *parameters), operation(kernel, x.contiguous(), *parameters))
+    weights = torch.randn(3, 32, 50, device=device)
+    views, copies = ([f(w[:, 5:37]) for w in weights] for f in (lambda w: w, Tensor.contiguous))
+    assert torch.equal(
+        operation(kernel, wide[:, :32], *views, *parameters[3:]),
+        operation(kernel, wide[:, :32], *copies, *parameters[3:]),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "operation"), [(48, gelu), (48, qkv), (75, linear)])
+def test_a_row_does_not_know_its_neighbours(
+    width: int, dtype: torch.dtype, operation: Operation, device: torch.device, ordered_dot: None
+) -> None:
+    """Bit for bit: alone, in any batch, at any place in it, beside rows that are NaN; and at an odd address."""
+    T = 130
+    x, *parameters = inputs(T, width, width, dtype, device)
+    whole = operation(kernel, x, *parameters)
+    for rows in (slice(77, 78), slice(3, T), slice(0, T, 5), slice(20, 84)):
+        assert torch.equal(operation(kernel, x[rows], *parameters), whole[rows])
+    order = torch.randperm(T, device=device)
+    assert torch.equal(operation(kernel, x[order], *parameters), whole[order])
+    shifted = torch.empty(T * width + 1, dtype=dtype, device=device)[1:].view(T, width).copy_(x)
+    assert torch.equal(operation(kernel, shifted, *parameters), whole)
+    x[4] = float("nan")
+    changed = operation(kernel, x, *parameters)
+    others = torch.arange(T, device=device) != 4
+    assert changed[4].isnan().all()
+    assert torch.equal(changed[others], whole[others])
+
+
+@pytest.mark.parametrize("descriptors", DESCRIPTORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_and_descriptors_do_not_change_a_bit(
+    dtype: torch.dtype, descriptors: bool, device: torch.device, path: Callable[..., None], ordered_dot: None
+) -> None:
+    """Every configuration of the device's table, and in the interpreter the tiles of every target."""
+    given = inputs(100, 72, 136, dtype, device)
+    usual = gelu(kernel, *given)
+    tables = kernel.CONFIGS.values() if INTERPRETED else [kernel.CONFIGS[kernel.target(device)]]
+    found = {tuned.tiles: tuned for table in tables for key, tuned in table.items() if key[0] == dtype.itemsize}
+    for tuned in found.values():
+        path(descriptors, tuned)
+        assert torch.equal(gelu(kernel, *given), usual), tuned
+
+
+@pytest.mark.cuda
+@needs_gpu
+@EPILOGUES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [768, 3072, 769])
+def test_no_load_changes_a_bit(width: int, dtype: torch.dtype, operation: Operation, device: torch.device) -> None:
+    """One row in batches of every load, at the model's widths."""
+    x, *parameters = inputs(12000, 768, width, dtype, device)
+    alone = operation(kernel, x[:1], *parameters)
+    for T in (2, 64, 65, 1000, 4000, 12000):
+        assert torch.equal(operation(kernel, x[:T], *parameters)[:1], alone), T
+
+
+def test_gelu_is_the_exact_one_and_rounded_once(device: torch.device) -> None:
+    """fp16 sums of 2¹¹ + ¼ (no fp16 number): rounded before GELU or bias they would lose what the bias leaves; the tanh
+    form is off by 4e-4 at −2.5."""
+    x = torch.tensor([[2048.0, 0.25, 1.0]], device=device).half()
+    weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, -2.5]], device=device).half()
+    bias = torch.tensor([-2048.0, 0.0], device=device).half()
+    truth = torch.nn.functional.gelu(torch.tensor([[0.25, -2.5]], dtype=torch.float64))
+    torch.testing.assert_close(kernel.linear_act(x, weight, bias).cpu().double(), truth, atol=2e-5, rtol=5e-4)
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_offsets_beyond_2_31(device: torch.device) -> None:
+    """Rows of x that lie 2³⁰ elements apart; a y of more than 2³¹ elements."""
+    apart, weight = 2**30 + 16, torch.randn(8, 16, device=device).half()
+    x = torch.empty(2 * apart + 16, dtype=torch.float16, device=device).as_strided((3, 16), (apart, 1))
+    x.copy_(torch.randn(3, 16))
+    expected = kernel.linear(x.contiguous(), weight, None)
+    assert torch.equal(kernel.linear(x, weight, None), expected)
+    rows = 2**31 // 8 + 3
+    many = x[:1].expand(rows, 16)
+    assert torch.equal(kernel.linear(many, weight, None)[-5:], expected[:1].expand(5, 8))
+
+
+def test_one_constant_for_each_dtype_fixes_the_order_of_a_sum() -> None:
+    loads = ["unaligned", "text", *kernel.OUTPUTS, "large"]
+    for name, table in kernel.CONFIGS.items():
+        assert set(table) == {(itemsize, load) for itemsize in kernel.BLOCK_K for load in loads}
+        for tuned in table.values():
+            tiles = dict(tuned.tiles)
+            assert tiles.keys() == {"BLOCK_M", "BLOCK_N"}
+            assert tiles["BLOCK_M"] >= 64, "below, sm_90 and sm_100 change the tensor-core instruction"
+            assert tiles["BLOCK_N"] >= (32 if name == "gfx942" else 16), "below, gfx942 changes the MFMA's depth"
+
+
+@pytest.mark.parametrize(
+    ("shape", "load"),
+    [
+        ((1, 768), "text"), ((64, 4096), "text"), ((65, 768), "small"), ((512, 3 * 768), "medium"),
+        ((2048, 3072), "medium"), ((65536, 768), "large"), ((65536, 768, 2, False), "unaligned"),
+    ],
+)  # fmt: skip
+def test_loads(shape: tuple, load: str) -> None:
+    assert kernel.bucket(*(*shape, 2)[: max(3, len(shape))])[1] == load
+
+
+def zeros(*shape: int, **kwargs: Any) -> Tensor:
+    return torch.zeros(*shape, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda: {"x": zeros(4, 8, 2)}, ValueError, r"x is \(4, 8, 2\), expected \[T, K\]"),
+        (lambda: {"x": zeros(4, 9)}, ValueError, r"wq is \(6, 8\), expected \[N, 9\]"),
+        (lambda: {"wk": zeros(5, 8)}, ValueError, r"wk is \(5, 8\), expected \[N, 8\], the same N for all"),
+        (lambda: {"wq": zeros(6)}, ValueError, r"wq is \(6,\), expected \[N, 8\]"),
+        (lambda: {"wv": zeros(6, 16)[:, :8]}, ValueError, "rows of wv are 16 elements apart, of the first 8"),
+        (lambda: {"x": zeros(8, 4).t()}, ValueError, "last dimension of x must be contiguous"),
+        (lambda: {f"w{i}": zeros(8, 6).t() for i in "qkv"}, ValueError, "last dimension of wq must be contiguous"),
+        (lambda: {"bk": zeros(7)}, ValueError, r"bk is \(7,\), expected a contiguous \[6\]"),
+        (lambda: {"bv": zeros(12)[::2]}, ValueError, "bv is .* expected a contiguous"),
+        (lambda: {"bq": zeros(6).half()}, TypeError, "bq is torch.float16"),
+        (lambda: {"x": zeros(4, 8).double()}, TypeError, "x is torch.float64"),
+        (lambda: {"wk": zeros(6, 8, requires_grad=True)}, RuntimeError, "no backward yet"),
+        (lambda: {"x": zeros(4, 8, device="meta")}, RuntimeError, "need a GPU"),
+    ],
+)
+def test_refusals(change: Callable[[], dict], error: type[Exception], message: str, device: torch.device) -> None:
+    with torch.device(device):
+        given = {"x": zeros(4, 8), **{f"w{i}": zeros(6, 8) for i in "qkv"}, **{f"b{i}": zeros(6) for i in "qkv"}}
+        given |= change()
+    with pytest.raises(error, match=message):
+        kernel.qkv_projection(**given)
+
+
+def test_another_activation_is_refused_as_by_the_twin(device: torch.device) -> None:
+    given = inputs(2, 4, 8, torch.float32, device)
+    messages = []
+    for ops in (kernel, eager):
+        with pytest.raises(ValueError, match="'gelu' only, not 'relu'") as refusal:
+            ops.linear_act(given[0], given[1], given[4], act="relu")
+        messages.append(str(refusal.value))
+    assert messages[0] == messages[1]
+
+
+def test_cost() -> None:
+    assert kernel.cost(10, 8, 4, 2) == (2 * 10 * 8 * 4, (40 + 32 + 8 + 80) * 2)

@@ -342,7 +342,7 @@ def gate(
     problems = [f"{case}: {problem}" for problem, case in recorder.failures.items()]
     problems += recorder.uncovered(targets)
     problems += [
-        f"{row['kernel']} on {row['target']} ({row['dtype']}, {row['configuration']}): {problem}"
+        f"{row['kernel']} on {row['target']} ({row['tables']}; {row['cases'][0]}; {row['configuration']}): {problem}"
         for row in rows
         for problem in row["problems"]
     ]
@@ -460,8 +460,10 @@ def _vocab_softmax(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
         head = (x, empty(dtype, VOCABULARY, N), empty(dtype, VOCABULARY))
         yield f"vocab_topk {label}", partial(kernel.vocab_topk, *head, 5)
         if dtype in FULL:
+            yield f"vocab_topk {label} k = 50", partial(kernel.vocab_topk, *head, 50)
             labels = torch.zeros(T, dtype=torch.int64)
             yield f"vocab_cross_entropy {label}", partial(kernel.vocab_cross_entropy, *head, labels)
+        if dtype == "bf16":
             yield f"vocab_topk {label} 100 targets", partial(kernel.vocab_topk, *head, 5, torch.arange(100))
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from xlmr.kernels import _launch
 from xlmr.varlen import Sequences
 
 from . import harness
@@ -235,7 +236,9 @@ def _linear(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]:
     size = DTYPES[dtype].itemsize
     x, square, bias = random(T, N), random(N, N), random(N)
     qkv = partial(kernel.qkv_projection, x, *(square.clone() for _ in range(3)), *(bias.clone() for _ in range(3)))
-    yield Case(f"qkv_projection {dtype} {N} to 3 × {N}", qkv, T, kernel.cost(T, 3 * N, N, size)[1])
+    minimum = kernel.cost(T, 3 * N, N, size)[1]
+    yield Case(f"qkv_projection {dtype} {N} to 3 × {N}", qkv, T, minimum)
+    yield Case(f"qkv_projection {dtype} {N} to 3 × {N}, sm_90", partial(_on, "sm_90", kernel, qkv), T, minimum)
     yield Case(
         f"linear_act {dtype} {N} to {F}",
         partial(kernel.linear_act, x, random(F, N), random(F)),
@@ -248,6 +251,14 @@ def _linear(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]:
         T,
         kernel.cost(T, N, F, size)[1],
     )
+
+
+def _on(target: str, kernel: ModuleType, call: Callable[[], object]) -> object:
+    """The call with the configurations of a target: its tiles, and tensor descriptors where it has them."""
+    with ExitStack() as stack:
+        for module in (_launch, kernel):
+            stack.enter_context(mock.patch.object(module, "target", return_value=target))
+        return call()
 
 
 def _attention(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]:

@@ -1,0 +1,169 @@
+"""The gates of bench/ can fail: each planted fault is reported, and a sound kernel beside it is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+
+# Kernels that compile, but should not pass; the bucket of a configuration says what is wrong with it.
+COMPILED = """
+import torch
+import triton
+import triton.language as tl
+
+from xlmr.kernels._launch import config, pick
+
+CONFIGS = {
+    "portable": {
+        "sound": config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        "shared": config(8, 8, BLOCK_M=128, BLOCK_N=128),
+        "warps": config(2, 3, BLOCK_M=64, BLOCK_N=64),
+        "unused": config(4, 3, BLOCK_M=64, BLOCK_N=64),
+    },
+}
+
+
+@triton.jit
+def _product_kernel(x_ptr, w_ptr, y_ptr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    m, n, k = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[:, None], tl.arange(0, 64)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, 64):
+        acc = tl.dot(tl.load(x_ptr + m * K + start + k), tl.load(w_ptr + n * K + start + k).T, acc)
+    tl.store(y_ptr + m * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], acc)
+
+
+@triton.jit
+def _spilling_kernel(x_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    tl.store(x_ptr + offsets, x / tl.sum(x))
+
+
+@triton.jit
+def _forgotten_kernel(x_ptr):
+    tl.store(x_ptr, 0.0)
+
+
+def product(bucket):
+    x, y = torch.empty(128, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
+    _product_kernel[(1,)](x, x, y, K=1024, **pick(CONFIGS, x.device, bucket).meta)
+
+
+def spilling():
+    _spilling_kernel[(1,)](torch.empty(65536), BLOCK=65536, num_warps=4)
+"""
+COMPILE = """
+import functools, json, pathlib, sys
+from bench import compile_gate
+import compiled
+
+cases = [(bucket, functools.partial(compiled.product, bucket)) for bucket in ("sound", "shared", "warps", "absent")]
+cases.append(("spilling", compiled.spilling))
+for _ in "again", "cached":
+    rows, problems = compile_gate.gate(cases, [compiled], ["sm_90"], pathlib.Path(sys.argv[1]), processes=2)
+    print(json.dumps({"rows": rows, "problems": problems}))
+"""
+
+INTERPRETED = """
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def _scale_kernel(x_ptr, w_ptr, y_ptr, N: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr):
+    cols, row = tl.arange(0, BLOCK), tl.program_id(0) * N
+    y = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
+    for _ in range(READS):
+        y += tl.load(x_ptr + row + cols, mask=cols < N, other=0.0)
+    tl.store(y_ptr + row + cols, y, mask=cols < N)
+
+
+@triton.jit
+def _copy_kernel(x, y):
+    y.store([0, 0], x.load([0, 0]))
+
+
+@triton.jit
+def _forgotten_kernel(x_ptr):
+    tl.store(x_ptr, 0.0)
+
+
+x, w = torch.zeros(5, 24), torch.zeros(24)
+
+
+def scale(reads):
+    _scale_kernel[(5,)](x, w, torch.empty_like(x), N=24, BLOCK=32, READS=reads)
+
+
+def copy():
+    _copy_kernel[(1,)](*(TensorDescriptor.from_tensor(t, [8, 32]) for t in (x, torch.empty_like(x))))
+"""
+TRAFFIC = """
+import functools, json
+from bench import traffic
+import interpreted
+
+row, matrix = 24 * 4, 5 * 24 * 4
+cases = [
+    traffic.Case("sound", functools.partial(interpreted.scale, 1), 5, 2 * matrix + row, True),
+    traffic.Case("twice", functools.partial(interpreted.scale, 2), 5, 2 * matrix + row, True),
+    traffic.Case("product", functools.partial(interpreted.scale, 2), 5, 2 * matrix + row),
+    traffic.Case("overstated", functools.partial(interpreted.scale, 1), 5, 3 * matrix + row),
+    traffic.Case("descriptors", interpreted.copy, 5, 2 * matrix, True),
+]
+rows, problems = traffic.gate(cases, [interpreted])
+print(json.dumps({"rows": rows, "problems": problems}))
+"""
+
+
+def run(directory: Path, module: str, source: str, script: str) -> list[dict[str, Any]]:
+    """The JSON lines that `script` prints; in a process of its own, as a gate decides how kernels are defined."""
+    (directory / f"{module}.py").write_text(source, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(directory)])}
+    command = [sys.executable, "-c", script, str(directory / "cache")]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_compile_gate_reports_what_is_planted(tmp_path: Path) -> None:
+    first, cached = run(tmp_path, "compiled", COMPILED, COMPILE)
+    assert first == cached
+    problems = {row["for"]: row["problems"] for row in first["rows"]}
+    assert problems["sound"] == []
+    assert problems["shared"] == ["256 KiB of shared memory, 227 are there"]
+    assert problems["warps"] == ["a dot without wgmma", "a dot on mma.sync"]
+    assert len(problems["spilling"]) == 1
+    assert problems["spilling"][0].startswith("a stack of ")
+    of_the_run = [problem for problem in first["problems"] if not problem.startswith("compiled._")]
+    assert of_the_run == [
+        "absent: sm_90: KeyError: 'absent'",
+        "not covered: compiled.CONFIGS['portable']['unused'] is chosen by no case",
+        "not covered: compiled._forgotten_kernel is launched by no case",
+    ]
+    assert len(first["problems"]) == len(of_the_run) + 4
+
+
+def test_traffic_gate_reports_what_is_planted(tmp_path: Path) -> None:
+    (found,) = run(tmp_path, "interpreted", INTERPRETED, TRAFFIC)
+    rows = {row["case"]: row for row in found["rows"]}
+    row, matrix = 24 * 4, 5 * 24 * 4
+    sound = rows["sound"]
+    assert (sound["loaded"], sound["stored"], sound["once"]) == (matrix, matrix, row)  # not the 8 masked lanes
+    descriptors = rows["descriptors"]
+    assert (descriptors["loaded"], descriptors["stored"], descriptors["once"]) == (matrix, matrix, 0)
+    assert found["problems"] == [
+        "twice: moves 1.455 × its minimum, allowed is 1.15",
+        "overstated: moves 0.688 × its minimum: cost() states too much",
+        "not covered: interpreted._forgotten_kernel is launched by no case",
+    ]

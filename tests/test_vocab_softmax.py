@@ -1,0 +1,245 @@
+"""Top-k and cross entropy over the vocabulary against eager in float64."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.numerics import assert_accurate
+from xlmr import eager
+from xlmr.kernels import vocab_softmax
+from xlmr.kernels.vocab_softmax import MAX_K, vocab_cross_entropy, vocab_topk
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter multiplies bf16 bits")
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.cuda, needs_gpu])]
+
+
+CHUNK = 128  # in these tests: a multiple of every BLOCK_V, so that few words make several
+LAUNCHED_CHUNK = vocab_softmax.CHUNK
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocab_softmax, "CHUNK", CHUNK)
+
+
+def head(T: int, N: int, V: int, dtype: torch.dtype, device: torch.device, mean: float = 0.0) -> tuple[Tensor, ...]:
+    """x, weight, bias; logits of deviation about 1 and row mean `mean`."""
+    x, weight, bias = torch.randn(T, N), torch.randn(V, N) / N**0.5, mean + torch.randn(V)
+    return tuple(t.to(device, dtype) for t in (x, weight, bias))
+
+
+def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Multiples of ¼, whose products sum without rounding: under the interpreter the BLAS behind a dot changes its
+    order with the place in a tile."""
+    return tuple((t * 4).round() / 4 for t in tensors)
+
+
+def double(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.double() for t in tensors)
+
+
+def assert_best(ours: tuple[Tensor, Tensor], given: tuple[Tensor, ...], k: int, targets: Tensor | None = None) -> None:
+    """Log-probabilities as accurate as eager's, in order, of the words they are said to be of; no word twice."""
+    log_probs, words = ours
+    truth, _ = eager.vocab_topk(*double(*given), k, targets)
+    assert_accurate(log_probs, eager.vocab_topk(*given, k, targets)[0], truth, dtype=given[0].dtype)
+    assert words.dtype == torch.int64
+    assert words.shape == truth.shape
+    assert (log_probs.diff(dim=1) <= 0).all()
+    assert all(len(set(row)) == k for row in words.tolist())
+    everything = torch.log_softmax(eager.linear(*double(*given)), dim=-1)
+    tolerance = 1e-5 if given[0].dtype == torch.float32 else 1e-4  # products of half precision are exact in fp32
+    torch.testing.assert_close(everything.gather(1, words), log_probs.double(), atol=tolerance, rtol=tolerance)
+    if targets is not None:
+        assert set(words.flatten().tolist()) <= set(targets.tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "N", "V", "k"),
+    [(0, 96, 70, 5), (1, 769, 70, 5), (37, 8, 130, 1), (13, 96, 70, 5), (257, 96, 70, 1), (2, 8, 40, 40)],
+)
+def test_topk(T: int, N: int, V: int, k: int, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
+    given = head(T, N, V, dtype, device)
+    assert_best(vocab_topk(*given, k), given, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topk_over_several_chunks_and_rounds(dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
+    """More words than a chunk, and more wanted than a program keeps; the best words stand in different chunks."""
+    given = head(3, 8, 2 * CHUNK + 5, dtype, device)
+    for place in (0, CHUNK - 1, CHUNK, 2 * CHUNK + 4):
+        given[2][place] += 6
+    assert_best(vocab_topk(*given, 6), given, 6)
+    few = head(3, 8, MAX_K + 9, dtype, device)
+    assert_best(vocab_topk(*few, MAX_K + 3), few, MAX_K + 3)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_targets_compete_under_the_whole_softmax(k: int, device: torch.device, poisoned: None) -> None:
+    given = head(5, 24, 130, torch.float32, device)
+    targets = torch.randperm(130, device=device)[:40]
+    assert_best(vocab_topk(*given, k, targets), given, k, targets)
+
+
+def test_without_a_bias_and_with_strided_rows(device: torch.device, poisoned: None) -> None:
+    x, weight, _ = head(9, 48, 70, torch.float32, device)
+    x, weight = x[:, 8:32], weight[:, 24:]
+    assert_best(vocab_topk(x, weight, None, 5), (x, weight, None), 5)
+    labels = torch.arange(9, device=device)
+    loss = vocab_cross_entropy(x, weight, None, labels)
+    assert_accurate(loss, eager.vocab_cross_entropy(x, weight, None, labels),
+                    eager.vocab_cross_entropy(*double(x, weight, None), labels))  # fmt: skip
+
+
+def test_ties_go_to_the_lower_id(device: torch.device) -> None:
+    """Equal logits within a tile, across tiles, chunks and rounds; with targets the earlier of them."""
+    V = CHUNK + 70
+    x, weight = torch.ones(2, 8, device=device), torch.zeros(V, 8, device=device)
+    bias = torch.zeros(V, device=device)
+    bias[[7, 3, 90, CHUNK + 1]] = 2.0
+    k = MAX_K + 8
+    expected = [3, 7, 90, CHUNK + 1, *(i for i in range(k) if i not in (3, 7))][:k]
+    assert vocab_topk(x, weight, bias, k)[1].tolist() == [expected] * 2
+    targets = torch.tensor([9, 90, 4, 3, 4], device=device)
+    assert vocab_topk(x, weight, bias, 5, targets)[1].tolist() == [[90, 3, 9, 4, 4]] * 2
+
+
+def test_extreme_logits(device: torch.device) -> None:
+    """Row means of ±1000 cost the log-probabilities nothing; a word of logit −inf has probability 0 and stays out."""
+    for mean in (1000.0, -1000.0):
+        given = head(5, 24, 130, torch.float32, device, mean)
+        truth = eager.vocab_topk(*double(*given), 5)[0]
+        torch.testing.assert_close(vocab_topk(*given, 5)[0].double(), truth, atol=2e-4, rtol=0)  # an ulp of 1000: 6e-5
+    x, weight, bias = head(5, 24, 130, torch.float32, device)
+    bias[:70] = float("-inf")
+    assert_best(vocab_topk(x, weight, bias, 30), (x, weight, bias), 30)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of the NaN
+def test_a_row_of_nan_is_nan_and_names_words_that_exist(device: torch.device) -> None:
+    x, weight, bias = head(5, 24, 130, torch.float32, device)
+    x[2] = float("nan")
+    log_probs, words = vocab_topk(x, weight, bias, 3)
+    assert log_probs.isnan().any(1).tolist() == [False, False, True, False, False]
+    assert ((words >= 0) & (words < 130)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "N", "V"), [(1, 96, 70), (37, 8, 130), (257, 8, 70), (3, 769, CHUNK + 5)])
+def test_cross_entropy(T: int, N: int, V: int, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
+    given = head(T, N, V, dtype, device)
+    labels = torch.randint(V, (T,), device=device)
+    labels[1::2] = -100
+    labels[0] = V - 1
+    loss, truth = vocab_cross_entropy(*given, labels), eager.vocab_cross_entropy(*double(*given), labels)
+    assert_accurate(loss, eager.vocab_cross_entropy(*given, labels), truth, dtype=dtype)
+    assert torch.equal(vocab_cross_entropy(*given, labels.int()), loss)
+
+
+def test_cross_entropy_of_no_label_is_nan(device: torch.device, poisoned: None) -> None:
+    for T in (0, 3):
+        given = head(T, 8, 70, torch.float32, device)
+        loss = vocab_cross_entropy(*given, torch.full((T,), -100, device=device))
+        assert loss.isnan()
+        assert loss.shape == ()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_know_its_neighbours(dtype: torch.dtype, device: torch.device) -> None:
+    """Bit for bit: alone, in any batch, at any place; few rows and many have tiles of their own."""
+    T = 20 if device.type == "cpu" else 200
+    x, weight, bias = exact(*head(T, 24, CHUNK + 70, dtype, device))
+    targets = torch.arange(0, 198, 13, device=device)
+    labels = torch.arange(T, device=device) % 198
+
+    def all_of(rows: Any) -> list[Tensor]:
+        given = vocab_softmax.Head(x[rows], weight, bias)
+        losses, _ = vocab_softmax.vocab_cross_entropy_fwd(given, labels[rows])
+        return [*vocab_topk(*given, 3), *vocab_topk(*given, 3, targets), losses]
+
+    whole = all_of(slice(None))
+    for rows in (slice(5, 6), slice(3, 12), torch.randperm(T, device=device)):
+        for part, everything in zip(all_of(rows), whole, strict=True):
+            assert torch.equal(part, everything[rows])
+    labels[::3] = -100  # the loss of a row is the same beside rows without a label
+    losses, count = vocab_softmax.vocab_cross_entropy_fwd(vocab_softmax.Head(x, weight, bias), labels)
+    labelled = labels != -100
+    assert count == labelled.sum()
+    assert torch.equal(losses[:count], whole[-1][labelled])
+    assert losses[count:].eq(0).all()
+
+
+def test_targets_and_the_whole_vocabulary_agree_bit_for_bit(device: torch.device) -> None:
+    x, weight, bias = exact(*head(2, 24, 40, torch.float32, device))
+    bias += torch.linspace(0, 0.1, 40, device=device)  # no ties
+    log_probs, words = vocab_topk(x, weight, bias, 40)
+    targets = torch.randperm(40, device=device)
+    chosen, ids = vocab_topk(x, weight, bias, 40, targets)
+    assert torch.equal(words, ids)
+    assert torch.equal(log_probs, chosen)
+
+
+def test_tiles_that_decide_a_rows_bits_are_one_constant() -> None:
+    for table in vocab_softmax.CONFIGS.values():
+        for itemsize in (2, 4):
+            few, many = (dict(table[itemsize, load].tiles)["BLOCK_V"] for load in ("few", "many"))
+            assert few == many
+            assert LAUNCHED_CHUNK % few == CHUNK % few == 0
+
+
+def test_memory_stays_under_a_hundredth_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocab_softmax, "CHUNK", LAUNCHED_CHUNK)
+    T, V, N, k = 1024, 250_002, 768, 8
+    moved = vocab_softmax.cost(T, N, V, 2, k)[1] - (T * N + V * N + V) * 2 - 12 * T * k
+    assert moved / 2 < 0.01 * T * V * 4  # written once, read once
+
+
+IDS = torch.int64
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda: {"x": torch.zeros(8)}, ValueError, r"x is \(8,\), expected \[T, N\]"),
+        (lambda: {"x": torch.zeros(8, 4).t()}, ValueError, "last dimension of x must be contiguous"),
+        (lambda: {"weight": torch.zeros(9, 7)}, ValueError, r"weight is \(9, 7\), expected \[V, 8\]"),
+        (lambda: {"weight": torch.zeros(8, 9).t()}, ValueError, "last dimension of weight must be contiguous"),
+        (lambda: {"bias": torch.zeros(8)}, ValueError, r"bias is \(8,\), expected a contiguous \[9\]"),
+        (lambda: {"bias": torch.zeros(9).half()}, TypeError, "bias is torch.float16"),
+        (lambda: {"weight": torch.zeros(9, 8, requires_grad=True)}, RuntimeError, "no backward yet"),
+        (lambda: {"k": 10}, ValueError, "k is 10, expected 0 to 9"),
+        (lambda: {"k": -1}, ValueError, "k is -1, expected 0 to 9"),
+        (lambda: {"k": 3, "targets": torch.zeros(2, dtype=IDS)}, ValueError, "k is 3, expected 0 to 2"),
+        (lambda: {"targets": torch.zeros(2)}, TypeError, "targets is torch.float32"),
+        (lambda: {"targets": torch.zeros(2, 2, dtype=IDS)}, ValueError, r"targets is \(2, 2\)"),
+        (lambda: {"labels": torch.zeros(3, dtype=IDS)}, ValueError, r"labels is \(3,\), expected \[4\]"),
+        (lambda: {"labels": torch.zeros(4)}, TypeError, "labels is torch.float32"),
+    ],
+)
+def test_refusals(change: Callable[[], dict], error: type[Exception], message: str, device: torch.device) -> None:
+    x, weight, bias = head(4, 8, 9, torch.float32, device)
+    with torch.device(device):
+        given = {"x": x, "weight": weight, "bias": bias, **change()}
+    operation = vocab_cross_entropy if "labels" in given else partial(vocab_topk, k=2)
+    with pytest.raises(error, match=message):
+        operation(**given)
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_ids_outside_the_vocabulary(wrong: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused where asking costs nothing; else nothing outside is read: the loss is NaN, the target never wins."""
+    given = head(4, 8, 9, torch.float32, device)
+    targets, labels = torch.tensor([wrong, 5], device=device), torch.tensor([1, wrong, 2, 3], device=device)
+    if device.type == "cpu":
+        with pytest.raises(IndexError, match="targets go from"):
+            vocab_topk(*given, 1, targets)
+        with pytest.raises(IndexError, match="labels other than −100 go from"):
+            vocab_cross_entropy(*given, labels)
+    monkeypatch.setattr(vocab_softmax, "_check_range", lambda *_: None)  # as on a GPU
+    assert vocab_topk(*given, 1, targets)[1].eq(5).all()
+    assert vocab_cross_entropy(*given, labels).isnan()

@@ -436,8 +436,9 @@ def _linear(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
             yield f"linear_act {label}", partial(kernel.linear_act, x, new(F, N), new(F))
         label, x = f"{dtype} {model} {T} rows", new(T, F)
         yield f"linear {label}", partial(kernel.linear, x, new(N, F), new(N))
-        if dtype in FULL:  # a classifier: no tensor descriptor can express three columns
+        if dtype in FULL:  # what no tensor descriptor can express: a classifier's three columns, rows at odd addresses
             yield f"linear {label} to 3", partial(kernel.linear, x, new(3, F), None)
+            yield f"linear {label} from 770", partial(kernel.linear, new(T, 770), new(N, 770), new(N))
 
 
 def _attention(kernel: ModuleType, empty: Empty) -> Iterator[Case]:

@@ -148,7 +148,11 @@ def gate(cases: Sequence[Case], modules: Sequence[ModuleType]) -> tuple[list[dic
     """The rows of the table, and every problem."""
     rows, problems, launched = [], [], set()
     for case in cases:
-        traffic = measure(case)
+        try:
+            traffic = measure(case)
+        except Exception as error:
+            problems.append(f"{case.name}: {type(error).__name__}: {error}")
+            continue
         launched |= set(traffic.launches)
         ratio = traffic.moved / case.minimum
         rows.append(

@@ -64,6 +64,7 @@ LAYOUTS = {
     "padding": spans([50, 50, 50], [0, 53, 149], [50, 41, 1]),  # masked on the right, on both sides, but for one
     "cross attention": spans([7, 3, 90], [0, 66, 66], [66, 0, 50]),
     "key/value cache": spans([1, 5, 64], [0, 100, 130], [70, 5, 101]),
+    "a key more than queries": spans([70, 130], [0, 71], [71, 131]),  # causal: the last tile holds one key
     "more queries than keys": spans([70, 3, 130], [0, 5, 6], [5, 1, 66]),
     "first rows": packed(64, 1, 70).with_queries(torch.tensor([0, 64, 65])),
     "some rows": packed(64, 1, 70).with_queries(torch.tensor([0, 5, 70, 71, 72, 134])),

@@ -216,8 +216,8 @@ def attention_fwd(
     if out.numel() == 0:
         return out, lse
     width = 64 if head_dim <= 64 else 128
-    config = pick(CONFIGS, q.device, (width, q.element_size(), rows <= SHORT * sequences.q_lens.numel()))
-    blocks = sequences.blocks(dict(config.tiles)["BLOCK_M"], rows)
+    chosen = pick(CONFIGS, q.device, (width, q.element_size(), rows <= SHORT * sequences.q_lens.numel()))
+    blocks = sequences.blocks(dict(chosen.tiles)["BLOCK_M"], rows)
     _attention_fwd_kernel[(len(blocks) * heads,)](
         q, k, v, out, lse, blocks,
         *(t.contiguous() for t in (sequences.q_starts, sequences.q_lens, sequences.k_starts, sequences.k_lens)),
@@ -225,7 +225,7 @@ def attention_fwd(
         *(t.stride(dim) for t in (q, k, v, out) for dim in (0, 1)),
         HEAD_DIM=head_dim, CAUSAL=causal, PRECISION=input_precision(q.dtype),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        **config.meta,
+        **chosen.meta,
     )  # fmt: skip
     return out, lse
 

@@ -42,7 +42,7 @@ TEXT_ROWS = 64  # at most so many rows: "text", one tile of rows
 OUTPUTS = {"small": 1 << 20, "medium": 1 << 23}  # at most so many elements of y; beyond: "large"
 
 # (bytes of an element, load). "unaligned": elements come one by one, through registers. Not measured yet: chosen by
-# compiling for each target (none spills; at most 216 registers, 222 KiB of shared memory).
+# compiling for each target (none spills; at most 216 registers and 176 KiB of shared memory).
 CONFIGS: Table = {
     "portable": {
         (itemsize, load): config(8 if load == "unaligned" else 4, 3, BLOCK_M=64, BLOCK_N=64)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -80,14 +81,14 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def ordered_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums along K one product at a time, as a tensor core's order is one: the interpreter's BLAS has another for every
-    shape, and for some places in a tile."""
+    """Sums a step's products one after the other, then adds them to those of earlier steps: one order, as on a GPU.
+    The interpreter's BLAS has another for every shape, and for some places in a tile."""
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
-        total = acc.data
+        total = np.zeros_like(acc.data)
         for k in range(a.data.shape[1]):
             total = total + a.data[:, k, None].astype(total.dtype) * b.data[k].astype(total.dtype)
-        return interpreter.TensorHandle(total, acc.dtype.scalar)
+        return interpreter.TensorHandle(acc.data + total, acc.dtype.scalar)
 
     if INTERPRETED:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)

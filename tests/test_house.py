@@ -23,7 +23,8 @@ class Rule(NamedTuple):
 
 
 TREE = {
-    "torch", "xlmr.activations", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config", "xlmr.inputs",
+    "torch", "xlmr.activations", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config", "xlmr.embeddings",
+    "xlmr.inputs",
     "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
 }  # fmt: skip
 WORDS = {"xlmr.batch_encoding", "xlmr.files", "xlmr.token_layout", "xlmr.sentencepiece_model", "xlmr.vocabulary"}
@@ -45,9 +46,10 @@ RULES = {
     "xlmr/eager": Rule({"torch"}),
     "xlmr/encode": Rule(TASKS, {"tqdm"}),
     "xlmr/files": Rule(set(), {"huggingface_hub", "torch"}),
-    "xlmr/generation": Rule({"torch", "xlmr.cache"}),
+    "xlmr/generation": Rule({"torch", "xlmr.cache", "xlmr.inputs"}),
     "xlmr/heads": Rule(TREE | {"xlmr.generation", "xlmr.model"}),
-    "xlmr/inputs": Rule({"torch", "xlmr.block", "xlmr.cache", "xlmr.config"}),
+    "xlmr/inputs": Rule({"torch", "xlmr.block", "xlmr.cache", "xlmr.config", "xlmr.varlen"}),
+    "xlmr/embeddings": Rule({"torch", "xlmr.block", "xlmr.config", "xlmr.inputs"}),
     "xlmr/token_layout": Rule(set()),
     "xlmr/model": Rule(TREE),
     "xlmr/ops": Rule({"torch", "xlmr.eager"}, {"xlmr.kernels"}),

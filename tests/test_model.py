@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate
-from reference import LENGTHS, TINY, B, S, build, double, inputs, keep, masks
+from reference import HEADS, LENGTHS, TINY, B, S, build, double, inputs, keep, masks
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -188,9 +188,11 @@ def test_the_longest_sequence() -> None:
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 9, 5, 12]), 12), "it must rise from 0 to 12"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 5), "steps of at most max_seqlen = 5"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0.0, 12.0]), 12), "int32 or int64"),
+        (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 12, rows=torch.tensor([7, 1])), "must be sorted"),
+        (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 12, rows=torch.tensor([12])), "rows holds 12"),
         (lambda m: setattr(m, "ops", nn.Linear), "give an xlmr.ops.Ops"),
         (lambda m: m.set_backend("cuda"), "allowed are 'auto', 'eager', 'triton'"),
-        (lambda m: xlmr.XLMRobertaModel({"hidden_size": 8}), "config is a dict"),
+        (lambda m: xlmr.XLMRobertaModel({"hidden_size": 8}), r"config is a builtins.dict: give an xlmr"),
         (lambda m: m.resize_token_embeddings(1), "allowed are more than 1"),
     ],
 )
@@ -281,6 +283,9 @@ def test_generate() -> None:
     assert torch.equal(draw[0], draw[1])
     assert not torch.equal(draw[0], draw[2])
     assert torch.equal(ours.generate(prompt, max_new_tokens=9, do_sample=True, top_k=1), expected)
+    assert torch.equal(ours.generate(prompt, max_length=14), expected)
+    with pytest.raises(ValueError, match="45 tokens: this model takes at most 40"):
+        ours.generate(prompt, max_new_tokens=40)
     _, encoder = build("ForCausalLM")
     with pytest.raises(ValueError, match="is_decoder is False"):
         encoder.generate(prompt)
@@ -388,6 +393,116 @@ def test_global_hooks_are_called() -> None:
     assert {"Linear", "LayerNorm", "Embedding", "XLMRobertaLayer", "XLMRobertaSelfAttention"} <= called
 
 
+@pytest.mark.parametrize("name", [*HEADS, "Model"])
+def test_a_watched_base_model_changes_nothing(name: str) -> None:
+    """A hook that does nothing on `roberta`, or on a head, makes the heads call it: with every position computed."""
+    for watched in ("roberta", "lm_head", "classifier"):
+        for kind in ("left", "right", "holes"):
+            settings = {"is_decoder": True, "use_cache": False} if name == "CausalLM" else {}
+            reference, ours = build(name if name == "Model" else f"For{name}", **settings)
+            if hasattr(ours, watched):
+                getattr(ours, watched).register_forward_hook(lambda *a: None)
+            given = inputs(name, masks()[kind])
+            real = keep(masks()[kind])
+            for mine, theirs in zip(*(m(**given).to_tuple() for m in (ours, reference)), strict=True):
+                if theirs.shape[:2] == (B, S):
+                    mine, theirs = mine[real], theirs[real]
+                torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "surgery"),
+    [
+        ("Model", lambda m: m.set_input_embeddings(nn.Embedding(97, 32))),
+        ("Model", lambda m: m.set_input_embeddings(nn.Embedding(97, 32, padding_idx=1, max_norm=0.5))),
+        (
+            "Model",
+            lambda m: setattr(m.encoder.layer[1].output, "LayerNorm", nn.LayerNorm(32, elementwise_affine=False)),
+        ),
+        ("Model", lambda m: setattr(m.encoder.layer[1].attention.self, "query", nn.LayerNorm(32))),
+        ("Model", lambda m: setattr(m.encoder.layer[1].intermediate, "intermediate_act_fn", nn.LayerNorm(48))),
+        ("Model", lambda m: setattr(m.encoder.layer[1].attention.self, "dropout", nn.Identity())),
+        ("ForMaskedLM", lambda m: setattr(m, "lm_head", nn.Linear(32, 97))),
+        ("Model", lambda m: m.get_input_embeddings().register_forward_hook(lambda mod, i, out: out + out[:, :1])),
+        ("Model", lambda m: m.encoder.layer.append(m.encoder.layer[0])),
+    ],
+)
+def test_a_leaf_or_block_of_another_kind(name: str, surgery: Callable[[Any], Any]) -> None:
+    reference, ours = build(name)
+    for model in (reference, ours):
+        torch.manual_seed(7)
+        surgery(model)
+    tokens = ids()
+    with torch.no_grad():
+        same(ours(tokens, RIGHT)[0], reference(tokens, RIGHT)[0], RIGHT, atol=1e-5)
+    for model in (ours, reference):
+        model(tokens, RIGHT)[0][keep(RIGHT)].square().sum().backward()
+    expected = dict(reference.named_parameters())
+    for key, parameter in ours.named_parameters():
+        if "word_embeddings" in key:
+            torch.testing.assert_close(parameter.grad, expected[key].grad, atol=2e-4, rtol=1e-4)
+
+
+def test_layers_added_later_follow_the_ops() -> None:
+    _, ours = build("Model")
+    calls = []
+    ours.ops = replace(EAGER, attention=lambda *a: calls.append(1) or EAGER.attention(*a))
+    ours.encoder.layer.append(tree.XLMRobertaLayer(ours.config, 3))
+    ours(ids(), RIGHT)
+    assert len(calls) == 4
+
+
+def test_hidden_states_are_in_the_graph() -> None:
+    for mask in (None, RIGHT):
+        _, ours = build("Model")
+        out = ours(ids(), mask, output_hidden_states=True)
+        assert out.hidden_states[-1] is out.last_hidden_state
+        gradients = torch.autograd.grad(out.last_hidden_state.square().sum(), out.hidden_states)
+        assert all(g.any() for g in gradients)
+
+
+def test_traced_and_exported_for_other_lengths() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            return self.model(tokens, mask).last_hidden_state
+
+    reference, ours = build("Model", num_hidden_layers=1)
+    example, tokens, mask = (ids(), RIGHT), ids(masks()["left"]), masks()["left"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing announces each of its assumptions, and its own retirement
+        for graph in (
+            torch.jit.trace(Wrapper(ours), example, check_trace=False),
+            torch.export.export(Wrapper(ours), example).module(),
+        ):
+            same(graph(tokens, mask), reference(tokens, mask)[0], mask, atol=1e-5)
+
+
+def test_compiled_by_inductor() -> None:
+    _, ours = build("Model", num_hidden_layers=1)
+    tokens = ids()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler warns of itself
+        torch.testing.assert_close(torch.compile(ours)(tokens, RIGHT)[0], ours(tokens, RIGHT)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_no_layers_at_all() -> None:
+    reference, ours = build("ForSequenceClassification", num_hidden_layers=0)
+    tokens = ids()
+    torch.testing.assert_close(ours(tokens, RIGHT).logits, reference(tokens, RIGHT).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_masked_query_stays_finite_in_half_precision() -> None:
+    _, ours = build("Model", initializer_range=1.0)
+    sees = torch.rand(B, 1, S, S) < 0.6
+    sees[:, :, 3] = False
+    with torch.no_grad():
+        assert ours.half()(ids(None), sees).last_hidden_state.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks transformers' model
 @pytest.mark.parametrize("targets", [["query", "value"], ["query", "key", "value", "dense"]])
 @pytest.mark.parametrize("name", ["ForSequenceClassification", "ForTokenClassification", "ForMaskedLM"])
@@ -472,6 +587,29 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         torch.testing.assert_close(plain, checkpointed)
     ours.gradient_checkpointing_disable()
     assert not ours.is_gradient_checkpointing
+
+
+def test_checkpointing_a_decoder_and_collecting() -> None:
+    """A cache would remember layers that are computed twice; hooks and attention weights come along."""
+    _, ours = build("ForCausalLM", is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ours.roberta.encoder.layer[0].register_forward_hook(lambda *a: None)
+    tokens = ids(None)
+    gradients = []
+    for asked in ({}, {"output_attentions": True}):
+        for every in (0, 1, 2):
+            ours.train()
+            if every:
+                ours.gradient_checkpointing_enable(every_n_layers=every)
+            else:
+                ours.gradient_checkpointing_disable()
+            ours.zero_grad()
+            ours(tokens, **asked).logits.square().mean().backward()
+            gradients.append(ours.roberta.encoder.layer[0].attention.self.query.weight.grad.clone())
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other, atol=1e-5, rtol=1e-3)
+    ours.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="leave out past_key_values"):
+        ours(tokens, past_key_values=transformers.DynamicCache())
 
 
 def test_padding_row_gets_no_gradient_and_frozen_parts_none() -> None:
@@ -569,6 +707,41 @@ def test_copies_pickles_and_threads() -> None:
     for thread in threads:
         thread.join()
     assert results == [True] * 80
+
+
+def test_outputs_are_rebuilt_as_other_libraries_do() -> None:
+    _, ours = build("ForMaskedLM")
+    out = ours(**inputs("MaskedLM", RIGHT))
+    for again in (type(out)(dict(out)), type(out)((k, out[k]) for k in out), copy.copy(out), type(out)(**out)):
+        assert list(again) == ["loss", "logits"]
+        assert again.logits is out.logits
+        assert again[1] is out.logits
+    again.attentions = (out.logits,)
+    assert list(again) == ["loss", "logits", "attentions"]
+    again.attentions = None
+    assert list(again) == ["loss", "logits"]
+    with pytest.raises(TypeError, match="has no fields 'vectors'"):
+        type(out)({"vectors": out.logits})
+
+
+def test_a_head_written_elsewhere_loads(tmp_path: Any) -> None:
+    class Regressor(xlmr.XLMRobertaPreTrainedModel):
+        def __init__(self, config: xlmr.XLMRobertaConfig):
+            super().__init__(config)
+            self.roberta = xlmr.XLMRobertaModel(config)
+            self.score = nn.Linear(config.hidden_size, 1)
+            self.init_weights()
+
+        def forward(self, **given: Any) -> Tensor:
+            return self.score(self.roberta(**given).pooler_output)
+
+    _, base = build("Model")
+    base.save_pretrained(tmp_path)
+    model = Regressor.from_pretrained(tmp_path, backend="eager", unpad=False)
+    assert not model.roberta.unpad
+    assert model.roberta.backend_report() == "eager, as asked"
+    assert torch.equal(model.roberta.pooler.dense.weight, base.pooler.dense.weight)
+    assert model(input_ids=ids(), attention_mask=RIGHT).shape == (B, 1)
 
 
 def test_ops_are_swapped_in_one_line_and_invisible() -> None:

@@ -7,7 +7,6 @@ called on rows [T, N], whatever their number; a block that is not plain is calle
 [B, S, N].
 """
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,15 @@ from .cache import KeyValueCache
 from .ops import EAGER, Ops
 from .varlen import Layout, additive, plan
 
-PLAIN: set[type] = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.GELU, nn.ModuleList}
+BLOCKS: set[type] = {nn.ModuleList}
 
 
-def plain(module: nn.Module) -> bool:
-    """Whether calling `module` would do nothing but its class's own arithmetic on its own parameters."""
+def plain(module: nn.Module, kind: type | None = None) -> bool:
+    """Whether calling `module` would do nothing but the arithmetic of `kind` (of its own class, for a block) on its own
+    parameters."""
     state = module.__dict__
     return (
-        type(module) in PLAIN
+        (type(module) in BLOCKS if kind is None else type(module) is kind)
         and "forward" not in state  # accelerate's offloading puts one there
         and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
         and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
@@ -38,9 +38,19 @@ def plain(module: nn.Module) -> bool:
     )
 
 
+def plain_norm(norm: Any) -> bool:
+    return plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def plain_embedding(table: Any) -> bool:
+    if not plain(table, nn.Embedding):
+        return False
+    return table.max_norm is None and not (table.scale_grad_by_freq or table.sparse)
+
+
 def rate(dropout: Any) -> float:
-    """The probability with which a plain nn.Dropout drops now: its `p` and its `training` may have been set alone."""
-    return float(dropout.p) if dropout.training else 0.0
+    """The probability with which a dropout drops now: its `p` and its `training` may have been set alone."""
+    return float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
 
 
 @dataclass
@@ -55,15 +65,25 @@ class Collected:
     def nothing(self) -> bool:
         return self.hidden_states is None and self.attentions is None
 
-    def fields(self, pad: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, ...] | None]:
-        """As the fields of an output; the hidden states in the padded shape."""
-        hidden = None if self.hidden_states is None else tuple(map(pad, self.hidden_states))
-        attentions, cross = (None if w is None else tuple(w) for w in (self.attentions, self.cross_attentions))
-        return {"hidden_states": hidden, "attentions": attentions, "cross_attentions": cross}
+    def like(self) -> "Collected":
+        """Empty lists for the same."""
+        return Collected(*(None if kept is None else [] for kept in (self.hidden_states, *self.weights)))
+
+    @property
+    def weights(self) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        return self.attentions, self.cross_attentions
+
+    def fields(self) -> dict[str, tuple[Tensor, ...] | None]:
+        """As the fields of an output."""
+        names = ("hidden_states", "attentions", "cross_attentions")
+        kept = (self.hidden_states, *self.weights)
+        return {name: None if k is None else tuple(k) for name, k in zip(names, kept, strict=True)}
 
 
 # Set for the length of one forward pass, so that attention weights arrive however many foreign modules lie between.
 COLLECTED: ContextVar[Collected | None] = ContextVar("collected", default=None)
+# Set by a head while it calls a base model that is not plain: the head sees the padded shape, so nothing is left out.
+EVERY_POSITION: ContextVar[bool] = ContextVar("every_position", default=False)
 
 
 def collected_weights(cross: bool) -> list[Tensor] | None:
@@ -91,7 +111,7 @@ class Pass:
     def mask(self, layout: Layout, causal: bool, dtype: torch.dtype) -> Tensor | None:
         """The additive mask [B, 1 | H, Q | 1, K] that the reference would hand to a layer."""
         if layout.dense is not None:
-            return layout.dense
+            return layout.dense.clamp(min=torch.finfo(dtype).min).to(dtype)
         sees = None if layout.keep is None else layout.keep[:, None, None]
         if causal:
             keys, device = layout.sequences.max_k, layout.sequences.q_starts.device
@@ -134,21 +154,25 @@ class Block(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("xlmr."):  # a subclass written elsewhere may compute anything
-            PLAIN.add(cls)
+            BLOCKS.add(cls)
+
+    def leaves_plain(self) -> bool:
+        """Whether what this block calls on rows may be so called; a leaf that needs [B, S] says no."""
+        return True
 
     def linear(self, dense: Any, x: Tensor) -> Tensor:
-        return self.ops.linear(x, dense.weight, dense.bias) if plain(dense) else dense(x)
+        return self.ops.linear(x, dense.weight, dense.bias) if plain(dense, nn.Linear) else dense(x)
 
     def linear_act(self, dense: Any, act: Any, x: Tensor) -> Tensor:
-        if plain(dense) and plain(act) and act.approximate == "none":
+        if plain(dense, nn.Linear) and plain(act, nn.GELU) and act.approximate == "none":
             return self.ops.linear_act(x, dense.weight, dense.bias, "gelu")
         return act(self.linear(dense, x))
 
     def add_layer_norm(self, norm: Any, dropout: Any, x: Tensor, residual: Tensor) -> Tensor:
         dropout_p = 0.0
         if dropout is not None:
-            x, dropout_p = (x, rate(dropout)) if plain(dropout) else (dropout(x), 0.0)
-        if plain(norm):
+            x, dropout_p = (x, rate(dropout)) if plain(dropout, nn.Dropout) else (dropout(x), 0.0)
+        if plain_norm(norm):
             return self.ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p)
         return norm(F.dropout(x, dropout_p) + residual)
 
@@ -211,11 +235,7 @@ def begin(
 ) -> Pass:
     """The Pass of a batch of which `hidden` [B, S, …] tells shape and device; `needs` go to varlen.plan."""
     batch, seqlen = hidden.shape[:2]
-    common = {
-        "device": hidden.device,
-        "dtype": needs.pop("dtype", hidden.dtype),
-        "weights": collected_weights(False) is not None,
-    }
+    common: dict[str, Any] = {"device": hidden.device, "weights": collected_weights(False) is not None}
     past = cache.get_seq_length() if cache is not None else 0
     if cache is not None or encoder_hidden is not None:
         needs["every_position"] = True  # keys and values are kept for, or come from, a padded batch
@@ -243,9 +263,20 @@ def run(block: Any, x: Tensor, state: Pass) -> Tensor:
     return (out if isinstance(out, Tensor) else out[0]).flatten(0, 1)
 
 
+def run_again(block: Any, x: Tensor, state: Pass, collected: Collected | None) -> Tensor:
+    """`run`, also where activation checkpointing repeats it in the backward pass: it collects as it did, elsewhere."""
+    if COLLECTED.get() is collected or collected is None:
+        return run(block, x, state)
+    token = COLLECTED.set(collected.like())
+    try:
+        return run(block, x, state)
+    finally:
+        COLLECTED.reset(token)
+
+
 def untouched(block: Any) -> bool:
     """Whether `block` and all blocks in it are plain, so that nothing but our own code sees the layout of the rows."""
     if not plain(block):
         return False
     inner = block if isinstance(block, nn.ModuleList) else (getattr(block, name) for name in block.contains)
-    return all(map(untouched, inner))
+    return block.leaves_plain() if isinstance(block, Block) and not block.contains else all(map(untouched, inner))

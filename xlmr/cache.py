@@ -4,14 +4,10 @@ from torch import Tensor, cat
 
 
 class KeyValueCache:
-    """Keys and values of every layer, each [B, H, past, D]; the methods are those of transformers' DynamicCache.
-
-    `cross` holds the keys and values of the encoder's states, which a decoder computes once and reads at every step.
-    """
+    """Keys and values of every layer, each [B, H, past, D]; the methods are those of transformers' DynamicCache."""
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.cross: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Appends `key` and `value` [B, H, new, D] to layer `layer_idx`; returns all of them, [B, H, past + new, D]."""
@@ -27,9 +23,8 @@ class KeyValueCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keeps the rows `beam_idx` [B'] of the batch, in that order."""
-        for store in (self.layers, self.cross):
-            for i, (key, value) in store.items():
-                store[i] = key[beam_idx.to(key.device)], value[beam_idx.to(value.device)]
+        for i, (key, value) in self.layers.items():
+            self.layers[i] = key[beam_idx.to(key.device)], value[beam_idx.to(value.device)]
 
     def __len__(self) -> int:
         return len(self.layers)

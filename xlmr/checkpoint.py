@@ -76,7 +76,10 @@ def load_model(
     weights = read_weights(functools.partial(resolve, name_or_dir, **source), os.fspath(name_or_dir))
     config.dtype = _choose_dtype(torch_dtype if dtype in (None, "auto") else dtype, config, weights)
     with torch.device("meta"), _NoNormal():
-        model = cls(config, backend=backend, unpad=unpad, **arguments)
+        model = cls(config, **arguments)
+    model.unpad = unpad
+    if "ops" not in arguments:
+        model.set_backend(backend)
     info = _assign(model, weights, torch.device(device or "cpu"), ignore_mismatched_sizes)
     _report(cls.__name__, os.fspath(name_or_dir), info)
     model.to(device or "cpu").eval()  # nothing moves: this tells the model where its parameters now are

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import KeyValueCache
+from .inputs import check_length
 
 
 @torch.no_grad()
@@ -17,7 +18,8 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    max_new_tokens: int = 20,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int = 50,
@@ -26,14 +28,15 @@ def generate(
     pad_token_id: int | None = None,
     use_cache: bool = True,
     generator: torch.Generator | None = None,
-    **model_inputs: Any,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Continues prompts [B, S] by at most `max_new_tokens`; returns prompts and continuations [B, S + new].
+    """Continues prompts [B, S] by at most `max_new_tokens` (20), or up to `max_length` tokens in all; returns prompts
+    and continuations [B, S + new].
 
     A text that has ended (`eos_token_id`, by default the config's) is filled with `pad_token_id`. Greedy unless
     `do_sample`; then the `top_k` best words (0: all) compete, of these the fewest whose probabilities reach `top_p`.
-    `model_inputs` (encoder_hidden_states, encoder_attention_mask) are handed to every step. Raises ValueError where
-    config.is_decoder is not set, or where the text would outgrow the positions.
+    Raises ValueError where config.is_decoder is not set, or where a text would outgrow the positions.
     """
     config = self.config
     if not config.is_decoder:
@@ -42,6 +45,9 @@ def generate(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: generate takes [batch, at least one token]")
     if do_sample and not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: allowed are > 0, ≥ 0 and (0, 1]")
+    if max_new_tokens is None:
+        max_new_tokens = 20 if max_length is None else max_length - input_ids.shape[1]
+    check_length(config, int((input_ids != config.pad_token_id).sum(1).max()) + max_new_tokens)
     eos = config.eos_token_id if eos_token_id is None else eos_token_id
     ends = torch.tensor([] if eos is None else eos, device=input_ids.device, dtype=input_ids.dtype).view(-1)
     pad = config.pad_token_id if pad_token_id is None else pad_token_id
@@ -50,8 +56,9 @@ def generate(
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for _ in range(max_new_tokens):
         step = self.prepare_inputs_for_generation(
-            input_ids, past_key_values=cache, attention_mask=mask, use_cache=use_cache, **model_inputs
-        )
+            input_ids, cache, mask, use_cache, encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+        )  # fmt: skip
         scores = self(**step, logits_to_keep=1).logits[:, -1].float()
         token = _sample(scores, temperature, top_k, top_p, generator) if do_sample else scores.argmax(-1)
         token = token.masked_fill(done, pad)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import Block, Encoded, RowBlock, plain, rate, untouched
+from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, untouched
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
 from .inputs import check_labels
@@ -38,9 +38,13 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
         if plain(self.roberta):
             encoded = self.roberta.encode(inputs, **needs)
         else:
-            output = self.roberta(**{k: v for k, v in inputs.items() if v is not None}, return_dict=True)
+            token = EVERY_POSITION.set(True)
+            try:
+                output = self.roberta(**{k: v for k, v in inputs.items() if v is not None}, return_dict=True)
+            finally:
+                EVERY_POSITION.reset(token)
             hidden = output.last_hidden_state
-            layout = plan(*hidden.shape[:2], device=hidden.device, dtype=hidden.dtype)
+            layout = plan(*hidden.shape[:2], device=hidden.device)
             encoded = Encoded(
                 hidden.flatten(0, 1), layout, {k: v for k, v in output.items() if k != "last_hidden_state"}
             )
@@ -48,7 +52,7 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
 
     def dropped(self, x: Tensor) -> Tensor:
         """The head's own dropout, where it is one of torch's; else whatever stands in its place."""
-        return F.dropout(x, rate(self.dropout)) if plain(self.dropout) else self.dropout(x)
+        return F.dropout(x, rate(self.dropout)) if plain(self.dropout, nn.Dropout) else self.dropout(x)
 
 
 class XLMRobertaLMHead(RowBlock):
@@ -64,7 +68,7 @@ class XLMRobertaLMHead(RowBlock):
     def transform(self, x: Tensor) -> Tensor:
         """What the decoder reads; [T, N] → [T, N]."""
         x, norm = self.linear(self.dense, x), self.layer_norm
-        if plain(norm):
+        if plain_norm(norm):
             return self.ops.gelu_layer_norm(x, norm.weight, norm.bias, norm.eps)
         return norm(F.gelu(x))
 
@@ -88,7 +92,7 @@ class XLMRobertaLMHead(RowBlock):
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy of the rows x [T, N] against labels [T] (−100: none), without keeping logits."""
         x, decoder = self.transform(x), self.decoder
-        if plain(decoder):
+        if plain(decoder, nn.Linear):
             return self.ops.vocab_cross_entropy(x, decoder.weight, decoder.bias, labels)
         return F.cross_entropy(decoder(x), labels)
 
@@ -104,7 +108,7 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
     def __init__(self, config: XLMRobertaConfig, **path: Any):
         super().__init__(config, **path)
         self.lm_head = XLMRobertaLMHead(config)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False, **path)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -113,12 +117,13 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.decoder = new_embeddings
 
-    def _resize_output(self, size: int) -> None:
+    def _resize_output(self, size: int, mean: bool) -> None:
         old = self.lm_head.decoder
         if isinstance(old, nn.Linear):
             new = nn.Linear(old.in_features, size, device=old.weight.device, dtype=old.weight.dtype)
-            self.lm_head.decoder, bias = self._like(new, old), self.lm_head.bias.detach()
-            bias = F.pad(bias, (0, size - len(bias)))  # a negative padding cuts
+            self.lm_head.decoder, bias = self._like(new, old, mean), self.lm_head.bias.detach()
+            fill = float(bias.float().mean()) if mean else 0.0
+            bias = F.pad(bias, (0, size - len(bias)), value=fill)  # a negative padding cuts
             self.lm_head.bias = nn.Parameter(bias, requires_grad=self.lm_head.bias.requires_grad)
 
     def logits(self, x: Tensor, layout: Layout) -> Tensor:
@@ -156,13 +161,15 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
         check_labels(labels, inputs, self.config.vocab_size)
         if labels is None and not return_logits:
             raise ValueError("return_logits=False leaves nothing to return without labels: give labels")
-        encoded, shared = self.encode(inputs, labels=labels, every_position=not untouched(self.lm_head))
+        ours = untouched(self.lm_head)
+        encoded, shared = self.encode(inputs, labels=labels, every_position=not ours)
         x, layout, loss = encoded.x, encoded.layout, None
-        logits = self.logits(x, layout) if return_logits else None
+        lean = ours and not return_logits
+        logits = None if lean else self.logits(x, layout)
         if labels is not None:
-            labels = layout.unpad(labels.to(x.device))
+            labels = layout.unpad(labels.to(x.device)).long()
             loss = self.lm_head.loss(x, labels) if logits is None else F.cross_entropy(layout.unpad(logits), labels)
-        return self.returned(MaskedLMOutput(loss, logits, **shared), return_dict)
+        return self.returned(MaskedLMOutput(loss, logits if return_logits else None, **shared), return_dict)
 
     def topk_packed(
         self,
@@ -177,10 +184,12 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
         """The k most probable words at the tokens `rows` (sorted int64 [R]) of packed texts (as in
         XLMRobertaModel.forward_packed), best first: log-probabilities fp32 [R, k] and ids [R, k]. The head computes
         those rows only. With `targets` [M] only those words compete; the softmax stays that of the whole vocabulary."""
+        if not (plain(self.roberta) and plain(self.lm_head) and plain(self.lm_head.decoder, nn.Linear)):
+            raise RuntimeError("topk_packed needs a model that nobody replaced or hooked: call it padded")
+        if not 1 <= k <= (self.config.vocab_size if targets is None else len(targets)):
+            raise ValueError(f"k is {k}: allowed are 1 to the number of words that compete")
         x = self.lm_head.transform(self.roberta.forward_packed(input_ids, cu_seqlens, max_seqlen, rows=rows))
         decoder = self.lm_head.decoder
-        if not plain(decoder):
-            raise RuntimeError("topk_packed needs the decoder that belongs to this head: call the model padded")
         return self.ops.vocab_topk(x, decoder.weight, decoder.bias, k, targets)
 
 
@@ -230,7 +239,7 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         }  # fmt: skip
         check_labels(labels, inputs, self.config.vocab_size)
         following = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
-        part = isinstance(logits_to_keep, Tensor) or logits_to_keep > 0
+        part = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
         whole = part or past_key_values is not None or not untouched(self.lm_head)
         encoded, shared = self.encode(inputs, labels=None if whole else following, every_position=whole)
         x, layout, loss = encoded.x, encoded.layout, None
@@ -241,7 +250,7 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
             logits = self.logits(x, layout)
         if following is not None:
             reduction = "mean" if num_items_in_batch is None else "sum"
-            following = layout.unpad(following.to(x.device))
+            following = layout.unpad(following.to(x.device)).long()
             loss = F.cross_entropy(layout.unpad(logits).float(), following, reduction=reduction)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         cached = {name: encoded.fields.get(name) for name in ("past_key_values", "cross_attentions")}
@@ -278,7 +287,7 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
         super().__init__(config, **path)
         self.num_labels = config.num_labels
         self.classifier = XLMRobertaClassificationHead(config)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False, **path)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
         self.post_init()
 
     def forward(
@@ -330,7 +339,7 @@ class XLMRobertaForMultipleChoice(XLMRobertaHead):
         super().__init__(config, **path)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, 1)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=True, **path)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=True)
         self.post_init()
 
     def forward(
@@ -373,7 +382,7 @@ class XLMRobertaForTokenClassification(XLMRobertaHead):
         self.num_labels = config.num_labels
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False, **path)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
         self.post_init()
 
     def forward(
@@ -402,7 +411,7 @@ class XLMRobertaForTokenClassification(XLMRobertaHead):
         logits = layout.pad(self.linear(self.classifier, x)) if by_token else self.classifier(layout.pad(x))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(layout.unpad(logits), layout.unpad(labels.to(logits.device)))
+            loss = F.cross_entropy(layout.unpad(logits), layout.unpad(labels.to(logits.device)).long())
         return self.returned(TokenClassifierOutput(loss, logits, **shared), return_dict)
 
 
@@ -413,7 +422,7 @@ class XLMRobertaForQuestionAnswering(XLMRobertaHead):
         super().__init__(config, **path)
         self.num_labels = config.num_labels
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False, **path)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
         self.post_init()
 
     def forward(

@@ -13,8 +13,10 @@ from torch import Tensor
 from .block import Collected, Pass, begin
 from .cache import KeyValueCache
 from .config import XLMRobertaConfig
+from .varlen import tracing
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32)
+TOKENIZER = "; use the tokenizer that belongs to this checkpoint"
 
 
 class Inputs:
@@ -73,7 +75,7 @@ def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embe
     if input_ids is not None:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [batch, sequence]")
-        check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
+        check_range("input_ids", input_ids, config.vocab_size, "vocab_size", TOKENIZER)
         return input_ids
     assert inputs_embeds is not None
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
@@ -91,16 +93,20 @@ def check_settings(config: XLMRobertaConfig, seqlen: int, encoder_hidden_states:
         raise ValueError(f"the sequence has {seqlen} tokens: chunk_size_feed_forward {chunk} must divide it; pad it")
 
 
-def check_range(name: str, ids: Tensor, size: int, setting: str) -> None:
+def check_range(name: str, ids: Tensor, size: int, setting: str, advice: str = "") -> None:
     """Refuses a dtype that is no integer, and values outside 0 … size − 1 where looking costs no synchronisation."""
     if ids.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {ids.dtype}: give integers, such as torch.long")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        raise TypeError(f"{name} has dtype {ids.dtype}: give torch.long or torch.int")
+    if readable(ids) and ids.numel():
         low, high = (int(v) for v in torch.aminmax(ids))
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
-            raise IndexError(f"{name} holds {wrong}: allowed are 0 … {size - 1} ({setting} is {size}); use the "
-                             "tokenizer that belongs to this checkpoint")  # fmt: skip
+            raise IndexError(f"{name} holds {wrong}: allowed are 0 … {size - 1} ({setting} is {size}){advice}")
+
+
+def readable(values: Tensor) -> bool:
+    """Whether looking at the values costs no synchronisation and decides nothing that a trace would keep."""
+    return values.device.type == "cpu" and not (torch.compiler.is_compiling() or tracing())
 
 
 def positions_and_types(
@@ -142,16 +148,25 @@ def check_length(config: XLMRobertaConfig, length: int) -> None:
         )
 
 
-def check_packed(config: XLMRobertaConfig, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
-    """Refuses ids that are not [T], and boundaries that do not cut them into sequences of at most `max_seqlen`."""
+def check_packed(
+    config: XLMRobertaConfig, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None
+) -> None:
+    """Refuses ids that are not [T], boundaries that do not cut them into sequences of at most `max_seqlen`, and `rows`
+    that are not sorted rows of them."""
+    if rows is not None:
+        if rows.dim() != 1 or rows.dtype not in INTEGERS:
+            raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be torch.long [rows]")
+        if readable(rows) and not bool((rows.diff() >= 0).all()):
+            raise ValueError("rows must be sorted: give rows.sort().values, and put the result back in your order")
+        check_range("rows", rows, input_ids.numel(), "the number of tokens")
     if input_ids.dim() != 1:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: a packed batch is [tokens]")
-    check_range("input_ids", input_ids, config.vocab_size, "vocab_size")
+    check_range("input_ids", input_ids, config.vocab_size, "vocab_size", TOKENIZER)
     check_length(config, max_seqlen)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         lens = [end - start for start, end in itertools.pairwise(bounds)]
         whole = bounds[0] == 0 and bounds[-1] == input_ids.numel()

@@ -1,4 +1,4 @@
-"""The module tree of XLM-RoBERTa (Conneau et al., 2020): embeddings, post-norm transformer layers, pooler.
+"""The module tree of XLM-RoBERTa (Conneau et al., 2020): post-norm transformer layers, encoder, pooler.
 
 Names, parameters and signatures are those of transformers' modeling_xlm_roberta. Each block's `rows` is its arithmetic
 on rows [T, N] (T tokens, N hidden units, H heads of D units), where only attention looks from one row to another.
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .activations import ACTIVATIONS
 from .block import (
     COLLECTED,
+    EVERY_POSITION,
     AttentionBlock,
     Block,
     Encoded,
@@ -24,54 +25,18 @@ from .block import (
     plain,
     rate,
     run,
+    run_again,
     run_rows,
     untouched,
 )
 from .cache import KeyValueCache
 from .config import XLMRobertaConfig
-from .inputs import Inputs, check_packed, positions_and_types
+from .embeddings import XLMRobertaEmbeddings
+from .inputs import Inputs, check_packed
 from .ops import dense_attention
 from .outputs import BaseModelOutput
 from .pretrained import XLMRobertaPreTrainedModel
 from .varlen import Layout, Sequences, packed_positions
-
-
-class XLMRobertaEmbeddings(Block):
-    def __init__(self, config: XLMRobertaConfig):
-        super().__init__()
-        self.config, self.padding_idx = config, config.pad_token_id
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=self.padding_idx)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.position_embeddings = nn.Embedding(
-            config.max_position_embeddings, config.hidden_size, padding_idx=self.padding_idx
-        )
-
-    def rows(self, input_ids: Tensor | None, types: Any, positions: Any, embeds: Tensor | None = None) -> Tensor:
-        """Ids [T], or in their stead word vectors `embeds` [T, N], with token types and positions [T] → [T, N]."""
-        word, token_type, position = self.word_embeddings, self.token_type_embeddings, self.position_embeddings
-        norm, dropout = self.LayerNorm, self.dropout
-        if embeds is None and all(map(plain, (word, token_type, position, norm, dropout))):
-            tables = word.weight, token_type.weight, position.weight, norm.weight, norm.bias
-            return self.ops.embed(input_ids, types, positions, *tables, norm.eps, self.padding_idx, rate(dropout))
-        x = (word(input_ids) if embeds is None else embeds) + token_type(types)
-        return dropout(self.add_layer_norm(norm, None, x, position(positions)))
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
-    ) -> Tensor:
-        """Ids [B, S] or vectors [B, S, N] → [B, S, N]."""
-        positions, types = positions_and_types(
-            self.config, input_ids, inputs_embeds, token_type_ids, position_ids, past_key_values_length
-        )
-        ids, embeds = (None if t is None else t.flatten(0, 1) for t in (input_ids, inputs_embeds))
-        return self.rows(ids, types.flatten(), positions.flatten(), embeds).unflatten(0, positions.shape)
 
 
 class XLMRobertaSelfAttention(AttentionBlock):
@@ -110,7 +75,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
     def project(self, x: Tensor, source: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x (of its `rows`), keys and values of source: in one fused projection where they allow it."""
         query, key, value = leaves = self.query, self.key, self.value
-        if source is x and rows is None and all(map(plain, leaves)):
+        if source is x and rows is None and all(plain(leaf, nn.Linear) for leaf in leaves):
             return self.ops.qkv_projection(x, *(m.weight for m in leaves), *(m.bias for m in leaves))
         x = x if rows is None else x[rows]
         return self.linear(query, x), self.linear(key, source), self.linear(value, source)
@@ -220,22 +185,29 @@ class XLMRobertaEncoder(SequenceBlock):
         self.is_causal = config.is_decoder
         self.layer = nn.ModuleList([XLMRobertaLayer(config, i) for i in range(config.num_hidden_layers)])
         self.checkpointing: dict[str, Any] | None = None  # torch.utils.checkpoint's keywords, where enabled
+        self.checkpoint_every = 1
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         collected = COLLECTED.get()
-        hidden_states = collected.hidden_states if collected else None
+        states = collected.hidden_states if collected else None
         every = replace(state, rows=None)
+        x = self.keep(x, states, state.layout)
         for i, layer in enumerate(self.layer):
-            if hidden_states is not None:
-                hidden_states.append(x)
             wanted = state if i == len(self.layer) - 1 else every
-            if self.checkpointing is not None and self.training:
-                x = checkpoint(run, layer, x, wanted, **self.checkpointing)
+            if self.checkpointing is not None and self.training and i % self.checkpoint_every == 0:
+                x = checkpoint(run_again, layer, x, wanted, collected, **self.checkpointing)
             else:
                 x = run(layer, x, wanted)
-        if hidden_states is not None:
-            hidden_states.append(x)
-        return x
+            x = self.keep(x, states, state.layout)
+        return x if len(self.layer) or state.rows is None else x[state.rows]
+
+    @staticmethod
+    def keep(x: Tensor, states: list[Tensor] | None, layout: Layout) -> Tensor:
+        """Adds the rows x, padded, to `states`; the rows returned come from there, so gradients pass through it."""
+        if states is None:
+            return x
+        states.append(layout.pad(x))
+        return layout.unpad(states[-1])
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         """[B, S, N] → its output as `last_hidden_state`."""
@@ -293,7 +265,9 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         }  # fmt: skip
         encoded = self.encode(inputs, reads_first=self.pooler is not None)
         pooled = None if self.pooler is None else self.pool(encoded)
-        output = BaseModelOutput(encoded.layout.pad(encoded.x), pooled, **encoded.fields)
+        states = encoded.fields["hidden_states"]
+        hidden = states[-1] if states else encoded.layout.pad(encoded.x)
+        output = BaseModelOutput(hidden, pooled, **encoded.fields)
         return self.returned(output, return_dict)
 
     def pool(self, encoded: Encoded) -> Tensor:
@@ -306,25 +280,31 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """The forward pass up to the last layer's rows. `inputs` are forward's arguments by name; `needs` (reads_first,
         labels, every_position) go to varlen.plan. With `only_first` the caller wants h[:, 0] alone, and the last layer
         is computed for those rows only."""
+        if self.encoder.checkpointing is not None and self.training:
+            if inputs.get("past_key_values") is not None:
+                raise ValueError("gradient checkpointing computes layers twice, which a cache would remember: leave "
+                                 "out past_key_values, or call gradient_checkpointing_disable()")  # fmt: skip
+            inputs = inputs | {"use_cache": False}
         given = Inputs(self.config, **inputs)
         collected = given.collected()
         token = COLLECTED.set(collected)
         try:
             ours = all(untouched(block) for block in (self.embeddings, self.encoder, self.pooler) if block is not None)
-            needs["every_position"] = needs.get("every_position", False) or not (self.unpad and ours)
-            state = given.begin(dtype=self.dtype, **needs)
+            whole = EVERY_POSITION.get() or needs.pop("every_position", False) or not (self.unpad and ours)
+            self.hand_to_new_layers()
+            state = given.begin(every_position=whole, **needs)
             first = only_first and ours and not state.causal and collected.nothing and state.layout.dense is None
             if first:
                 state.rows = state.layout.sequences.q_starts.long()
             x = run(self.encoder, self.embed(given, state.layout), state)
         finally:
             COLLECTED.reset(token)
-        fields = collected.fields(state.layout.pad) | {"past_key_values": given.cache if given.use_cache else None}
+        fields = collected.fields() | {"past_key_values": given.cache if given.use_cache else None}
         return Encoded(x, state.layout, fields, first)
 
     def embed(self, given: Inputs, layout: Layout) -> Tensor:
         """The embeddings of the rows that are computed, [T, N]."""
-        if plain(self.embeddings):
+        if untouched(self.embeddings):
             ids, types, positions, embeds = (None if t is None else layout.unpad(t) for t in given.to_embed.values())
             return self.embeddings.rows(ids, types, positions, embeds)
         return self.embeddings(**{k: v for k, v in given.to_embed.items() if v is not None}).flatten(0, 1)
@@ -346,13 +326,19 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """
         if not (untouched(self.embeddings) and untouched(self.encoder)):
             raise RuntimeError("forward_packed needs blocks that nobody replaced or hooked: call the model padded")
-        check_packed(self.config, input_ids, cu_seqlens, max_seqlen)
+        check_packed(self.config, input_ids, cu_seqlens, max_seqlen, rows)
         if position_ids is None:
             position_ids = packed_positions(input_ids, cu_seqlens, self.config.pad_token_id)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
+        self.hand_to_new_layers()
         x = self.embeddings.rows(input_ids, token_type_ids, position_ids)
         layout = Layout(cu_seqlens.numel() - 1, max_seqlen, Sequences.packed(cu_seqlens, max_seqlen))
         causal = self.config.is_decoder
         x = self.encoder.rows(x, Pass(layout, causal, rows=None if causal else rows))
         return x[rows] if causal and rows is not None else x
+
+    def hand_to_new_layers(self) -> None:
+        """Gives the model's ops to layers that were added after it was built."""
+        if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in self.encoder.layer):
+            self.ops_changed()

@@ -6,7 +6,7 @@ A field that is None is left out of the keys, of the iteration and of the tuple,
 
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -27,22 +27,28 @@ class ModelOutput(OrderedDict):
         )
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if value is not None:
-                super().__setitem__(field.name, value)
+        """A single mapping, or pairs, of names and values are the fields: accelerate and DataParallel rebuild so."""
+        first = next(iter(self.values()), None)
+        if len(self) == 1 and not isinstance(first, Tensor):
+            given = dict(cast(Any, first))
+            self.clear()
+            for field in fields(self):  # type: ignore[arg-type]
+                setattr(self, field.name, given.pop(field.name, None))
+            if given:
+                raise TypeError(f"{type(self).__name__} has no fields {', '.join(map(repr, given))}")
 
     def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self and value is not None:
+        if value is not None:
             super().__setitem__(name, value)
+        elif name in self:
+            super().__delitem__(name)
         super().__setattr__(name, value)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        super().__setattr__(key, value)
+        setattr(self, key, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), dict(self))

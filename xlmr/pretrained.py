@@ -8,7 +8,7 @@ import os
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint
 from .block import Block
@@ -19,6 +19,13 @@ from .outputs import ModelOutput
 Output = TypeVar("Output", bound=ModelOutput)
 
 logger = logging.getLogger(__name__)
+
+
+def check_config(config: Any) -> None:
+    """TypeError unless `config` is ours; transformers' class has the same name."""
+    if not isinstance(config, XLMRobertaConfig):
+        given = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(f"config is a {given}: give an xlmr.XLMRobertaConfig, such as .from_dict(config.to_dict())")
 
 
 class XLMRobertaPreTrainedModel(Block):
@@ -39,10 +46,9 @@ class XLMRobertaPreTrainedModel(Block):
         self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
     ) -> None:
         super().__init__()
-        if not isinstance(config, XLMRobertaConfig):
-            raise TypeError(f"config is a {type(config).__name__}: give an xlmr.XLMRobertaConfig")
+        check_config(config)
         self.config = config
-        self.unpad = unpad
+        self._unpad = unpad
         self._backend = None if ops is not None else backend
         self._ops, self._why = (ops, "the ops given") if ops is not None else resolve(backend, torch.device("cpu"))
 
@@ -77,6 +83,17 @@ class XLMRobertaPreTrainedModel(Block):
         self._backend = backend
         self._choose_path()
 
+    @property
+    def unpad(self) -> bool:
+        """Whether tokens whose mask is 0 are left out where no answer depends on them."""
+        return self._unpad
+
+    @unpad.setter
+    def unpad(self, unpad: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, XLMRobertaPreTrainedModel):
+                module._unpad = unpad
+
     def backend_report(self) -> str:
         """Which path computes this model, and why, in words."""
         return self._why
@@ -87,10 +104,14 @@ class XLMRobertaPreTrainedModel(Block):
             logger.info("%s: %s", type(self).__name__, why)
         self._hand_down(ops, why)
 
+    def ops_changed(self) -> None:
+        """Hands this model's ops to blocks that have others."""
+        self._hand_down(self._ops, self._why)
+
     def _hand_down(self, ops: Ops, why: str) -> None:
         for module in self.modules():
             if isinstance(module, XLMRobertaPreTrainedModel):
-                module._ops, module._why, module._backend = ops, why, self._backend
+                module._ops, module._why, module._backend, module._unpad = ops, why, self._backend, self._unpad
             elif isinstance(module, Block):
                 module.ops = ops
 
@@ -107,9 +128,17 @@ class XLMRobertaPreTrainedModel(Block):
         (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""
         return checkpoint.load_model(cls, name_or_dir, **kwargs)
 
-    def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model."""
-        checkpoint.save_model(self, directory, **kwargs)
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model. Nothing where another process
+        is the main one."""
+        if is_main_process:
+            checkpoint.save_model(self, directory, **kwargs)
+
+    def init_weights(self) -> None:
+        """The reference's name for post_init."""
+        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,10 +203,11 @@ class XLMRobertaPreTrainedModel(Block):
         return False
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """Gives the vocabulary `new_num_tokens` rows (rounded up to a multiple of `pad_to_multiple_of`): old rows are
-        kept, new ones initialised, the decoder and its bias follow, ties stay. Returns the word embeddings."""
+        kept, new ones are their mean (or, with mean_resizing=False, freshly initialised), the decoder and its bias
+        follow, ties stay. Returns the word embeddings."""
         old = self.get_input_embeddings()
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
@@ -188,29 +218,40 @@ class XLMRobertaPreTrainedModel(Block):
         if size == old.num_embeddings:
             return old
         new = nn.Embedding(size, old.embedding_dim, padding_idx, device=old.weight.device, dtype=old.weight.dtype)
-        self.set_input_embeddings(self._like(new, old))
-        self._resize_output(size)
+        self.set_input_embeddings(self._like(new, old, mean_resizing))
+        self._resize_output(size, mean_resizing)
         self.config.vocab_size = size
         self.tie_weights()
         return new
 
-    def _resize_output(self, size: int) -> None:
+    def _resize_output(self, size: int, mean: bool) -> None:
         """Gives the decoder `size` words, where a head has one."""
 
     @torch.no_grad()
-    def _like(self, new: nn.Module, old: nn.Module) -> nn.Module:
-        """`new`, initialised, with the rows that `old` has; trainable as `old` is."""
+    def _like(self, new: nn.Module, old: nn.Module, mean: bool) -> nn.Module:
+        """`new` with the rows that `old` has, the further ones their mean or initialised; trainable as `old` is."""
         self._init_weights(new)
         for name, parameter in old.named_parameters():
             target = new.get_parameter(name)
             kept = min(len(target), len(parameter))
             target[:kept] = parameter[:kept]
+            if mean:
+                target[kept:] = parameter.float().mean(0).to(target.dtype)
             target.requires_grad_(parameter.requires_grad)
         return new.train(old.training)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes each layer in the backward pass instead of keeping its activations."""
-        self.base_model.encoder.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recomputes every n-th layer in the backward pass instead of keeping its activations."""
+        if offload or every_n_layers < 1:
+            raise ValueError(f"every_n_layers {every_n_layers}, offload {offload}: allowed are at least 1, and False")
+        encoder = self.base_model.encoder
+        encoder.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        encoder.checkpoint_every = every_n_layers
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.encoder.checkpointing = None
@@ -220,12 +261,8 @@ class XLMRobertaPreTrainedModel(Block):
         return self.base_model.encoder.checkpointing is not None
 
     def enable_input_require_grads(self) -> None:
-        """Makes the word vectors require gradients, so that a frozen model passes them on to adapters."""
-
-        def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            output.requires_grad_(True)
-
-        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require_grad)
+        """Makes the embeddings' output require gradients, so that a frozen model passes them on to adapters."""
+        self.base_model.embeddings.require_grads = True
 
     def disable_input_require_grads(self) -> None:
-        self._require_grads_hook.remove()
+        self.base_model.embeddings.require_grads = False

@@ -106,7 +106,6 @@ def plan(
     mask: Tensor | None = None,
     *,
     device: torch.device,
-    dtype: torch.dtype,
     keys: int | None = None,
     causal: bool = False,
     every_position: bool = False,
@@ -121,13 +120,14 @@ def plan(
     length of the other sequence in cross attention. Tokens whose mask is 0 are left out, unless the answer depends on
     one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
     head reads column 0) while a row's first token is masked; a label ≠ −100 where the mask is 0; a row with no real
-    token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself).
+    token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself). While
+    torch.jit or torch.export trace, nothing is read: every position is computed, under a dense mask.
     """
     keys = seqlen if keys is None else keys
     dense = None
     if mask is not None and mask.dim() > 2:
         causal = False
-        mask, dense = _reduce(mask, batch, seqlen, keys, dtype)
+        mask, dense = _reduce(mask, batch, seqlen, keys)
     keep = None if mask is None else mask.to(device) != 0
     if keep is not None and keep.shape != (batch, keys):
         raise ValueError(
@@ -138,13 +138,15 @@ def plan(
         return replace(_every_row(batch, seqlen, keys, device), dense=dense)
     if keep is None or keep.numel() == 0:
         layout = _every_row(batch, seqlen, keys, device)
-        return replace(layout, dense=_dense(None, seqlen, keys, causal, dtype, device)) if weights else layout
+        return replace(layout, dense=_dense(None, seqlen, keys, causal, device)) if weights else layout
+    if tracing():
+        return replace(_every_row(batch, seqlen, keys, device), dense=_dense(keep, seqlen, keys, causal, device))
 
     lens, firsts, lasts, hidden_labels = _statistics(keep, labels)
     if min(lens) == keys:
         keep = None
     if weights:
-        dense = _dense(keep, seqlen, keys, causal, dtype, device)
+        dense = _dense(keep, seqlen, keys, causal, device)
         return replace(_every_row(batch, seqlen, keys, device), dense=dense, keep=keep)
     if keep is None:
         return _every_row(batch, seqlen, keys, device)
@@ -153,7 +155,7 @@ def plan(
 
     contiguous = all(last - first + 1 == n for n, first, last in zip(lens, firsts, lasts, strict=True) if n)
     if not contiguous or (causal and min(lasts) < keys - 1):
-        dense = _dense(keep, seqlen, keys, causal, dtype, device)
+        dense = _dense(keep, seqlen, keys, causal, device)
         return replace(_every_row(batch, seqlen, keys, device), dense=dense, keep=keep)
     layout = _every_row(batch, seqlen, keys, device)
     starts = layout.sequences.k_starts + torch.tensor(firsts, dtype=torch.int32, device=device)
@@ -181,9 +183,9 @@ def _every_row(batch: int, seqlen: int, keys: int, device: torch.device) -> Layo
         rows = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)
         return rows[:batch] if length else rows.expand(batch), torch.full_like(rows[:1], length).expand(batch)
 
-    q_starts, q_lens = every(seqlen)
-    k_starts, k_lens = every(keys)
-    return Layout(batch, seqlen, Sequences(q_starts, q_lens, k_starts, k_lens, seqlen, keys))
+    sequences = Sequences(*every(seqlen), *every(keys), seqlen, keys)
+    sequences.__dict__["runs"] = [(batch, 0, seqlen, 0, keys)]  # the cached property: known without reading
+    return Layout(batch, seqlen, sequences)
 
 
 def _statistics(keep: Tensor, labels: Tensor | None) -> tuple[list[int], list[int], list[int], bool]:
@@ -197,9 +199,7 @@ def _statistics(keep: Tensor, labels: Tensor | None) -> tuple[list[int], list[in
     return lens, firsts, lasts, bool(hidden) and any(hidden[0])
 
 
-def _reduce(
-    mask: Tensor, batch: int, seqlen: int, keys: int, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
+def _reduce(mask: Tensor, batch: int, seqlen: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
     """A 3-D or 4-D mask as a key-padding mask [B, K] where it is one, else as an additive mask [B | 1, H | 1, Q, K]."""
     mask = mask[:, None] if mask.dim() == 3 else mask
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, seqlen) or mask.shape[3] != keys:
@@ -208,25 +208,29 @@ def _reduce(
             f"[{batch}, {seqlen}, {keys}] and [{batch}, 1 | heads, {seqlen}, {keys}]"
         )
     if not mask.is_floating_point():
-        mask = additive(mask != 0, dtype)
-    lowest = torch.finfo(dtype).min
+        mask = additive(mask != 0, torch.float32)
+    if tracing():
+        return None, mask
     row = mask[:, :1, :1]
-    binary = (row == 0) | (row <= lowest / 2)
+    binary = (row == 0) | (row <= torch.finfo(mask.dtype).min / 2)
     if bool(((mask == row) & binary).all()):
         return (row[:, 0, 0] == 0).expand(batch, -1), None
-    return None, mask.to(dtype).clamp(min=lowest)
+    return None, mask
 
 
-def _dense(
-    keep: Tensor | None, seqlen: int, keys: int, causal: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The additive mask [B | 1, 1, Q | 1, K] of a key-padding mask [B, K] and, where asked, causality."""
+def _dense(keep: Tensor | None, seqlen: int, keys: int, causal: bool, device: torch.device) -> Tensor:
+    """The additive mask [B | 1, 1, Q | 1, K], fp32, of a key-padding mask [B, K] and, where asked, causality."""
     sees = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device) if keep is None else keep[:, None, None]
     if causal:
         sees = sees & torch.ones(seqlen, keys, dtype=torch.bool, device=device).tril(keys - seqlen)
-    return additive(sees, dtype)
+    return additive(sees, torch.float32)
 
 
 def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `sees` is True, the lowest finite number elsewhere: a softmax over it is finite even if all is masked."""
+    """0 where `sees` is True, the lowest finite number elsewhere."""
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace or torch.export records this call for other inputs: values must not decide anything."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -9,7 +9,8 @@ and with the "portable" one. Exit status 1 where
   a tile on and mma.sync below, v_mfma (gfx942). Dots of fp32 operands in "ieee" precision have none;
 - a kernel or an entry of a table is reached by no case, or something does not compile.
 
-Results are kept by a hash of the kernel's source, its specialisation, its options and Triton's version.
+fp32 is compiled in the kernels' default precision. Results are kept by a hash of the kernel's source, its
+specialisation, its options and Triton's version.
 """
 
 import os
@@ -22,6 +23,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -130,7 +132,7 @@ class Job:
     def key(self) -> str:
         options = sorted((name, str(value)) for name, value in self.options.items())
         signature = list(self.source.signature.items())
-        parts = (triton.__version__, _own_source(), self.target, self.source.hash(), signature, options)
+        parts = (triton.__version__, _measurement(), self.target, self.source.hash(), signature, options)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def row(self, measured: Measured) -> dict[str, Any]:
@@ -157,11 +159,6 @@ class Job:
             "cases": self.cases,
             "problems": measured.problems(TARGETS[self.target]),
         }
-
-
-@functools.cache
-def _own_source() -> str:
-    return Path(__file__).read_text(encoding="utf-8")
 
 
 # ---- What is launched ----
@@ -203,8 +200,17 @@ class Recorder:
 
     @contextlib.contextmanager
     def _pretending(self, target: str, table: str, case: str) -> Iterator[None]:
-        def record(kernel: JITFunction, key, signature, device, constants, options, attributes, warmup) -> None:
-            job = Job(ASTSource(kernel, signature, constants, attributes), target, dict(options.__dict__))
+        def record(
+            kernel: JITFunction,
+            key: str,
+            signature: Any,
+            device: str,
+            constants: Any,
+            options: Any,
+            attributes: Any,
+            *_: Any,
+        ) -> None:
+            job = Job(ASTSource(kernel, signature, constants, attributes), target, dict(vars(options)))
             job = self.jobs.setdefault(job.key, job)
             job.tables.add(table)
             job.cases.append(case)
@@ -278,6 +284,7 @@ def _one_line(error: Exception) -> str:
 
 
 def compiled(job: Job) -> Measured:
+    """Compiles, without Triton's own cache: only what is measured is kept."""
     with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, TRITON_CACHE_DIR=directory):
         try:
             kernel = triton.compile(job.source, target=TARGETS[job.target].gpu, options=job.options)
@@ -305,6 +312,13 @@ def dots(ttir: str) -> list[Dot]:
         Dot(int(rows), operand == "f32" and ("inputPrecision" not in arguments or "ieee" in arguments))
         for arguments, operand, rows in re.findall(pattern, ttir)
     ]
+
+
+@functools.cache
+def _measurement() -> str:
+    """The code that results in the cache depend on."""
+    code = "".join(map(inspect.getsource, (compiled, measured, dots, _nvidia_resources, _amd_resources)))
+    return code + repr(INSTRUCTIONS)
 
 
 def _nvidia_resources(cubin: bytes) -> dict[str, int]:
@@ -359,9 +373,9 @@ def _results(jobs: list[Job], cache: Path, processes: int) -> list[Measured]:
             results = pool.imap_unordered(_compile, range(len(missing)))
             for index, result in tqdm(results, total=len(missing), desc="compiling", file=sys.stderr):
                 path = cache / f"{missing[index].key}.json"
-                partial = path.with_suffix(f".{os.getpid()}")
-                partial.write_text(json.dumps(asdict(result)), encoding="utf-8")
-                partial.replace(path)
+                unfinished = path.with_suffix(f".{os.getpid()}")
+                unfinished.write_text(json.dumps(asdict(result)), encoding="utf-8")
+                unfinished.replace(path)
     return [_read(cache / f"{job.key}.json") for job in jobs]
 
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Table, check, config, input_precision, pick, require
+from ._launch import Table, check, config, input_precision, opaque, pick, require
 
 
 def cost(T: int, N: int, V: int, itemsize: int, k: int = 0) -> tuple[int, int]:
@@ -227,9 +227,9 @@ def _vocab_topk_kernel(
     last_z_ptr,
     stride_om,
     chunks,
-    candidates,
     last_column,
-    k,
+    CANDIDATES: tl.constexpr,
+    K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -238,13 +238,13 @@ def _vocab_topk_kernel(
     top, log_sum = _join(max_ptr, sum_ptr, row, chunks, BLOCK_C)
     last_z = tl.full([], float("inf"), tl.float32)
     last = tl.full([], -1, tl.int32)
-    for i in range(0, k):
+    for i in range(0, K):
         best_z = tl.full([BLOCK], float("-inf"), tl.float32)
         best = tl.full([BLOCK], NONE, tl.int32)
-        for start in range(0, candidates, BLOCK):
+        for start in range(0, CANDIDATES, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            z = tl.load(z_ptr + row * candidates + place, mask=place < candidates, other=float("-inf"))
-            column = tl.load(column_ptr + row * candidates + place, mask=place < candidates, other=NONE)
+            z = tl.load(z_ptr + row * CANDIDATES + place, mask=place < CANDIDATES, other=float("-inf"))
+            column = tl.load(column_ptr + row * CANDIDATES + place, mask=place < CANDIDATES, other=NONE)
             later = (z < last_z) | ((z == last_z) & (column > last))
             better = later & ((z > best_z) | ((z == best_z) & (column < best)))
             best_z = tl.where(better, z, best_z)
@@ -341,6 +341,7 @@ def _check_range(operation: str, name: str, ids: Tensor, V: int) -> None:
         raise IndexError(f"{operation}: {name} go from {int(ids.min())} to {int(ids.max())}, words from 0 to {V - 1}")
 
 
+@opaque
 def vocab_partials_fwd(
     head: Head,
     softmax: tuple[Tensor, Tensor] | None = None,
@@ -381,6 +382,7 @@ def vocab_partials_fwd(
     )
 
 
+@opaque
 def vocab_topk_fwd(head: Head, k: int, targets: Tensor | None) -> tuple[Tensor, Tensor]:
     """(log-probabilities, columns) [T, k]; a column is a word, or with targets a place among them."""
     T, device = len(head.x), head.x.device
@@ -402,14 +404,15 @@ def vocab_topk_fwd(head: Head, k: int, targets: Tensor | None) -> tuple[Tensor, 
         last = torch.empty(T, dtype=torch.float32, device=device)
         candidates = shape[1] * shape[2]
         _vocab_topk_kernel[(T,)](
-            maxima, sums, z, z_columns, log_probs[:, first:], columns[:, first:], last, k, head.chunks, candidates,
-            words - 1, shape[2], BLOCK_C=triton.next_power_of_2(head.chunks),
+            maxima, sums, z, z_columns, log_probs[:, first:], columns[:, first:], last, k, head.chunks, words - 1,
+            CANDIDATES=candidates, K=shape[2], BLOCK_C=triton.next_power_of_2(head.chunks),
             BLOCK=min(triton.next_power_of_2(candidates), 1024), num_warps=4,
         )  # fmt: skip
         after = last, columns[:, first + shape[2] - 1].contiguous()
     return log_probs, columns
 
 
+@opaque
 def vocab_cross_entropy_fwd(head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(losses fp32 [T], the labelled rows' first, in order, then zeros; how many they are, int32)."""
     T, N = head.x.shape

@@ -7,7 +7,7 @@ own operations between two launches are not counted. Exit status 1 where
 - a bandwidth-bound kernel (LayerNorms, embedding) moves more than 1.15 × the minimum; the others read operands once a
   tile, and their ratio is for information;
 - a kernel moves less than the minimum: then cost() is wrong;
-- a kernel is run by no case.
+- a kernel touches memory outside its tensors, or is run by no case.
 
 The counts depend on shapes alone, never on the machine.
 """
@@ -92,6 +92,7 @@ class Traffic:
     def counting(self) -> Iterator[None]:
         """Counts the launches inside the block."""
         tables: list[Row] = []  # of the launch that is running
+        memory: list[tuple[int, int]] = []  # its tensors' storage: from, to
         run, load, store = (
             InterpretedFunction.run,
             InterpreterBuilder.create_masked_load,
@@ -101,6 +102,8 @@ class Traffic:
         def lanes(pointers: Any, mask: Any) -> int:
             """Bytes at the lanes that are on, but for those of `tables`."""
             addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+            if not np.logical_or.reduce([(start <= addresses) & (addresses < end) for start, end in memory]).all():
+                raise IndexError(f"{self.launches[-1]} touches memory outside its tensors")
             for table in tables:
                 addresses = table.take(addresses)
             return addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
@@ -115,8 +118,11 @@ class Traffic:
 
         def counted_run(kernel: Any, *arguments: Any, **named: Any) -> Any:
             self.launches.append(kernel.fn.__name__)
-            tensors = [_tensor(value) for value in (*arguments, *named.values())]
-            tables[:] = [Row(tensor) for tensor in tensors if tensor is not None and self._is_row(tensor)]
+            found = [_tensor(value) for value in (*arguments, *named.values())]
+            tensors = [tensor for tensor in found if tensor is not None]
+            storages = [tensor.untyped_storage() for tensor in tensors]
+            memory[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+            tables[:] = [Row(tensor) for tensor in tensors if self._is_row(tensor)]
             result = run(kernel, *arguments, **named)
             self.once += sum(int(table.touched.sum()) * table.itemsize for table in tables)
             return result

@@ -101,8 +101,8 @@ def _forgotten_kernel(x_ptr):
 x, w = torch.zeros(5, 24), torch.zeros(24)
 
 
-def scale(reads):
-    _scale_kernel[(5,)](x, w, torch.empty_like(x), N=24, BLOCK=32, READS=reads)
+def scale(reads, rows=5):
+    _scale_kernel[(rows,)](x, w, torch.empty_like(x), N=24, BLOCK=32, READS=reads)
 
 
 def copy():
@@ -119,6 +119,7 @@ cases = [
     traffic.Case("twice", functools.partial(interpreted.scale, 2), 5, 2 * matrix + row, True),
     traffic.Case("product", functools.partial(interpreted.scale, 2), 5, 2 * matrix + row),
     traffic.Case("overstated", functools.partial(interpreted.scale, 1), 5, 3 * matrix + row),
+    traffic.Case("outside", functools.partial(interpreted.scale, 1, rows=6), 5, 2 * matrix + row),
     traffic.Case("descriptors", interpreted.copy, 5, 2 * matrix, True),
 ]
 rows, problems = traffic.gate(cases, [interpreted])
@@ -165,5 +166,6 @@ def test_traffic_gate_reports_what_is_planted(tmp_path: Path) -> None:
     assert found["problems"] == [
         "twice: moves 1.455 × its minimum, allowed is 1.15",
         "overstated: moves 0.688 × its minimum: cost() states too much",
+        "outside: InterpreterError: IndexError('_scale_kernel touches memory outside its tensors')",
         "not covered: interpreted._forgotten_kernel is launched by no case",
     ]

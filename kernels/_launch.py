@@ -2,8 +2,9 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,7 +62,8 @@ class Config:
     @property
     def meta(self) -> dict[str, int]:
         """Keywords of a launch: kernel[grid](…, **config.meta)."""
-        return {**dict(self.tiles), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        launch = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {**dict(self.tiles), **launch}
 
 
 def config(num_warps: int, num_stages: int, **tiles: int) -> Config:
@@ -128,10 +130,16 @@ def require(condition: bool, message: str) -> None:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """tl.dot's input_precision: three TF32 products for fp32, one only where the user allows it; "ieee" otherwise."""
-    if dtype != torch.float32:
+    """tl.dot's input_precision: three TF32 products for fp32, one only where the user allows it; "ieee" otherwise, and
+    on AMD, whose matrix cores multiply fp32 as it is."""
+    if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def opaque(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps torch.compile out of a launcher in the interpreter, whose NumPy code it cannot trace."""
+    return torch.compiler.disable(launch) if os.environ.get("TRITON_INTERPRET") == "1" else launch
 
 
 def rows_at_once(x: torch.Tensor) -> int:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Table, check, config, input_precision, pick, require
+from ._launch import Table, check, config, input_precision, opaque, pick, require
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD_DIMS = range(8, 129)
@@ -204,6 +204,7 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + head * rows + row, lse, mask=inside)
 
 
+@opaque
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, sequences: Any, softmax_scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:

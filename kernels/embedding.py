@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Table, check, config, pick, require
+from ._launch import Table, check, config, opaque, pick, require
 
 
 def cost(T: int, N: int, itemsize: int, id_itemsize: int = 8) -> tuple[int, int]:
@@ -141,6 +141,7 @@ def _embed_fwd_kernel(
             _scale_and_store(y_ptr, w_ptr, b_ptr, y_rows, start + cols, mask, N, centred, rstd)
 
 
+@opaque
 def embed_fwd(ids: tuple[Tensor, ...], tables: tuple[Tensor, ...], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of the sum of one row of each table, [T, N]; ids and tables of words, token types and positions."""
     word, token_type, position = tables

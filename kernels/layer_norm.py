@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Table, check, config, pick, require
+from ._launch import Table, check, config, opaque, pick, require
 
 
 def cost(T: int, N: int, itemsize: int, residual: bool = True) -> tuple[int, int]:
@@ -120,6 +120,7 @@ def _layer_norm_fwd_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=exists)
 
 
+@opaque
 def layer_norm_fwd(
     operation: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

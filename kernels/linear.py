@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import Config, Table, check, config, input_precision, pick, processors, require, target
+from ._launch import Config, Table, check, config, input_precision, opaque, pick, processors, require, target
 
 
 def cost(T: int, N: int, K: int, itemsize: int) -> tuple[int, int]:
@@ -223,6 +223,7 @@ def _linear_fwd_kernel(
         )  # fmt: skip
 
 
+@opaque
 def linear_fwd(
     operation: str,
     x: Tensor,

@@ -83,3 +83,20 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         monkeypatch.setattr(torch, name, poison)
+
+
+@pytest.fixture
+def ordered_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums a step's products one after the other, then adds them to those of earlier steps: one order, as on a GPU.
+    The interpreter's BLAS has another for every shape, and for some places in a tile."""
+
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
+        total = np.zeros_like(acc.data)
+        for k in range(a.data.shape[1]):
+            total = total + a.data[:, k, None].astype(total.dtype) * b.data[k].astype(total.dtype)
+        return interpreter.TensorHandle(acc.data + total, acc.dtype.scalar)
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)

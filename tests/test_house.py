@@ -29,8 +29,10 @@ TREE = {
 }  # fmt: skip
 WORDS = {"xlmr.batch_encoding", "xlmr.files", "xlmr.token_layout", "xlmr.sentencepiece_model", "xlmr.vocabulary"}
 TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
+KERNEL = Rule({"torch", "triton", "xlmr.kernels._launch"})
 RULES = {
     "kernels/_launch": Rule({"torch"}, {"triton"}),
+    **{f"kernels/{name}": KERNEL for name in ("attention", "embedding", "layer_norm", "linear", "vocab_softmax")},
     "xlmr/__init__": Rule(set(), {"xlmr"}),
     "xlmr/__main__": Rule({"xlmr.cli"}),
     "xlmr/activations": Rule({"torch"}),
@@ -60,6 +62,7 @@ RULES = {
     "xlmr/sentencepiece_model": Rule({"sentencepiece"}),
     "xlmr/tokenizer": Rule(WORDS),
     "xlmr/varlen": Rule({"torch"}),
+    "xlmr/verify": Rule(TASKS | {"xlmr.encode"}),
     "xlmr/vocabulary": Rule({"xlmr.sentencepiece_model"}),
     "xlmr/weights": Rule({"safetensors", "torch", "xlmr.files"}),
 }

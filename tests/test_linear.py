@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import interpreter
 
 from tests.numerics import assert_accurate
 from xlmr import eager
@@ -77,21 +75,6 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(kernel, "GROUP_M", 2)
 
     return choose
-
-
-@pytest.fixture
-def ordered_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums a step's products one after the other, then adds them to those of earlier steps: one order, as on a GPU.
-    The interpreter's BLAS has another for every shape, and for some places in a tile."""
-
-    def create_dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
-        total = np.zeros_like(acc.data)
-        for k in range(a.data.shape[1]):
-            total = total + a.data[:, k, None].astype(total.dtype) * b.data[k].astype(total.dtype)
-        return interpreter.TensorHandle(acc.data + total, acc.dtype.scalar)
-
-    if INTERPRETED:
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @OPERATIONS

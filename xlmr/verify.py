@@ -15,7 +15,7 @@ TOP = 5
 
 
 class Verdict(NamedTuple):
-    """All calls of one operation, or of the whole model: how many, the one nearest to its bound, whether all are right."""
+    """All calls of one operation, or of the model: how many, the one nearest to its bound, whether all are right."""
 
     operation: str
     calls: int

@@ -1,0 +1,184 @@
+"""The seam: the Triton path end to end against transformers, swaps and refusals; the same text gives the same bits."""
+
+import copy
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_accurate
+from reference import HEADS, TINY, B, S, build, double, inputs, keep, masks
+from torch import Tensor
+
+import xlmr
+from xlmr.ops import EAGER, Check, checked, resolve, triton
+
+SMALL = {"num_hidden_layers": 2}  # a program costs half a millisecond in the interpreter
+BY_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state")
+
+
+def on_kernels(name: str, device: torch.device, **settings: Any) -> tuple[Any, Any]:
+    """transformers' model and ours on the kernels, equal weights."""
+    reference, ours = build(name, **SMALL, **settings)
+    ours.to(device).set_backend("triton")
+    return reference, ours
+
+
+def to(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in [*HEADS, "Model"]), ("MaskedLM", torch.float16)],
+)
+def test_heads(name: str, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
+    full = name if name == "Model" else f"For{name}"
+    reference, ours = on_kernels(full, device, **({"is_decoder": True} if name == "CausalLM" else {}))
+    truth, eager = double(reference), copy.deepcopy(ours).to(dtype)
+    ours = ours.to(dtype)
+    eager.ops = EAGER
+    for kind in ("none", "holes"):
+        given = inputs(name, masks()[kind])
+        given.pop("labels", None)
+        real = keep(masks()[kind])
+        with torch.no_grad():
+            mine, theirs = (m(**to(given, device)) for m in (ours, eager))
+            exact = truth(**given)
+        for field in BY_TOKEN:
+            if field in exact:
+                values = [out[field].cpu() for out in (mine, theirs, exact)]
+                assert_accurate(*((v[real] if v.shape[:2] == (B, S) else v) for v in values))
+
+
+def test_loss_and_top_words(device: torch.device) -> None:
+    reference, ours = on_kernels("ForMaskedLM", device)
+    given = inputs("MaskedLM", masks()["right"])
+    with torch.no_grad():
+        expected = reference(**given)
+        lean = ours(**to(given, device), return_logits=False)
+        torch.testing.assert_close(lean.loss.cpu(), expected.loss, atol=1e-5, rtol=1e-5)
+        real = keep(masks()["right"])
+        lengths = real.sum(1)
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device)
+        rows = torch.tensor([0, 5, 14, 30], device=device)
+        values, words = ours.topk_packed(given["input_ids"][real].to(device), cu_seqlens, S, rows=rows, k=3)
+        best = torch.log_softmax(expected.logits[real][rows.cpu()], -1).topk(3)
+    torch.testing.assert_close(values.cpu(), best.values, atol=1e-5, rtol=1e-5)
+    assert torch.equal(words.cpu(), best.indices)
+
+
+def test_the_same_text_gives_the_same_bits(device: torch.device, ordered_dot: None) -> None:
+    """Alone, among others, in any order, packed or padded, whatever the padding holds: every row is bit for bit so."""
+    _, ours = on_kernels("Model", device)
+    texts = [torch.randint(4, TINY["vocab_size"], (n,), device=device) for n in (7, 1, 12, 40, 7)]
+
+    def packed(order: list[int]) -> dict[int, Tensor]:
+        chosen = [texts[i] for i in order]
+        cu_seqlens = torch.tensor([0, *(len(t) for t in chosen)], device=device).cumsum(0)
+        with torch.no_grad():
+            hidden = ours.forward_packed(torch.cat(chosen), cu_seqlens, 40)
+        return dict(zip(order, hidden.split([len(t) for t in chosen]), strict=True))
+
+    together = packed([0, 1, 2, 3, 4])
+    for order in ([3, 1, 4, 0, 2], [4, 3]):
+        for i, hidden in packed(order).items():
+            assert torch.equal(hidden, together[i])
+    for i in range(len(texts)):
+        assert torch.equal(packed([i])[i], together[i])
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=1)
+    mask = padded != 1
+    for unpad in (True, False):
+        ours.unpad = unpad
+        for filler in (1, 1, 50):
+            with torch.no_grad():
+                hidden = ours(torch.where(mask, padded, filler), mask.long()).last_hidden_state
+            for i, text in enumerate(texts):
+                assert torch.equal(hidden[i, : len(text)], together[i])
+
+
+def test_swapped_one_operation_at_a_time(device: torch.device) -> None:
+    _, ours = on_kernels("ForMaskedLM", device)
+    given = to(inputs("MaskedLM", masks()["right"]), device)
+    kernels = triton()
+    with torch.no_grad():
+        expected = ours(**given).logits
+        for name in (
+            "embed",
+            "attention",
+            "linear",
+            "linear_act",
+            "qkv_projection",
+            "add_layer_norm",
+            "gelu_layer_norm",
+        ):
+            ours.ops = replace(kernels, **{name: getattr(EAGER, name)})
+            torch.testing.assert_close(ours(**given).logits, expected, atol=2e-5, rtol=1e-4)
+    assert pickle.loads(pickle.dumps(ours)).ops == ours.ops
+    assert copy.deepcopy(ours).ops == ours.ops
+
+
+def test_checked_finds_a_wrong_operation(device: torch.device) -> None:
+    _, ours = on_kernels("ForMaskedLM", device)
+    given = to(inputs("MaskedLM", masks()["right"]), device)
+    checks: list[Check] = []
+    ours.ops = checked(triton(), checks)
+    with torch.no_grad():
+        ours(**given)
+    assert {c.operation for c in checks} >= {"embed", "attention", "linear", "linear_act", "qkv_projection"}
+    assert all(c.right for c in checks)
+    checks.clear()
+    ours.ops = checked(replace(triton(), linear=lambda *a: triton().linear(*a) * 1.001), checks)
+    with torch.no_grad():
+        ours(**given)
+    assert {c.operation for c in checks if not c.right} == {"linear"}
+    assert not Check("x", float("nan"), 0.0, 1.0).right
+
+
+def test_gradients_and_dropout_are_refused(device: torch.device) -> None:
+    _, ours = on_kernels("ForMaskedLM", device, hidden_dropout_prob=0.1)
+    given = to(inputs("MaskedLM", masks()["right"]), device)
+    with pytest.raises(RuntimeError, match="no backward yet"):
+        ours(**given)
+    ours.train()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dropout"):
+        ours(**given)
+
+
+def test_what_kernels_cannot_do_is_eager_by_rule(device: torch.device) -> None:
+    reference, ours = on_kernels("Model", device)
+    tokens = torch.randint(4, 97, (B, S))
+    sees = (torch.rand(B, 1, S, S) < 0.6) | torch.eye(S, dtype=torch.bool)
+    bias = torch.zeros(B, 1, S, S).masked_fill(~sees, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        mine = ours(tokens.to(device), sees.to(device), output_attentions=True)
+        theirs = reference(tokens, bias, output_attentions=True)
+    torch.testing.assert_close(mine[0].cpu(), theirs[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(mine.attentions[1].cpu(), theirs.attentions[1], atol=2e-5, rtol=1e-4)
+
+
+def test_autocast_inference_mode_and_compile(device: torch.device) -> None:
+    _, ours = on_kernels("Model", device)
+    tokens = torch.randint(4, 97, (9,), device=device)
+    cu_seqlens = torch.tensor([0, 4, 9], device=device)
+    with torch.inference_mode():
+        expected = ours.forward_packed(tokens, cu_seqlens, 5)
+        with torch.autocast(device.type, torch.float16):
+            half = ours.forward_packed(tokens, cu_seqlens, 5)
+        compiled = torch.compile(ours.forward_packed, backend="eager")(tokens, cu_seqlens, 5)
+    torch.testing.assert_close(half.float(), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_resolve_and_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert resolve("auto", cpu)[0] is EAGER
+    assert resolve("triton", meta)[0] is triton()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="need a GPU"):
+        resolve("triton", cpu)
+    with pytest.raises(RuntimeError, match="need a GPU"):
+        xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**TINY), backend="triton")
+    with pytest.raises(ValueError, match="allowed are 'auto', 'eager', 'triton'"):
+        resolve("cuda", cpu)

@@ -39,7 +39,6 @@ setup(
         "triton": ["triton>=3.6,<3.10; sys_platform == 'linux'"],
         "test": [
             "hypothesis",
-            "triton>=3.6,<3.10; sys_platform == 'linux'",
             "packaging",
             "peft",
             "pytest>=8",

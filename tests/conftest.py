@@ -1,5 +1,6 @@
 """What every test starts from: no network, fixed seeds, a deterministic hypothesis, and one tiny checkpoint."""
 
+import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and huggingface_hub are imported
@@ -21,6 +22,15 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the CPU
+
+KERNEL_TESTS = ("attention", "embedding", "gates", "layer_norm", "linear", "ops", "vocab_softmax")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+collect_ignore = [] if HAS_TRITON else [f"test_{name}.py" for name in KERNEL_TESTS]
+
+
+def pytest_report_header() -> str:
+    return "kernels: tested" if HAS_TRITON else "kernels: NOT tested, Triton is missing (pip install '.[triton]')"
+
 
 settings.register_profile("xlmr", derandomize=True, deadline=None, database=None)
 settings.load_profile("xlmr")

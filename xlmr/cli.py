@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from . import __version__, demo, pretrain
-from .demo.evaluate import Sentence, read
-from .encode import POOLINGS, embed
+from .demo.evaluate import Question, Sentence, questions, read
+from .encode import POOLINGS, embed, pack
 from .files import write_atomically
 from .kernels._launch import unsupported
 from .ops import BACKENDS
@@ -35,9 +35,8 @@ from .verify import verify
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
 SHOWN = 4  # numbers of a vector that a table shows
-NEIGHBOURS = 12  # sentences of each language among which the demo looks for the nearest
 VERIFIED = 6  # held-out sentences that `xlmr verify` computes by default
-PARTNER = 7  # a language is compared with the seventh after it: mostly one of another script
+PARTNER = 5  # a language is compared with the fifth after it: mostly one of another script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,6 +219,7 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if all(verdict.right for verdict in verdicts) else 1
 
 
+@torch.inference_mode()
 def _demo(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     sentences = read(demo.HELD_OUT)
@@ -236,55 +236,62 @@ def _demo(args: argparse.Namespace) -> None:
         (row["language"], row["text"], row["answer"], f"{row['score']:.2f}", "" if row["right"] else row["expected"])
         for row in filled
     )
-    print(f"\nThe nearest of {NEIGHBOURS} sentences of another language: {_share(nearest)} translations, for instance")
-    _print_table((row["language"], row["text"], row["other"], row["nearest"]) for row in nearest[:: NEIGHBOURS + 1])
+    print(f"\nThe nearest held-out sentence of another language: {_share(nearest)} translations, for instance")
+    instances = {row["language"]: row for row in nearest}.values()
+    _print_table((row["language"], row["text"], row["other"], row["nearest"]) for row in instances)
     print(f"\n{seconds:.1f} s")
 
 
 def _filled(fill: Pipeline, sentences: list[Sentence]) -> list[dict[str, Any]]:
-    """For each language the most probable word at one mask, where the vocabulary has the right one."""
-    chosen: dict[str, tuple[str, str]] = dict.fromkeys((s.language for s in sentences), ("", ""))
+    """For each language the most probable word at one masked word, of those that are one piece of the vocabulary."""
+    chosen: dict[str, tuple[Question, str, str]] = {}
     for sentence in random.Random(0).sample(sentences, len(sentences)):
         start, end = sentence.answers[-1]
-        word = sentence.text[start:end]
-        if len(fill.tokenizer.tokenize(word)) == 1:
-            chosen[sentence.language] = sentence.text[:start] + fill.tokenizer.mask_token + sentence.text[end:], word
-    rows = [(language, text, word) for language, (text, word) in chosen.items() if text]
-    answers = fill([text for _, text, _ in rows], top_k=1)
+        question = questions([sentence], fill.tokenizer)[-1]
+        if len(question.pieces) == 1:
+            text = sentence.text[:start] + fill.tokenizer.mask_token + sentence.text[end:]
+            chosen[sentence.language] = question, text, sentence.text[start:end]
+    packed = pack([question.ids for question, _, _ in chosen.values()], fill.model.device)
+    starts = zip(packed.cu_seqlens.tolist(), chosen.values(), strict=False)
+    rows = torch.tensor([start + question.masked[0] for start, (question, _, _) in starts], device=fill.model.device)
+    scores, best = fill.model.topk_packed(*packed, rows=rows, k=1)
     return [
         {
             "language": language,
             "text": text,
             "expected": word,
-            "answer": best["token_str"],
-            "score": best["score"],
-            "right": best["token_str"] == word,
+            "answer": fill.tokenizer.decode([token]).strip(),
+            "score": score,
+            "right": token == question.pieces[0],
         }
-        for (language, text, word), [best] in zip(rows, answers, strict=True)
+        for (language, (question, text, word)), score, token in zip(
+            chosen.items(), scores[:, 0].exp().tolist(), best[:, 0].tolist(), strict=True
+        )
     ]
 
 
 def _nearest(pipe: Pipeline, sentences: list[Sentence]) -> list[dict[str, Any]]:
-    """For some sentences of each language, the nearest of the same sentences in another, by the vectors' cosine."""
-    keys = random.Random(0).sample(sorted({s.key for s in sentences}), NEIGHBOURS)
+    """For the sentences of each language whose translation is held out in another, the nearest there by cosine."""
     languages = list(dict.fromkeys(s.language for s in sentences))
-    own = {language: [s for s in sentences if s.language == language and s.key in keys] for language in languages}
+    own = {language: [s for s in sentences if s.language == language] for language in languages}
     vectors = embed(pipe.model, pipe.tokenizer, [s.text for language in languages for s in own[language]])
-    by_language = dict(zip(languages, vectors.split(NEIGHBOURS), strict=True))
+    by_language = dict(zip(languages, vectors.split([len(own[language]) for language in languages]), strict=True))
     rows = []
     for number, language in enumerate(languages):
         other = languages[(number + PARTNER) % len(languages)]
+        keys = {sentence.key for sentence in own[other]}
         indices = (by_language[language] @ by_language[other].T).argmax(dim=1).tolist()
         for sentence, found in zip(own[language], (own[other][i] for i in indices), strict=True):
-            rows.append(
-                {
-                    "language": language,
-                    "text": sentence.text,
-                    "other": other,
-                    "nearest": found.text,
-                    "right": found.key == sentence.key,
-                }
-            )
+            if sentence.key in keys:
+                rows.append(
+                    {
+                        "language": language,
+                        "text": sentence.text,
+                        "other": other,
+                        "nearest": found.text,
+                        "right": found.key == sentence.key,
+                    }
+                )
     return rows
 
 

@@ -1,0 +1,6 @@
+"""The embedded demo: a small XLM-R of eighteen languages, made by this package from a generated text."""
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+HELD_OUT = Path(__file__).parent / "heldout.tsv"

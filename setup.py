@@ -37,7 +37,16 @@ setup(
     extras_require={
         "hub": ["huggingface_hub>=0.24"],
         "triton": ["triton>=3.6,<3.10; sys_platform == 'linux'"],
-        "test": ["hypothesis", "packaging", "peft", "pytest>=8", "setuptools>=77.0.3", "transformers>=5.0"],
+        "test": [
+            "babel",
+            "hypothesis",
+            "matplotlib",
+            "packaging",
+            "peft",
+            "pytest>=8",
+            "setuptools>=77.0.3",
+            "transformers>=5.0",
+        ],  # fmt: skip
         "bench": ["babel", "matplotlib", "transformers>=5.0"],
     },
     entry_points={"console_scripts": ["xlmr = xlmr.cli:main"]},

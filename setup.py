@@ -46,7 +46,7 @@ setup(
             "pytest>=8",
             "setuptools>=77.0.3",
             "transformers>=5.0",
-        ],  # fmt: skip
+        ],
         "bench": ["babel", "matplotlib", "transformers>=5.0"],
     },
     entry_points={"console_scripts": ["xlmr = xlmr.cli:main"]},

@@ -38,7 +38,9 @@ setup(
         "hub": ["huggingface_hub>=0.24"],
         "triton": ["triton>=3.6,<3.10; sys_platform == 'linux'"],
         "test": [
+            "babel",
             "hypothesis",
+            "matplotlib",
             "packaging",
             "peft",
             "pytest>=8",

@@ -110,7 +110,7 @@ def _resident(field: str) -> int:
 
 
 def sentences(count: int) -> list[str]:
-    """Mixed sentences: words of the demo's held-out sentences in eighteen languages, shuffled, 3 to 40 of them each."""
+    """Mixed sentences: words of the demo's held-out sentences in twelve languages, shuffled, 3 to 40 of them each."""
     words = HELD_OUT.read_text(encoding="utf-8").split()
     draw = random.Random(0)
     return [" ".join(draw.choices(words, k=draw.randint(3, 40))) for _ in range(count)]

@@ -17,6 +17,11 @@ from xlmr import cli
 TEXTS = ["La <mask> de la France est Paris.", "法国的首都是<mask>。", "The <mask> of France is <mask>."]
 
 
+@pytest.fixture(autouse=True)
+def _as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # set for the kernels' tests
+
+
 @pytest.fixture
 def run(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command on the tiny checkpoint; gives (exit status, standard output, standard error)."""

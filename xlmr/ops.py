@@ -84,6 +84,8 @@ def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
         raise ValueError(f"backend is {backend!r}: allowed are {', '.join(map(repr, BACKENDS))}")
     if backend == "eager":
         return EAGER, "eager, as asked"
+    if backend == "auto" and device.type in ("cpu", "meta"):
+        return EAGER, f"eager on {device.type}: the kernels are for GPUs"
     from .kernels._launch import unsupported
 
     why = None if device.type == "meta" else unsupported(device)
@@ -91,8 +93,8 @@ def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
         if why is not None:
             raise RuntimeError(f"backend 'triton' cannot run: {why}; use 'auto' or 'eager'")
         return triton(), f"triton on {device.type}, as asked"
-    if device.type in ("cpu", "meta") or why is not None:
-        return EAGER, f"eager on {device.type}: {why or 'the kernels are for GPUs'}"
+    if why is not None:
+        return EAGER, f"eager on {device.type}: {why}"
     return triton(), f"triton on {device.type}"
 
 

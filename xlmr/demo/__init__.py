@@ -1,4 +1,4 @@
-"""The embedded demo: a small XLM-R of eighteen languages, made by this package from a generated text."""
+"""The embedded demo: a small XLM-R of twelve languages, made by this package from a generated text."""
 
 from pathlib import Path
 

@@ -99,10 +99,12 @@ def processors(device: torch.device) -> int:
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check(operation: str, **tensors: torch.Tensor | None) -> None:
+def check(operation: str, *, mixed: bool = False, **tensors: torch.Tensor | None) -> None:
     """Refuses what no kernel takes: a device that cannot run them, a foreign dtype, tensors that do not fit together.
 
-    Optional tensors may be None. Gradients are refused too: these kernels have no backward.
+    Optional tensors may be None. With `mixed` each may have its own dtype: the kernel computes in fp32 whatever comes.
+    A launcher that needs gradients stands in an autograd.Function, whose forward sees none; elsewhere they are refused,
+    for what the launcher returns would be detached.
     """
     given = {name: t for name, t in tensors.items() if t is not None}
     first, *_ = given.values()
@@ -112,15 +114,13 @@ def check(operation: str, **tensors: torch.Tensor | None) -> None:
     for name, tensor in given.items():
         if tensor.device != first.device:
             raise ValueError(f"{operation}: {name} is on {tensor.device}, the first argument on {first.device}")
-        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
+        if tensor.dtype not in DTYPES or not (mixed or tensor.dtype == first.dtype):
             raise TypeError(
                 f"{operation}: {name} is {tensor.dtype}, the first argument {first.dtype}; allowed is one of "
-                f"{', '.join(map(str, DTYPES))} for all"
+                f"{', '.join(map(str, DTYPES))}{'' if mixed else ' for all'}"
             )
     if torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
-        raise RuntimeError(
-            f"{operation}: the Triton kernels have no backward yet; call under torch.no_grad(), or use backend='eager'"
-        )
+        raise RuntimeError(f"{operation}: has no gradients; call under torch.no_grad(), or use backend='eager'")
 
 
 def require(condition: bool, message: str) -> None:
@@ -129,12 +129,22 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def input_precision(dtype: torch.dtype) -> str:
+def input_precision(dtype: torch.dtype, device: torch.device) -> str:
     """tl.dot's input_precision: three TF32 products for fp32, one only where the user allows it; "ieee" otherwise, and
     on AMD, whose matrix cores multiply fp32 as it is."""
-    if dtype != torch.float32 or torch.version.hip:
+    if dtype != torch.float32 or target(device).startswith("gfx"):
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in autocast's dtype, inside torch.autocast for their device; else as they are. For matrix products;
+    as in torch, LayerNorm computes in fp32 whatever comes and float64 is left alone."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def opaque(launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -224,7 +224,7 @@ def attention_fwd(
         *(t.contiguous() for t in (sequences.q_starts, sequences.q_lens, sequences.k_starts, sequences.k_lens)),
         softmax_scale * LOG2_E.value, heads, rows,
         *(t.stride(dim) for t in (q, k, v, out) for dim in (0, 1)),
-        HEAD_DIM=head_dim, CAUSAL=causal, PRECISION=input_precision(q.dtype),
+        HEAD_DIM=head_dim, CAUSAL=causal, PRECISION=input_precision(q.dtype, q.device),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         **chosen.meta,
     )  # fmt: skip

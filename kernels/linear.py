@@ -260,7 +260,7 @@ def linear_fwd(
     _linear_fwd_kernel[(programs,)](
         x_arg, *w_args, *absent, *biases, *absent, y_arg,
         K if T == 1 else x.stride(0), K if N == 1 else weights[0].stride(0), T,  # a single row may have any stride
-        N=N, K=K, PARTS=parts, GELU=gelu, PRECISION=input_precision(x.dtype), DESCRIPTORS=descriptors,
+        N=N, K=K, PARTS=parts, GELU=gelu, PRECISION=input_precision(x.dtype, x.device), DESCRIPTORS=descriptors,
         BLOCK_K=BLOCK_K[itemsize], GROUP_M=GROUP_M, **tuned.meta,
     )  # fmt: skip
     return y

@@ -376,7 +376,7 @@ def vocab_partials_fwd(
         N=N,
         SLOTS=triton.next_power_of_2(k) if k else 0,
         CHUNK=CHUNK,
-        PRECISION=input_precision(x.dtype),
+        PRECISION=input_precision(x.dtype, x.device),
         BLOCK_K=BLOCK_K[itemsize],
         **tuned,
     )

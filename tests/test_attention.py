@@ -220,7 +220,7 @@ def test_refusals(device: torch.device) -> None:
     refuse(ValueError, "last dimension must be contiguous", device, k=torch.randn(9, 24, 2, device=device).mT)
     refuse(TypeError, "k is torch.float16", device, k=good.half())
     refuse(ValueError, "k is on meta", device, k=good.to("meta"))
-    refuse(RuntimeError, "no backward yet", device, q=good.clone().requires_grad_())
+    refuse(RuntimeError, "has no gradients", device, q=good.clone().requires_grad_())
     refuse(RuntimeError, "no dropout yet", device, dropout_p=0.1)
     for scale in (0.0, -1.0, float("inf"), float("nan")):
         refuse(ValueError, "must be positive and finite", device, softmax_scale=scale)

@@ -211,7 +211,7 @@ IDS = torch.int64
         (lambda: {"weight": torch.zeros(8, 9).t()}, ValueError, "last dimension of weight must be contiguous"),
         (lambda: {"bias": torch.zeros(8)}, ValueError, r"bias is \(8,\), expected a contiguous \[9\]"),
         (lambda: {"bias": torch.zeros(9).half()}, TypeError, "bias is torch.float16"),
-        (lambda: {"weight": torch.zeros(9, 8, requires_grad=True)}, RuntimeError, "no backward yet"),
+        (lambda: {"weight": torch.zeros(9, 8, requires_grad=True)}, RuntimeError, "has no gradients"),
         (lambda: {"k": 10}, ValueError, "k is 10, expected 0 to 9"),
         (lambda: {"k": -1}, ValueError, "k is -1, expected 0 to 9"),
         (lambda: {"k": 3, "targets": torch.zeros(2, dtype=IDS)}, ValueError, "k is 3, expected 0 to 2"),

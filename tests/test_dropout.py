@@ -18,7 +18,9 @@ def _keeps_kernel(seed_ptr, out_ptr, first_row, levels, ROWS: tl.constexpr, BLOC
     tl.store(out_ptr + places, kept.to(tl.int8))
 
 
-def mask(seed: Tensor, p: float, tile: tuple[int, int], first_row: int = 0, shape: tuple[int, int] = (256, 512)) -> Tensor:
+def mask(
+    seed: Tensor, p: float, tile: tuple[int, int], first_row: int = 0, shape: tuple[int, int] = (256, 512)
+) -> Tensor:
     out = torch.full(shape, 9, dtype=torch.int8, device=seed.device)
     grid = shape[0] // tile[0], shape[1] // tile[1]
     _keeps_kernel[grid](seed, out, first_row, keep_levels(p), ROWS=tile[0], BLOCK=tile[1])

@@ -48,7 +48,9 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-c", f"from setuptools import build_meta as b; b.build_sdist({str(out)!r})", cwd=tree)
     with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
-        archive.extraction_filter = lambda member, path: member  # our own archive; Python 3.10.11 and older know no filters
+        archive.extraction_filter = lambda member, path: (
+            member
+        )  # our own archive; Python 3.10.11 and older know no filters
         archive.extractall(out)
     return wheel_of(next(out.glob("xlmr-*/")), out)
 

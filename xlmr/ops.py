@@ -6,7 +6,8 @@ swaps a path or one operation. What cuts across operations is a function from Op
 """
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch
 from . import eager
 from .eager import dense_attention
 
-__all__ = ["BACKENDS", "EAGER", "Check", "Ops", "checked", "compare", "dense_attention", "resolve", "triton"]
+__all__ = [
+    "BACKENDS", "EAGER", "Check", "Ops", "checked", "checked_gradients", "compare", "dense_attention", "gradients",
+    "resolve", "triton",
+]  # fmt: skip
 
 BACKENDS = ("auto", "eager", "triton")
 
@@ -136,8 +140,46 @@ def checked(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Ops:
     return replace(ops, **{name: check(name) for name in names})
 
 
-def compare(operation: str, out: Any, twin: Any, exact: Any) -> Check:
-    """Of tensors or tuples of them; integers (the ids of a top-k, whose order ties leave open) are not compared."""
+def checked_gradients(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Ops:
+    """`ops`, of whose every call the gradients for a random upstream one are also computed, by the operation and by its
+    twin in the same dtype and in float64: one Check an argument. For calls without dropout."""
+
+    def check(name: str) -> Callable[..., Any]:
+        operation, twin = getattr(ops, name), getattr(against, name)
+        names = list(inspect.signature(getattr(EAGER, name)).parameters)
+
+        def call(*args: Any) -> Any:
+            out = operation(*args)
+            upstream = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
+            doubles = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+            judged = ((operation, args), (twin, args), (twin, doubles))
+            mine, theirs, exact = (gradients(function, given, upstream) for function, given in judged)
+            checks.extend(compare(f"{name}, {names[i]}", mine[i], theirs[i], exact[i]) for i in mine)
+            return out
+
+        return call
+
+    names = [field.name for field in fields(Ops) if field.name not in ("rows_at_once", "vocab_topk")]
+    return replace(ops, **{name: check(name) for name in names})
+
+
+def gradients(
+    function: Callable[..., Any], args: Sequence[Any], upstream: Sequence[torch.Tensor] | None = None
+) -> dict[int, torch.Tensor]:
+    """Forward and backward of function(*args): the gradient of each tensor of floats, by its place among the arguments.
+    `upstream` are the gradients of what it returns; by default the returned values themselves."""
+    given = [a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args]
+    with torch.enable_grad():
+        out = function(*given)
+    outputs = out if isinstance(out, tuple) else (out,)
+    inputs = {i: a for i, a in enumerate(given) if isinstance(a, torch.Tensor) and a.requires_grad}
+    dy = [g.to(o.dtype) for g, o in zip(upstream or [o.detach() for o in outputs], outputs, strict=True)]
+    return dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), dy), strict=True))
+
+
+def compare(operation: str, out: Any, twin: Any, exact: Any, scale: float | None = None) -> Check:
+    """Of tensors or tuples of them; integers (the ids of a top-k, whose order ties leave open) are not compared. The
+    units in the last place are those of `scale`, by default the largest magnitude, at least 1."""
     pairs = [
         (o.double(), t.double(), e)
         for o, t, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (out, twin, exact)), strict=True)
@@ -145,5 +187,6 @@ def compare(operation: str, out: Any, twin: Any, exact: Any) -> Check:
     ]
     error, twin_error = (max(((pair[i] - pair[2]).abs().max().item() for pair in pairs), default=0.0) for i in (0, 1))
     dtype = out[0].dtype if isinstance(out, tuple) else out.dtype
-    scale = max((e.abs().max().item() for *_, e in pairs), default=0.0)
-    return Check(operation, error, twin_error, torch.finfo(dtype).eps * max(scale, 1.0))
+    if scale is None:
+        scale = max(1.0, *(e.abs().max().item() for *_, e in pairs))
+    return Check(operation, error, twin_error, torch.finfo(dtype).eps * scale)

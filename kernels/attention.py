@@ -1,21 +1,33 @@
-"""Flash attention, forward.   o = softmax(q·kᵀ·scale)·v   and   lse = log Σ exp(q·kᵀ·scale)   within each sequence
+"""Flash attention.   s = q·kᵀ·scale,   p = softmax(s),   o = (p ∘ z)·v,   lse = log₂ Σ exp(s)   within each sequence
 
-Shapes  q, o: [Tq, H, D]   k, v: [Tk, H, D]   lse: [H, Tq] fp32   starts, lengths: [B] int32
+z is 1 or, with dropout, 1 / (rate of keeping) where a probability is kept and 0 elsewhere. Backward, with p recomputed
+as 2^(s·log₂e − lse):   delta = rowsum(do ∘ o),   dp = (do·vᵀ) ∘ z,   ds = p ∘ (dp − delta),
+                        dq = ds·k·scale,   dk = dsᵀ·q·scale,   dv = (p ∘ z)ᵀ·do
+
+Shapes  q, o: [Tq, H, D]   k, v: [Tk, H, D]   lse, delta: [H, Tq] fp32   starts, lengths: [B] int32
 Twin    xlmr.eager.attention
 Source  Dao et al., 2022 and 2023 (FlashAttention 1, 2); Milakov & Gimelshein, 2018 (running maximum and sum)
 
 One program computes BLOCK_M query rows of one head of one sequence: it walks over the sequence's keys in tiles of
 BLOCK_N and keeps every row's maximum, sum and output in registers, in fp32 and base 2. Where the queries and keys of a
 sequence lie is data: packed and padded batches, cross attention, key/value caches and one query a text are one kernel.
+Backward is two more: one walks as forward does, for delta and dq; in the other a program has BLOCK_N keys, walks over
+the queries that see them and keeps dk and dv. Nothing is added across programs, so gradients agree bit for bit.
 
 A row's bits depend on its own sequence alone: BLOCK_N is one constant for each head_dim and dtype, a tile that a row
 does not see leaves its state as it is, and what varies with the load (BLOCK_M, warps) keeps the order of its sums.
+
+Dropout's mask is that of _dropout.keeps at row (query's row in q)·H + head and column (key's place in its sequence),
+so all three kernels meet the same one, whatever their tiles.
 
 Prediction for an H200 (nothing is measured yet), bf16, D = 64, bidirectional: the exponential is the roof. A score
 costs 256 flops on the tensor cores (990 TFLOP/s) and one exp2 (16 a clock and SM: 132 · 16 · 1.75 GHz = 3.7 T/s), which
 alone bounds it at 946 TFLOP/s; one after the other, the two allow 480. The fp32 work of a score (maximum, scale, sum,
 cast) is partly hidden by an SM's second program: 70 % of 480, 340 TFLOP/s, at 512 keys, and 80 %, 380, from 2,048 on.
-One query a text reads K and V once: 75 % of 4.3 TB/s.
+One query a text reads K and V once: 75 % of 4.3 TB/s. Backward computes 896 flops and two exp2 a score, of which 640
+flops count: 440 TFLOP/s one after the other. Each kernel has registers for one program an SM, so less is hidden: 55 %,
+240 TFLOP/s, at 512 keys, and 65 %, 285, from 2,048 on. Dropout adds some 14 integer operations a score to each of the
+three kernels, at half the rate of fp32's: a third more time.
 """
 
 import itertools
@@ -64,78 +76,136 @@ def activation_bytes(heads: int, head_dim: int, itemsize: int) -> int:
 # The average number of queries a sequence up to which a batch counts as short.
 SHORT = 128
 
-# (head_dim up to, bytes of an element, short). Not measured yet: chosen by compiling with Triton 3.9, without spills
-# (3.6 spills up to 136 bytes in fp32). Both loads of a head_dim and dtype have one BLOCK_N and spread a row over lanes
-# alike, so their bits agree; where a second tile would not, or spills, one serves both. A single query takes a whole
-# tile too: the idle rows cost less time than reading K and V, and a tile of 16 rows would spread a row over four warps.
+# (head_dim up to, bytes of an element, load). Not measured yet: chosen by compiling with Triton 3.6 and 3.9, without
+# spills. The short and the long load of a head_dim and dtype have one BLOCK_N and spread a row over lanes alike, so
+# their bits agree; where a second tile would not, or spills, one serves both. A single query takes a whole tile too:
+# the idle rows cost less time than reading K and V. Dropout's random numbers need registers: often a smaller tile.
 CONFIGS: Table = {
     "portable": {
-        (64, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=32),
-        (64, 2, False): config(4, 2, BLOCK_M=64, BLOCK_N=32),
-        (128, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=32),
-        (128, 2, False): config(4, 2, BLOCK_M=64, BLOCK_N=32),
-        (64, 4, True): config(4, 2, BLOCK_M=32, BLOCK_N=32),
-        (64, 4, False): config(4, 2, BLOCK_M=32, BLOCK_N=32),
-        (128, 4, True): config(8, 2, BLOCK_M=32, BLOCK_N=32),
-        (128, 4, False): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 2, "short"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 2, "long"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 2, "dropout"): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (128, 2, "short"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (128, 2, "long"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (128, 2, "dropout"): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 4, "short"): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 4, "long"): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 4, "dropout"): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (128, 4, "short"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
+        (128, 4, "long"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
+        (128, 4, "dropout"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
     },
     "sm_80": {
-        (64, 2, True): config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        (64, 2, False): config(8, 3, BLOCK_M=128, BLOCK_N=64),
-        (128, 2, True): config(8, 3, BLOCK_M=128, BLOCK_N=32),
-        (128, 2, False): config(8, 3, BLOCK_M=128, BLOCK_N=32),
-        (64, 4, True): config(4, 2, BLOCK_M=32, BLOCK_N=32),
-        (64, 4, False): config(4, 2, BLOCK_M=32, BLOCK_N=32),
-        (128, 4, True): config(8, 2, BLOCK_M=32, BLOCK_N=32),
-        (128, 4, False): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 2, "short"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (64, 2, "long"): config(8, 3, BLOCK_M=128, BLOCK_N=64),
+        (64, 2, "dropout"): config(4, 3, BLOCK_M=64, BLOCK_N=32),
+        (128, 2, "short"): config(8, 3, BLOCK_M=128, BLOCK_N=32),
+        (128, 2, "long"): config(8, 3, BLOCK_M=128, BLOCK_N=32),
+        (128, 2, "dropout"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 4, "short"): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 4, "long"): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 4, "dropout"): config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        (128, 4, "short"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
+        (128, 4, "long"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
+        (128, 4, "dropout"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
     },
     "sm_90": {
-        (64, 2, True): config(4, 3, BLOCK_M=64, BLOCK_N=64),
-        (64, 2, False): config(8, 3, BLOCK_M=128, BLOCK_N=64),
-        (128, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=64),
-        (128, 2, False): config(8, 2, BLOCK_M=128, BLOCK_N=64),
-        (64, 4, True): config(4, 2, BLOCK_M=64, BLOCK_N=32),
-        (64, 4, False): config(8, 2, BLOCK_M=128, BLOCK_N=32),
-        (128, 4, True): config(8, 2, BLOCK_M=128, BLOCK_N=16),
-        (128, 4, False): config(8, 2, BLOCK_M=128, BLOCK_N=16),
+        (64, 2, "short"): config(4, 3, BLOCK_M=64, BLOCK_N=64),
+        (64, 2, "long"): config(8, 3, BLOCK_M=128, BLOCK_N=64),
+        (64, 2, "dropout"): config(8, 3, BLOCK_M=128, BLOCK_N=64),
+        (128, 2, "short"): config(4, 2, BLOCK_M=64, BLOCK_N=64),
+        (128, 2, "long"): config(8, 2, BLOCK_M=128, BLOCK_N=64),
+        (128, 2, "dropout"): config(8, 2, BLOCK_M=128, BLOCK_N=64),
+        (64, 4, "short"): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 4, "long"): config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        (64, 4, "dropout"): config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 4, "short"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
+        (128, 4, "long"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
+        (128, 4, "dropout"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
     },
     "sm_100": {
-        (64, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=128),
-        (64, 2, False): config(8, 2, BLOCK_M=128, BLOCK_N=128),
-        (128, 2, True): config(4, 2, BLOCK_M=64, BLOCK_N=64),
-        (128, 2, False): config(8, 2, BLOCK_M=128, BLOCK_N=64),
-        (64, 4, True): config(8, 2, BLOCK_M=128, BLOCK_N=32),
-        (64, 4, False): config(8, 2, BLOCK_M=128, BLOCK_N=32),
-        (128, 4, True): config(8, 2, BLOCK_M=32, BLOCK_N=32),
-        (128, 4, False): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        (64, 2, "short"): config(4, 2, BLOCK_M=64, BLOCK_N=128),
+        (64, 2, "long"): config(8, 2, BLOCK_M=128, BLOCK_N=128),
+        (64, 2, "dropout"): config(8, 2, BLOCK_M=128, BLOCK_N=64),
+        (128, 2, "short"): config(4, 2, BLOCK_M=64, BLOCK_N=64),
+        (128, 2, "long"): config(8, 2, BLOCK_M=128, BLOCK_N=64),
+        (128, 2, "dropout"): config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        (64, 4, "short"): config(8, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 4, "long"): config(8, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 4, "dropout"): config(8, 2, BLOCK_M=64, BLOCK_N=32),
+        (128, 4, "short"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
+        (128, 4, "long"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
+        (128, 4, "dropout"): config(4, 2, BLOCK_M=16, BLOCK_N=32),
     },
     "gfx942": {
-        (64, 2, True): config(2, 2, BLOCK_M=64, BLOCK_N=32),
-        (64, 2, False): config(4, 2, BLOCK_M=128, BLOCK_N=32),
-        (128, 2, True): config(2, 2, BLOCK_M=64, BLOCK_N=32),
-        (128, 2, False): config(4, 2, BLOCK_M=128, BLOCK_N=32),
-        (64, 4, True): config(2, 2, BLOCK_M=64, BLOCK_N=32),
-        (64, 4, False): config(4, 2, BLOCK_M=128, BLOCK_N=32),
-        (128, 4, True): config(4, 2, BLOCK_M=128, BLOCK_N=32),
-        (128, 4, False): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (64, 2, "short"): config(2, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 2, "long"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (64, 2, "dropout"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 2, "short"): config(2, 2, BLOCK_M=64, BLOCK_N=32),
+        (128, 2, "long"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 2, "dropout"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (64, 4, "short"): config(2, 2, BLOCK_M=64, BLOCK_N=32),
+        (64, 4, "long"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (64, 4, "dropout"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 4, "short"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 4, "long"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        (128, 4, "dropout"): config(4, 2, BLOCK_M=128, BLOCK_N=32),
     },
 }
 
-
-# ("dq" | "dkv", head_dim up to, bytes of an element).
+# (gradient, head_dim up to, bytes of an element). Chosen alike, for the kernels with dropout: models train with it.
 BACKWARD_CONFIGS: Table = {
     "portable": {
-        ("dq", 64, 2): config(4, 2, BLOCK_M=64, BLOCK_N=32),
-        ("dq", 128, 2): config(4, 2, BLOCK_M=64, BLOCK_N=32),
-        ("dq", 64, 4): config(4, 2, BLOCK_M=32, BLOCK_N=32),
-        ("dq", 128, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
-        ("dkv", 64, 2): config(4, 2, BLOCK_M=32, BLOCK_N=64),
-        ("dkv", 128, 2): config(4, 2, BLOCK_M=32, BLOCK_N=64),
-        ("dkv", 64, 4): config(4, 2, BLOCK_M=32, BLOCK_N=32),
-        ("dkv", 128, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        ("dq", 64, 2): config(8, 2, BLOCK_M=64, BLOCK_N=32),
+        ("dq", 128, 2): config(8, 2, BLOCK_M=64, BLOCK_N=32),
+        ("dq", 64, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        ("dq", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
+        ("dkv", 64, 2): config(8, 2, BLOCK_M=32, BLOCK_N=64),
+        ("dkv", 128, 2): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        ("dkv", 64, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        ("dkv", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
+    },
+    "sm_80": {
+        ("dq", 64, 2): config(8, 3, BLOCK_M=64, BLOCK_N=32),
+        ("dq", 128, 2): config(8, 2, BLOCK_M=64, BLOCK_N=32),
+        ("dq", 64, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        ("dq", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
+        ("dkv", 64, 2): config(8, 3, BLOCK_M=32, BLOCK_N=64),
+        ("dkv", 128, 2): config(8, 2, BLOCK_M=32, BLOCK_N=64),
+        ("dkv", 64, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        ("dkv", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
+    },
+    "sm_90": {
+        ("dq", 64, 2): config(8, 3, BLOCK_M=128, BLOCK_N=64),
+        ("dq", 128, 2): config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        ("dq", 64, 4): config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        ("dq", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
+        ("dkv", 64, 2): config(8, 2, BLOCK_M=64, BLOCK_N=128),
+        ("dkv", 128, 2): config(8, 2, BLOCK_M=16, BLOCK_N=128),
+        ("dkv", 64, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        ("dkv", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
+    },
+    "sm_100": {
+        ("dq", 64, 2): config(8, 2, BLOCK_M=128, BLOCK_N=64),
+        ("dq", 128, 2): config(8, 2, BLOCK_M=64, BLOCK_N=32),
+        ("dq", 64, 4): config(8, 2, BLOCK_M=64, BLOCK_N=32),
+        ("dq", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
+        ("dkv", 64, 2): config(8, 2, BLOCK_M=64, BLOCK_N=128),
+        ("dkv", 128, 2): config(8, 2, BLOCK_M=32, BLOCK_N=64),
+        ("dkv", 64, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
+        ("dkv", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
+    },
+    "gfx942": {
+        ("dq", 64, 2): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        ("dq", 128, 2): config(4, 2, BLOCK_M=128, BLOCK_N=32),
+        ("dq", 64, 4): config(4, 2, BLOCK_M=64, BLOCK_N=32),
+        ("dq", 128, 4): config(4, 1, BLOCK_M=32, BLOCK_N=16),
+        ("dkv", 64, 2): config(4, 2, BLOCK_M=32, BLOCK_N=128),
+        ("dkv", 128, 2): config(4, 1, BLOCK_M=32, BLOCK_N=64),
+        ("dkv", 64, 4): config(4, 1, BLOCK_M=32, BLOCK_N=64),
+        ("dkv", 128, 4): config(4, 1, BLOCK_M=16, BLOCK_N=32),
     },
 }
-
 
 # The interpreter's range() needs a Python integer, and Triton 3.6's cannot make one of a loaded number (NumPy ≥ 2.4).
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -462,8 +532,9 @@ def attention_fwd(
     lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    short = rows <= SHORT * sequences.q_lens.numel()
-    chosen = pick(CONFIGS, q.device, (_width(head_dim), q.element_size(), short))
+    load = "short" if rows <= SHORT * sequences.q_lens.numel() else "long"
+    load = load if seed is None else "dropout"
+    chosen = pick(CONFIGS, q.device, (_width(head_dim), q.element_size(), load))
     blocks = sequences.blocks(dict(chosen.tiles)["BLOCK_M"], rows)
     _attention_fwd_kernel[(len(blocks) * heads,)](
         q, k, v, out, lse,

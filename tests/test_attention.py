@@ -366,7 +366,7 @@ def test_the_tile_of_queries_changes_no_bit(causal: bool, monkeypatch: pytest.Mo
 def test_the_load_changes_no_block_of_keys() -> None:
     for target, table in CONFIGS.items():
         for width, size in {key[:2] for key in table}:
-            blocks = {dict(table[width, size, short].tiles)["BLOCK_N"] for short in (True, False)}
+            blocks = {dict(table[width, size, load].tiles)["BLOCK_N"] for load in ("short", "long")}
             assert len(blocks) == 1, f"{target}, head_dim {width}, {size} bytes: {blocks}"
 
 

@@ -98,7 +98,7 @@ BACKWARD_CONFIGS: Table = {
         1024: config(4, 1, BLOCK_T=2, BLOCK_N=1024),
         2048: config(8, 1, BLOCK_T=1, BLOCK_N=2048),
         4096: config(8, 1, BLOCK_T=1, BLOCK_N=4096),
-        "wide": config(16, 1, BLOCK_T=1, BLOCK_N=2048),
+        "wide": config(8, 1, BLOCK_T=1, BLOCK_N=1024),
     }
 }
 CHUNK = 8  # sorted tokens a piece: its rows are in registers together, 64 elements a thread

@@ -177,7 +177,7 @@ def gradients(
     return dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), dy), strict=True))
 
 
-def compare(operation: str, out: Any, twin: Any, exact: Any, scale: float | None = None) -> Check:
+def compare(operation: str, out: Any, twin: Any, exact: Any, *, scale: float | None = None) -> Check:
     """Of tensors or tuples of them; integers (the ids of a top-k, whose order ties leave open) are not compared. The
     units in the last place are those of `scale`, by default the largest magnitude, at least 1."""
     pairs = [

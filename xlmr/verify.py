@@ -50,7 +50,7 @@ def verify_gradients(model: XLMRobertaForMaskedLM, tokenizer: Any, texts: Sequen
         found.append(torch.autograd.grad(loss, list(one.parameters())))
     scale = max(gradient.abs().max().item() for gradient in found[2])  # the least of them are rounding errors only
     checks.append(compare("model, loss", *losses))
-    checks += [compare("model, gradients", *gradients, scale) for gradients in zip(*found, strict=True)]
+    checks += [compare("model, gradients", *gradients, scale=scale) for gradients in zip(*found, strict=True)]
     return _verdicts(checks)
 
 

@@ -52,15 +52,16 @@ def batch(lens: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(mask == 0, 1), mask
 
 
-def model(provider: str, dtype: torch.dtype) -> Any:
-    """The base model of `provider` with random weights that depend on the seed alone."""
+def model(provider: str, dtype: torch.dtype, layers: int = BASE["num_hidden_layers"]) -> Any:
+    """The base model of `provider`, of so many layers, with random weights that depend on the seed alone."""
     torch.manual_seed(0)
-    reference = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**BASE), add_pooling_layer=False)
+    settings = {**BASE, "num_hidden_layers": layers}
+    reference = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**settings), add_pooling_layer=False)
     reference = reference.eval().to(dtype)
     if provider == "transformers sdpa":
         return reference
     with torch.device("meta"):
-        ours = xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**BASE), add_pooling_layer=False, backend="eager")
+        ours = xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**settings), add_pooling_layer=False, backend="eager")
     ours.load_state_dict(reference.state_dict(), assign=True)
     return ours.eval()
 

@@ -2,10 +2,12 @@
 
 `Ops` is a frozen record of functions. `EAGER` is plain PyTorch (xlmr.eager), `triton()` the kernels (xlmr.kernels). A
 model holds one Ops and calls `self.ops.linear(…)`; putting another there, or `dataclasses.replace(ops, attention=…)`,
-swaps a path or one operation. What cuts across operations is a function from Ops to Ops, such as `checked`.
+swaps a path or one operation. What cuts across operations is a function from Ops to Ops: `checked`, `traced`.
 """
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from . import eager
 from .eager import dense_attention
 
-__all__ = ["BACKENDS", "EAGER", "Check", "Ops", "checked", "compare", "dense_attention", "resolve", "triton"]
+__all__ = ["BACKENDS", "EAGER", "Check", "Ops", "checked", "compare", "dense_attention", "resolve", "traced", "triton"]
 
 BACKENDS = ("auto", "eager", "triton")
 
@@ -35,6 +37,8 @@ class Ops:
     vocab_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rows_at_once: Callable[[torch.Tensor], int]
 
+
+COMPUTED = tuple(field.name for field in fields(Ops) if field.name != "rows_at_once")  # the fields that compute tensors
 
 EAGER = Ops(
     embed=eager.embed,
@@ -132,8 +136,28 @@ def checked(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Ops:
 
         return call
 
-    names = [field.name for field in fields(Ops) if field.name != "rows_at_once"]
-    return replace(ops, **{name: check(name) for name in names})
+    return replace(ops, **{name: check(name) for name in COMPUTED})
+
+
+def traced(ops: Ops) -> Ops:
+    """`ops`, whose every call stands in a range named after it, "xlmr.linear": one of torch.profiler, and where they
+    are at work one of NVTX (Nsight) and one of Proton (Triton's profiler)."""
+
+    def trace(name: str) -> Callable[..., Any]:
+        operation, label = getattr(ops, name), f"xlmr.{name}"
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with contextlib.ExitStack() as ranges:
+                ranges.enter_context(torch.profiler.record_function(label))
+                if torch.cuda.is_available():
+                    ranges.enter_context(torch.cuda.nvtx.range(label))
+                if "triton.profiler" in sys.modules:  # imported by whoever measures with Proton
+                    ranges.enter_context(sys.modules["triton.profiler"].scope(label))
+                return operation(*args, **kwargs)
+
+        return call
+
+    return replace(ops, **{name: trace(name) for name in COMPUTED})
 
 
 def compare(operation: str, out: Any, twin: Any, exact: Any) -> Check:

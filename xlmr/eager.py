@@ -129,15 +129,19 @@ def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     return F.layer_norm(F.gelu(x), weight.shape, weight, bias, eps)
 
 
-def vocab_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Mean cross entropy of softmax(x · weightᵀ + bias) against `labels` [T] over the rows whose label is not −100.
+def vocab_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, reduction: str = "mean"
+) -> Tensor:
+    """Cross entropy of softmax(x · weightᵀ + bias) against `labels` [T] over the rows whose label is not −100: the
+    mean, or with reduction="sum" the sum.
 
-    x [T, N], weight [V, N] → a scalar in fp32 (or fp64); NaN, as in torch, where every label is −100. Only the labelled
-    rows are multiplied.
+    x [T, N], weight [V, N] → a scalar in fp32 (or fp64); where every label is −100 the mean is NaN, as in torch. Only
+    the labelled rows are multiplied.
     """
     labelled = labels != -100
     logits = linear(x[labelled], weight, bias)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[labelled])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels[labelled], reduction=reduction)
 
 
 def vocab_topk(

@@ -36,7 +36,8 @@ def test_rate_and_independence(p: float, device: torch.device) -> None:
     assert abs(kept.mean() - rate) <= 4 * spread / n**0.5
     if spread:
         z = (kept - rate) / spread
-        assert (z.mean(0).abs().max() < 6 / 16) and (z.mean(1).abs().max() < 6 / 512**0.5)
+        assert z.mean(0).abs().max() < 6 / 16
+        assert z.mean(1).abs().max() < 6 / 512**0.5
         for other in (z.roll(1, 0), z.roll(1, 1), z.roll(4, 1), z.roll(8, 1), mask_z(draw_seed(device), p)):
             assert abs((z * other).mean()) < 5 / n**0.5
 

@@ -244,7 +244,8 @@ def training_lines(
 ) -> Iterator[str]:
     """The training text, sentences of small relations more often. Each sentence comes alone, with a space after one of
     its words (as behind a typed <mask>), with some of its words in another language (code-switching aligns languages:
-    Yang et al., 2020), and as a pair (text, tab, text) with its translation into English and into another language. Then glossaries: a few unrelated words, and the same in English.
+    Yang et al., 2020), and as a pair (text, tab, text) with its translation into English and into another language.
+    Then glossaries: a few unrelated words, and the same in English.
     """
     draw = random.Random(seed)
     hidden = {world.sentence(language, c) for c, languages in kept.items() for language in languages}

@@ -1,10 +1,10 @@
 """What the demo checkpoint knows about sentences it was never trained on: `python -m xlmr.demo.evaluate`.
 
 Filled: every word that the rest of its sentence determines (bracketed in heldout.tsv) is masked in turn, one mask for
-each of its pieces, and counts as right when the most probable piece is the right one at each. Words of one piece are asked again with <mask> typed into
-the text. Retrieved: the share of
-sentences whose nearest held-out sentence of another language (cosine of `xlmr embed`'s vectors) is their translation,
-over all ordered pairs of languages, so in both directions.
+each of its pieces, and counts as right when the most probable piece is the right one at each. Words of one piece are
+asked again with <mask> typed into the text. Retrieved: the share of sentences whose nearest held-out sentence of
+another language (cosine of `xlmr embed`'s vectors) is their translation, over all ordered pairs of languages, so in
+both directions.
 """
 
 import argparse

@@ -193,7 +193,7 @@ def check_labels(labels: Tensor | None, shape: tuple[int, ...], classes: int) ->
     if labels is None:
         return
     if labels.shape != shape:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}: it must be {shape}")
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: it must be {tuple(shape)}")
     check_range(
         "labels", labels.masked_fill(labels == -100, 0), classes, "the number of classes", "; −100 stands for none"
     )

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 import xlmr
 from xlmr.ops import EAGER, Ops, triton
 
-from . import harness, plots
+from . import bench_attention, harness, plots
 from .bench_model import BASE, batch, lengths, model
 
 HERE = Path(__file__).parent / "studies"
@@ -157,7 +158,74 @@ def _states(model: xlmr.XLMRobertaModel, ops: Ops, dtype: torch.dtype, ids: torc
     return tuple(state.cpu() for state in own(ids.to(device), output_hidden_states=True).hidden_states)
 
 
-STUDIES = {"packing": packing, "vocabulary": vocabulary, "traffic": traffic, "error": error}
+def tiles() -> dict[str, Any]:
+    """(b) Attention at 64 units a head, bf16: the time of every tile of the tables, for texts of equal length."""
+    needs_gpu("tiles")
+    from xlmr.kernels import attention
+
+    configs = {
+        c
+        for table in attention.CONFIGS.values()
+        for (head_dim, size, _), c in table.items()
+        if (head_dim, size) == (64, 2)
+    }
+    times: dict[str, dict[float, float]] = {}
+    for longest in bench_attention.LENGTHS:
+        inputs = bench_attention.case("bf16", longest, mixed=False).inputs()
+        calls = {}
+        for config in configs:
+            name = ", ".join(
+                [*(str(size) for _, size in config.tiles), f"{config.num_warps} warps, {config.num_stages} stages"]
+            )
+            calls[name] = functools.partial(_with_tile, config, inputs)
+        for name, seconds in harness.interleaved(calls, rounds=50).items():
+            times.setdefault(name, {})[longest] = harness.quantiles(seconds)["median_ms"]
+    plots.lines(times, HERE / "tiles.svg", "Attention forward, d = 64, bf16", "length", "ms", log="xy")
+    return {"milliseconds": times}
+
+
+@torch.no_grad()
+def _with_tile(config: Any, inputs: tuple[Any, ...]) -> torch.Tensor:
+    from xlmr.kernels import attention
+
+    with mock.patch.object(attention, "pick", lambda *choice: config):
+        return attention.attention(*inputs)
+
+
+@torch.inference_mode()
+def launches() -> dict[str, Any]:
+    """(d) One text of 32 tokens through the base model in bf16: eager, on the kernels, and as one CUDA graph."""
+    needs_gpu("launches")
+    own = model("xlmr eager", torch.bfloat16).to("cuda")
+    ids = torch.randint(4, BASE["vocab_size"] - 2, (32,), device="cuda")
+    ends = torch.tensor([0, 32], device="cuda")
+    run = functools.partial(own.forward_packed, ids, ends, 32)
+    milliseconds = {}
+    for name, ops in {"xlmr eager": EAGER, "xlmr triton": triton()}.items():
+        own.ops = ops
+        milliseconds[name] = harness.quantiles(harness.interleaved({name: run}, rounds=50)[name])["median_ms"]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    seconds = harness.interleaved({"graph": graph.replay}, rounds=50)["graph"]
+    milliseconds["xlmr triton, graph"] = harness.quantiles(seconds)["median_ms"]
+    plots.bars(milliseconds, HERE / "launches.svg", "XLM-R-base, one text of 32 tokens, bf16", "ms")
+    return {"milliseconds": milliseconds}
+
+
+def needs_gpu(name: str) -> None:
+    if not GPU:
+        raise SystemExit(f"the study {name!r} measures kernels on a GPU, and PyTorch sees none here")
+
+
+STUDIES = {
+    "packing": packing,
+    "vocabulary": vocabulary,
+    "traffic": traffic,
+    "error": error,
+    "tiles": tiles,
+    "launches": launches,
+}
 
 
 def main() -> int:

@@ -188,7 +188,7 @@ def tiles() -> dict[str, Any]:
 def _with_tile(config: Any, inputs: tuple[Any, ...]) -> torch.Tensor:
     from xlmr.kernels import attention
 
-    with mock.patch.object(attention, "pick", lambda *choice: config):
+    with mock.patch.object(attention, "pick", return_value=config):
         return attention.attention(*inputs)
 
 

@@ -30,7 +30,7 @@ from .files import write_atomically
 from .kernels._launch import unsupported
 from .ops import BACKENDS
 from .pipelines import Pipeline, pipeline
-from .verify import verify
+from .verify import verify, verify_gradients
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command(
         "verify", _verify, "Compare each operation and the whole model with float64; exit 1 if one is wrong."
     )
+    check.add_argument("--gradients", action="store_true", help="compare the gradients of a training step instead")
     check.add_argument("--text", action="append", metavar="TEXT", help="compute this text, and others so given")
     for sub in (fill, vectors, info, show, check):
         sub.add_argument(
@@ -200,7 +201,7 @@ def _verify(args: argparse.Namespace) -> int:
         args.backend = "triton"  # under the interpreter: "auto" would stay eager on a CPU, which needs no proof
     pipe = _pipeline("fill-mask", args)
     texts = args.text or [sentence.text for sentence in read(demo.HELD_OUT)[:VERIFIED]]
-    verdicts = verify(pipe.model, pipe.tokenizer, texts)
+    verdicts = (verify_gradients if args.gradients else verify)(pipe.model, pipe.tokenizer, texts)
     if args.json:
         for verdict in verdicts:
             _print_json({**asdict(verdict.worst), "calls": verdict.calls, "right": verdict.right})

@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor
 
 import xlmr
+from xlmr.ops import triton
 
 HEADS = ["MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]
 TINY: dict[str, Any] = {
@@ -101,3 +102,12 @@ def inputs(name: str, mask: Tensor | None) -> dict[str, Any]:
         given["labels"] = torch.tensor([3])
         given = {k: v if v is None or k == "labels" else v[None] for k, v in given.items()}
     return given
+
+
+def untrainable(device: torch.device) -> str | None:
+    """Why nothing can be trained on the kernels here, or None where it can."""
+    try:
+        triton().linear(torch.ones(1, 16, device=device, requires_grad=True), torch.ones(16, 16, device=device), None)
+    except (RuntimeError, ImportError) as error:
+        return str(error)
+    return None

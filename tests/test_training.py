@@ -16,7 +16,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from numerics import assert_accurate
-from reference import HEADS, TINY, B, S, build, double, inputs, masks
+from reference import HEADS, TINY, B, S, build, double, inputs, masks, untrainable
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +26,6 @@ from transformers import Trainer, TrainingArguments
 import xlmr
 from xlmr import demo, pretrain
 from xlmr.demo.evaluate import read
-from xlmr.ops import triton
 from xlmr.pretrain import Lines, Position, Recipe, Run, read_batches
 
 RIGHT = masks()["right"]
@@ -474,11 +473,8 @@ def test_loss_curve_of_the_demo(curves: Callable[..., list[list[float]]]) -> Non
 @pytest.fixture
 def on_kernels(device: torch.device) -> Callable[[Any], Any]:
     """Puts a model on the kernels; skips where they are missing or have no gradients."""
-    pytest.importorskip("triton")
-    try:
-        triton().linear(torch.ones(1, 16, device=device, requires_grad=True), torch.ones(16, 16, device=device), None)
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    if why := untrainable(device):
+        pytest.skip(why)
 
     def place(model: Any) -> Any:
         model.to(device).set_backend("triton")
@@ -488,7 +484,7 @@ def on_kernels(device: torch.device) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_gradients_of_every_head_on_the_kernels(name: str, on_kernels: Callable[[Any], Any]) -> None:
+def test_gradients_of_every_head_on_the_kernels(name: str, on_kernels: Callable[[Any], Any], poisoned: None) -> None:
     """Of the loss and of a random combination of the logits, against transformers in float64."""
     reference, ours = trained(name)
     truth = double(reference)
@@ -584,7 +580,7 @@ def test_wrong_labels_are_named() -> None:
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_whole_numbers_serve_as_targets(kind: str) -> None:
-    """Of any dtype: where transformers needs floating point, or fails in backward."""
+    """Of any dtype, also where transformers needs floating point."""
     reference, ours = trained("SequenceClassification", problem_type=kind)
     given = inputs("SequenceClassification", RIGHT)
     for dtype in (torch.long, torch.bool, torch.float64, torch.float32):

@@ -8,7 +8,6 @@ bench/results/model_cpu.json and prints the table. `--train` measures training s
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,17 +97,7 @@ def _measure_peak(provider: str, dtype: str, lens: list[int]) -> float:
     ids, mask = batch(lens)
     measured = model(provider, DTYPES[dtype])
     measured(ids[:1, :8])  # libraries allocate for good at the first call
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    measured(ids, attention_mask=mask)
-    return (resident("VmHWM") - before) / 1024
-
-
-def resident(field: str) -> int:
-    """kB of this process: VmRSS now, VmHWM at most (Linux)."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1))
+    return harness.peak_of(lambda: measured(ids, attention_mask=mask)) / 2**20
 
 
 def sentences(count: int) -> list[str]:

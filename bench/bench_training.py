@@ -21,7 +21,7 @@ from torch import Tensor
 import xlmr
 
 from . import harness
-from .bench_model import BASE, DTYPES, PROVIDERS, batch, lengths, resident
+from .bench_model import BASE, DTYPES, PROVIDERS, batch, lengths
 
 MASKED = 0.15
 COLUMNS = ["case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "difference", "peak_mb"]
@@ -105,11 +105,9 @@ def peak_memory(*task: Any) -> float:
 
 def _measure_peak(provider: str, dtype: str, lens: list[int], settings: dict[str, Any]) -> float:
     step = stepper(model(provider, settings), dtype)
+    given = labelled(lens, settings)
     step(labelled([8, 8], settings))  # the optimizer's state; libraries allocate for good at the first call
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    step(labelled(lens, settings))
-    return (resident("VmHWM") - before) / 1024
+    return harness.peak_of(lambda: step(given)) / 2**20
 
 
 def main(args: argparse.Namespace) -> int:

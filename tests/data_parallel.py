@@ -1,4 +1,4 @@
-"""Run by torchrun in test_training: every way to train in parallel, each process on its half of one batch.
+"""Run by torchrun in test_trainers: every way to train in parallel, each process on its half of one batch.
 
 Rank 0 writes the gradients of the whole parameters, by way and head, to the file named on the command line.
 """

@@ -49,7 +49,7 @@ def test_outputs(name: str, unpad: bool, dtype: torch.dtype) -> None:
     reference, ours = reference.to(dtype), ours.to(dtype)
     for kind, mask in masks().items():
         if name in ("ForCausalLM", "ForMultipleChoice") and mask is not None and mask.dim() == 4:
-            continue  # a decoder's 4-D mask would be the causal one (in test_block); the reference flattens choices
+            continue  # a decoder's 4-D mask would be the causal one (in test_model); the reference flattens choices
         given = inputs(name.removeprefix("For"), mask)
         real = keep(mask)
         if name == "ForCausalLM":

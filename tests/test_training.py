@@ -84,6 +84,16 @@ def test_loss_without_logits(name: str, kind: str) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_the_loss_beside_logits_needs_no_padded_gradient(name: str) -> None:
+    _, ours = trained(name)
+    out = ours(**inputs(name, RIGHT))
+    assert out.logits.shape == (B, S, TINY["vocab_size"])
+    with Widest() as widest:
+        out.loss.backward()
+    assert widest.rows == int(RIGHT.sum())
+
+
 def test_hidden_states_beside_the_loss() -> None:
     _, ours = trained("MaskedLM")
     given = inputs("MaskedLM", RIGHT)
@@ -470,6 +480,8 @@ def test_wrong_labels_are_named() -> None:
         given = {k: v for k, v in inputs(name, RIGHT).items() if k in ("input_ids", "attention_mask")}
         with pytest.raises((ValueError, TypeError, IndexError), match=words):
             ours(**given, **labels)
+    with pytest.raises(ValueError, match="leave out logits_to_keep, or labels"):
+        trained("CausalLM")[1](**inputs("CausalLM", RIGHT), logits_to_keep=1)
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])

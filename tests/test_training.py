@@ -94,16 +94,13 @@ def test_the_loss_beside_logits_needs_no_padded_gradient(name: str) -> None:
     assert widest.rows == int(RIGHT.sum())
 
 
-def test_hidden_states_beside_the_loss() -> None:
+@pytest.mark.parametrize("field", ["hidden_states", "attentions"])
+def test_what_else_is_asked_for_beside_the_loss(field: str) -> None:
     _, ours = trained("MaskedLM")
-    given = inputs("MaskedLM", RIGHT)
-    lean = ours(**given, return_logits=False, output_hidden_states=True, output_attentions=True)
-    whole = ours(**given, output_hidden_states=True, output_attentions=True)
-    assert list(lean) == ["loss", "hidden_states", "attentions"]
-    for mine, expected in zip(
-        lean.hidden_states + lean.attentions, whole.hidden_states + whole.attentions, strict=True
-    ):
-        assert torch.equal(mine, expected)
+    given = inputs("MaskedLM", RIGHT) | {f"output_{field}": True}
+    lean, whole = ours(**given, return_logits=False), ours(**given)
+    assert list(lean) == ["loss", field]
+    assert all(map(torch.equal, lean[field], whole[field]))
     torch.testing.assert_close(lean.loss, whole.loss)
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_training: every way to train in parallel, each process on its half of one batch.
+"""Run by torchrun in test_trainers: every way to train in parallel, each process on its half of one batch.
 
 Rank 0 writes the gradients of the whole parameters, by way and head, to the file named on the command line.
 """
@@ -51,22 +51,25 @@ WAYS: dict[str, Callable[[Any], nn.Module]] = {
 }  # fmt: skip
 
 
+def gradients(wrap: Callable[[Any], nn.Module], head: str) -> dict[str, Tensor]:
+    """Of the whole parameters, from this process's part of the batch and the others'."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, whole = model_and_batch(head)
+    wrapped = wrap(model)
+    part = {name: tensor.chunk(world)[rank] for name, tensor in whole.items()}
+    (loss(wrapped, part, whole) * world).backward()  # both ways average over the processes
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
+
+
 def main(output: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    found = {}
-    for way, wrap in WAYS.items():
-        for head in ("MaskedLM", "SequenceClassification"):
-            model, whole = model_and_batch(head)
-            wrapped = wrap(model)
-            part = {name: tensor.chunk(world)[rank] for name, tensor in whole.items()}
-            (loss(wrapped, part, whole) * world).backward()  # both ways average over the processes
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            whole_gradients = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
-            found[f"{way} {head}"] = whole_gradients
-    if rank == 0:
+    heads = ("MaskedLM", "SequenceClassification")
+    found = {f"{way} {head}": gradients(wrap, head) for way, wrap in WAYS.items() for head in heads}
+    if dist.get_rank() == 0:
         torch.save(found, output)
+    dist.barrier()  # a process that leaves early breaks off what the other still does
     dist.destroy_process_group()
 
 

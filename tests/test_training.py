@@ -1,73 +1,44 @@
-"""Training: gradients against transformers and float64, and everything that people wrap around a training step."""
+"""Training steps: gradients against transformers and float64, dropout, recomputation, loss curves, bad input."""
 
 import copy
-import itertools
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import data_parallel
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from numerics import assert_accurate
-from reference import HEADS, TINY, B, S, build, double, inputs, masks
+from reference import (
+    HEADS,
+    NO_DROPOUT,
+    RIGHT,
+    TINY,
+    B,
+    S,
+    assert_gradients,
+    assert_same,
+    build,
+    double,
+    gradients,
+    ids,
+    inputs,
+    masks,
+    trained,
+    untrainable,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as recomputed
-from transformers import Trainer, TrainingArguments
 
 import xlmr
 from xlmr import demo, pretrain
 from xlmr.demo.evaluate import read
-from xlmr.ops import triton
 from xlmr.pretrain import Lines, Position, Recipe, Run, read_batches
 
-RIGHT = masks()["right"]
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LANGUAGE_MODELS = ["MaskedLM", "CausalLM"]
-
-
-def trained(name: str, **settings: Any) -> tuple[Any, Any]:
-    """transformers' head and ours, equal weights, in training mode; without dropout but for what `settings` say."""
-    decoder = {"is_decoder": True} if name == "CausalLM" else {}
-    reference, ours = build(f"For{name}", **{"num_hidden_layers": 2, **NO_DROPOUT, **decoder, **settings})
-    return reference.train(), ours.train()
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Of all parameters that got one, by name; those of the model itself are left empty."""
-    model.zero_grad()
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def assert_gradients(
-    ours: dict[str, Tensor], reference: dict[str, Tensor], truth: dict[str, Tensor], **precision: Any
-) -> None:
-    assert ours.keys() == truth.keys()
-    largest = max(g.abs().max().item() for g in truth.values())
-    for name, exact in truth.items():
-        try:
-            assert_accurate(ours[name], reference[name], exact, scale=largest, ulps=32, **precision)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
-
-
-def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
-    """To within `rtol` of the largest gradient of all."""
-    assert ours.keys() == expected.keys()
-    largest = max(g.abs().max().item() for g in expected.values())
-    for name, gradient in expected.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=rtol * largest, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # The language models' loss without logits
@@ -113,16 +84,23 @@ def test_loss_without_logits(name: str, kind: str) -> None:
         )  # fmt: skip
 
 
-def test_hidden_states_beside_the_loss() -> None:
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_the_loss_beside_logits_needs_no_padded_gradient(name: str) -> None:
+    _, ours = trained(name)
+    out = ours(**inputs(name, RIGHT))
+    assert out.logits.shape == (B, S, TINY["vocab_size"])
+    with Widest() as widest:
+        out.loss.backward()
+    assert widest.rows == int(RIGHT.sum())
+
+
+@pytest.mark.parametrize("field", ["hidden_states", "attentions"])
+def test_what_else_is_asked_for_beside_the_loss(field: str) -> None:
     _, ours = trained("MaskedLM")
-    given = inputs("MaskedLM", RIGHT)
-    lean = ours(**given, return_logits=False, output_hidden_states=True, output_attentions=True)
-    whole = ours(**given, output_hidden_states=True, output_attentions=True)
-    assert list(lean) == ["loss", "hidden_states", "attentions"]
-    for mine, expected in zip(
-        lean.hidden_states + lean.attentions, whole.hidden_states + whole.attentions, strict=True
-    ):
-        assert torch.equal(mine, expected)
+    given = inputs("MaskedLM", RIGHT) | {f"output_{field}": True}
+    lean, whole = ours(**given, return_logits=False), ours(**given)
+    assert list(lean) == ["loss", field]
+    assert all(map(torch.equal, lean[field], whole[field]))
     torch.testing.assert_close(lean.loss, whole.loss)
 
 
@@ -145,8 +123,10 @@ def test_gradients_under_autocast(name: str, dtype: torch.dtype) -> None:
     truth = double(reference)
     exact = gradients(truth, truth(**given).loss)
     with torch.autocast("cpu", dtype):
-        theirs = gradients(reference, reference(**given).loss)
-        assert_gradients(gradients(ours, ours(**given).loss), theirs, exact, dtype=dtype)
+        outputs = ours(**given), reference(**given)
+        assert [t.dtype for t in outputs[0].to_tuple()] == [t.dtype for t in outputs[1].to_tuple()]
+        theirs = gradients(reference, outputs[1].loss)
+        assert_gradients(gradients(ours, outputs[0].loss), theirs, exact, dtype=dtype)
         if name in LANGUAGE_MODELS:
             assert_gradients(gradients(ours, ours(**given, return_logits=False).loss), theirs, exact, dtype=dtype)
     assert all(g.dtype == torch.float32 for g in theirs.values())
@@ -175,7 +155,32 @@ def test_grad_scaler() -> None:
     assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
 
 
-# Less memory: accumulation, recomputation, frozen parts
+# Dropout
+
+
+def test_dropout_is_on_in_training_and_can_be_switched_alone() -> None:
+    _, ours = build("Model", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    tokens = ids()
+
+    def draws() -> tuple[Tensor, Tensor]:
+        return ours(tokens, RIGHT)[0], ours(tokens, RIGHT)[0]
+
+    assert torch.equal(*draws())
+    for names in (["attention.self"], ["attention.output"], ["output"], ["embeddings"]):
+        ours.eval()
+        for name, module in ours.named_modules():
+            if isinstance(module, nn.Dropout) and any(f"{n}.dropout" in name for n in names):
+                module.train()
+        assert not torch.equal(*draws()), names
+    ours.train()
+    first, second = draws()
+    assert not torch.equal(first, second)
+    mean = torch.stack([ours(tokens, RIGHT)[0] for _ in range(300)]).mean(0)
+    ours.eval()
+    assert (mean - ours(tokens, RIGHT)[0]).abs().mean() < 0.2  # dropout's mean stays near the undropped output
+
+
+# Accumulation, recomputation, frozen parts
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -217,6 +222,32 @@ def test_recomputing_replays_dropout(name: str, way: str) -> None:
     again = step(11, call)
     assert_same(again, kept, rtol=1e-6)
     assert any(not torch.allclose(again[name], other[name]) for name in kept)
+    assert ours.is_gradient_checkpointing == (way != "torch.utils.checkpoint")
+    ours.gradient_checkpointing_disable()
+    assert not ours.is_activation_checkpointing
+
+
+def test_checkpointing_a_decoder_and_collecting() -> None:
+    """A cache would remember layers that are computed twice; hooks and attention weights come along."""
+    _, ours = build("ForCausalLM", is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ours.roberta.encoder.layer[0].register_forward_hook(lambda *a: None)
+    tokens = ids(None)
+    gradients = []
+    for asked in ({}, {"output_attentions": True}):
+        for every in (0, 1, 2):
+            ours.train()
+            if every:
+                ours.gradient_checkpointing_enable(every_n_layers=every)
+            else:
+                ours.gradient_checkpointing_disable()
+            ours.zero_grad()
+            ours(tokens, **asked).logits.square().mean().backward()
+            gradients.append(ours.roberta.encoder.layer[0].attention.self.query.weight.grad.clone())
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other, atol=1e-5, rtol=1e-3)
+    ours.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="leave out past_key_values"):
+        ours(tokens, past_key_values=transformers.DynamicCache())
 
 
 class Products(TorchDispatchMode):
@@ -254,6 +285,24 @@ def test_frozen_parts_cost_nothing() -> None:
     assert products(lambda key: "layer.0.attention.self.query.bias" in key) == head // 2 + 2 * layer // 2 + 3
 
 
+def test_padding_row_gets_no_gradient_and_frozen_parts_none() -> None:
+    _, ours = build("ForSequenceClassification")
+    tokens = ids(None)
+    tokens[:, 5] = 1  # a pad that is attended to
+    ours(tokens).logits.square().sum().backward()
+    embeddings = ours.roberta.embeddings
+    assert not embeddings.word_embeddings.weight.grad[1].any()
+    assert not embeddings.position_embeddings.weight.grad[1].any()
+    assert embeddings.word_embeddings.weight.grad[tokens[0, 0]].any()
+    ours.zero_grad()
+    for parameter in ours.roberta.parameters():
+        parameter.requires_grad_(False)
+    ours.enable_input_require_grads()
+    ours(tokens).logits.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in ours.roberta.parameters())
+    ours.disable_input_require_grads()
+
+
 # Around the model
 
 
@@ -265,155 +314,6 @@ def test_compiled_training_step() -> None:
         warnings.simplefilter("ignore")  # torch's compiler warns of itself
         loss = torch.compile(ours, backend="aot_eager")(**given, return_logits=False).loss
     assert_same(gradients(ours, loss), gradients(ours, ours(**given).loss), rtol=1e-6)
-
-
-def train(model: Any, batches: list[dict[str, Any]], optimizer: Any = None, backward: Any = None) -> list[float]:
-    """The loss at each step."""
-    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for batch in batches:
-        loss = model(**batch).loss
-        (backward or Tensor.backward)(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks transformers' model
-def test_lora_trains() -> None:
-    """On query and value, beside a frozen model: transformers' losses at every step, and only the adapters move."""
-    peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(target_modules=["query", "value"], r=4, lora_dropout=0.0)
-    wrapped = []
-    for model in trained("MaskedLM"):
-        torch.manual_seed(3)
-        wrapped.append(peft.get_peft_model(model, settings).train())
-    reference, ours = wrapped
-    before = copy.deepcopy(ours.state_dict())
-    given = [inputs("MaskedLM", RIGHT)] * 12
-    losses = train(ours, [batch | {"return_logits": False} for batch in given])
-    assert losses == pytest.approx(train(reference, given), rel=1e-5)
-    assert losses[-1] < losses[0] - 0.2
-    moved = {key for key, value in ours.state_dict().items() if not torch.equal(value, before[key])}
-    assert moved == {key for key, p in ours.named_parameters() if p.requires_grad}
-    assert all("lora_" in key for key in moved)
-
-
-ROWS = [
-    {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(int(ids[1]) % 3)}
-    for ids in torch.randint(4, 97, (24, 8), generator=torch.Generator().manual_seed(0))
-]
-TOKEN_ROWS = [row | {"labels": row["input_ids"] % 3} for row in ROWS]
-QUESTION_ROWS = [
-    {"input_ids": row["input_ids"], "start_positions": row["labels"], "end_positions": row["labels"] + 2}
-    for row in ROWS
-]
-CHOICE_ROWS = [
-    {"input_ids": torch.stack([a["input_ids"], b["input_ids"]]), "labels": a["labels"] % 2}
-    for a, b in itertools.pairwise(ROWS)
-]
-WORD_ROWS = [row | {"labels": row["input_ids"]} for row in ROWS]
-DATA = {
-    "SequenceClassification": ROWS, "TokenClassification": TOKEN_ROWS, "QuestionAnswering": QUESTION_ROWS,
-    "MultipleChoice": CHOICE_ROWS, "MaskedLM": WORD_ROWS, "CausalLM": WORD_ROWS,
-}  # fmt: skip
-
-
-def trainer(model: Any, rows: list[dict[str, Tensor]], output: Path, **settings: Any) -> Trainer:
-    chosen = {"per_device_train_batch_size": 6, "max_steps": 8, "save_strategy": "no", **settings}
-    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
-    arguments = TrainingArguments(str(output), learning_rate=3e-3, logging_steps=1, **quiet, **chosen)
-    return Trainer(model, arguments, train_dataset=rows)
-
-
-def losses(trainer: Trainer) -> list[float]:
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_trainer(name: str, tmp_path: Path) -> None:
-    """Every head under transformers' Trainer: its own model's losses at every step, and they fall."""
-    reference, ours = trained(name)
-    mine = losses(trainer(ours, DATA[name], tmp_path))
-    assert mine == pytest.approx(losses(trainer(reference, DATA[name], tmp_path)), rel=1e-4)
-    assert min(mine[-2:]) < mine[0] - 0.1
-
-
-@pytest.mark.parametrize("name", ["SequenceClassification", "CausalLM"])
-def test_trainer_accumulates(name: str, tmp_path: Path) -> None:
-    """Two batches a step are one of twice the size, also where labels are fewer in one of them. (transformers' own
-    heads but the causal one are given num_items_in_batch, ignore it, and so train on twice the gradient.)"""
-    rows = DATA[name]
-    if name == "CausalLM":
-        some = [torch.arange(8) >= number % 7 for number in range(len(rows))]
-        rows = [row | {"labels": row["labels"].where(kept, -100)} for row, kept in zip(rows, some, strict=True)]
-    curves = []
-    for settings in (
-        {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
-        {"per_device_train_batch_size": 12, "activation_checkpointing": True},
-    ):
-        torch.manual_seed(0)
-        _, ours = trained(name)
-        curves.append(losses(trainer(ours, rows, tmp_path, **settings)))
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-
-
-def test_trainer_saves_and_resumes(tmp_path: Path) -> None:
-    """A head without a tied pair is saved by Trainer itself: resumed, it goes on as if never stopped. Beside the
-    weights stands no config.json, which Trainer writes for transformers' own classes only."""
-    torch.manual_seed(0)
-    _, whole = trained("SequenceClassification")
-    first = copy.deepcopy(whole)
-    expected = losses(trainer(whole, ROWS, tmp_path / "whole"))
-    losses(trainer(first, ROWS, tmp_path, save_strategy="steps", save_steps=4))
-    resumed = trainer(trained("SequenceClassification")[1], ROWS, tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == expected
-    loaded = xlmr.XLMRobertaForSequenceClassification.from_pretrained(tmp_path / "checkpoint-8", config=whole.config)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value)
-
-
-def test_accelerate(tmp_path: Path) -> None:
-    """Prepared for bf16: the losses of plain autocast, outputs in fp32; saved, a head without a tied pair is whole."""
-    _, ours = trained("SequenceClassification")
-    plain = copy.deepcopy(ours)
-    given = [inputs("SequenceClassification", RIGHT)] * 6
-    AcceleratorState._reset_state(reset_partial_state=True)  # which a Trainer of another test has set up
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=3e-3)
-    prepared, prepared_optimizer = accelerator.prepare(ours, optimizer)
-    assert prepared(**given[0]).logits.dtype == torch.float32
-    mine = train(prepared, given, prepared_optimizer, accelerator.backward)
-    plain.forward = torch.autocast("cpu", torch.bfloat16)(plain.forward)
-    assert mine == train(plain, given)
-    assert mine[-1] < mine[0] - 0.1
-    accelerator.save_model(prepared, tmp_path)
-    saved = xlmr.XLMRobertaForSequenceClassification.from_pretrained(tmp_path, config=ours.config)
-    assert torch.equal(saved.classifier.dense.weight, ours.classifier.dense.weight)
-
-
-# Several processes
-
-
-@pytest.fixture(scope="module")
-def parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """What two processes computed: see data_parallel.py."""
-    output = tmp_path_factory.mktemp("parallel") / "gradients.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = Path(__file__).parent / "data_parallel.py"
-    done = subprocess.run([*command, str(worker), str(output)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return torch.load(output)
-
-
-@pytest.mark.parametrize("head", ["MaskedLM", "SequenceClassification"])
-@pytest.mark.parametrize("way", ["DDP", "FSDP2", "FSDP2, layer by layer"])
-def test_two_processes_give_one_s_gradients(way: str, head: str, parallel: dict[str, dict[str, Tensor]]) -> None:
-    model, given = data_parallel.model_and_batch(head)
-    assert_same(parallel[f"{way} {head}"], gradients(model, data_parallel.loss(model, given, given)))
 
 
 # Loss curves
@@ -474,11 +374,8 @@ def test_loss_curve_of_the_demo(curves: Callable[..., list[list[float]]]) -> Non
 @pytest.fixture
 def on_kernels(device: torch.device) -> Callable[[Any], Any]:
     """Puts a model on the kernels; skips where they are missing or have no gradients."""
-    pytest.importorskip("triton")
-    try:
-        triton().linear(torch.ones(1, 16, device=device, requires_grad=True), torch.ones(16, 16, device=device), None)
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    if why := untrainable(device):
+        pytest.skip(why)
 
     def place(model: Any) -> Any:
         model.to(device).set_backend("triton")
@@ -488,7 +385,7 @@ def on_kernels(device: torch.device) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_gradients_of_every_head_on_the_kernels(name: str, on_kernels: Callable[[Any], Any]) -> None:
+def test_gradients_of_every_head_on_the_kernels(name: str, on_kernels: Callable[[Any], Any], poisoned: None) -> None:
     """Of the loss and of a random combination of the logits, against transformers in float64."""
     reference, ours = trained(name)
     truth = double(reference)
@@ -580,11 +477,13 @@ def test_wrong_labels_are_named() -> None:
         given = {k: v for k, v in inputs(name, RIGHT).items() if k in ("input_ids", "attention_mask")}
         with pytest.raises((ValueError, TypeError, IndexError), match=words):
             ours(**given, **labels)
+    with pytest.raises(ValueError, match="leave out logits_to_keep, or labels"):
+        trained("CausalLM")[1](**inputs("CausalLM", RIGHT), logits_to_keep=1)
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_whole_numbers_serve_as_targets(kind: str) -> None:
-    """Of any dtype: where transformers needs floating point, or fails in backward."""
+    """Of any dtype, also where transformers needs floating point."""
     reference, ours = trained("SequenceClassification", problem_type=kind)
     given = inputs("SequenceClassification", RIGHT)
     for dtype in (torch.long, torch.bool, torch.float64, torch.float32):

@@ -132,28 +132,28 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
             bias = F.pad(bias, (0, size - len(bias)), value=fill)  # a negative padding cuts
             self.lm_head.bias = nn.Parameter(bias, requires_grad=self.lm_head.bias.requires_grad)
 
-    def logits(self, x: Tensor, layout: Layout) -> Tensor:
-        """[T, N] → [B, S, V]."""
-        return self.lm_head.padded(x, layout) if plain(self.lm_head) else self.lm_head(layout.pad(x))
-
-    def loss(
+    def outcome(
         self,
         encoded: Encoded,
-        logits: Tensor | None,
-        labels: Tensor,
+        labels: Tensor | None,
+        return_logits: bool,
         items: int | Tensor | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Cross entropy against labels [B, S] of `logits` [B, S, V] in `dtype` (theirs by default), or where there are
-        none of the encoded rows: the mean, or the sum divided by `items`."""
-        layout, settings = encoded.layout, {} if items is None else {"reduction": "sum"}
-        labels = layout.unpad(labels.to(encoded.x.device)).long()
-        if logits is not None:
-            loss = F.cross_entropy(layout.unpad(logits).to(dtype=dtype), labels, **settings)  # type: ignore[arg-type]
-        else:
-            labels = labels[labels != IGNORED] if encoded.picked else labels
-            loss = self.lm_head.loss(encoded.x, labels, **settings)
-        return loss if items is None else loss / items
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Loss against labels [B, S] and logits [B, S, V], each where it is asked for. The loss is the mean cross
+        entropy, or with `items` the sum divided by it; beside logits it is computed from them, in `dtype`."""
+        x, layout, head, ours = encoded.x, encoded.layout, self.lm_head, plain(self.lm_head)
+        if labels is None:
+            return None, head.padded(x, layout) if ours else head(layout.pad(x))
+        labels, rows = layout.unpad(labels.to(x.device)).long(), None
+        settings: dict[str, Any] = {} if items is None else {"reduction": "sum"}
+        if ours and not return_logits:
+            loss = head.loss(x, labels[labels != IGNORED] if encoded.picked else labels, **settings)
+        else:  # the loss reads the rows, not the padded logits: its gradient has their size
+            rows = head.rows(x) if ours else layout.unpad(head(layout.pad(x)))
+            loss = F.cross_entropy(rows.to(dtype=dtype), labels, **settings)
+        loss = loss if items is None else loss / items
+        return loss, layout.pad(rows) if return_logits and rows is not None else None
 
 
 def labelled(labels: Tensor, layout: Layout) -> Tensor:
@@ -187,14 +187,12 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
         check_labels(labels, inputs.shape, self.config.vocab_size)
         if labels is None and not return_logits:
             raise ValueError(NOTHING_TO_RETURN)
-        ours = untouched(self.lm_head)
-        lean, wanted = ours and not return_logits, None
-        if lean and labels is not None and not torch.compiler.is_compiling():  # how many rows would cut the graph
-            wanted = functools.partial(labelled, labels)
+        ours, wanted = untouched(self.lm_head), None
+        if ours and labels is not None and not (return_logits or torch.compiler.is_compiling()):
+            wanted = functools.partial(labelled, labels)  # how many rows is unknown to a compiler
         encoded, shared = self.encode(inputs, labels=labels, wanted=wanted, every_position=not ours)
-        logits = None if lean else self.logits(encoded.x, encoded.layout)
-        loss = None if labels is None else self.loss(encoded, logits, labels)
-        return self.returned(MaskedLMOutput(loss, logits if return_logits else None, **shared), return_dict)
+        loss, logits = self.outcome(encoded, labels, return_logits)
+        return self.returned(MaskedLMOutput(loss, logits, **shared), return_dict)
 
     def topk_packed(
         self,
@@ -267,19 +265,17 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
             raise ValueError(NOTHING_TO_RETURN)
         following = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
         part = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
-        ours = untouched(self.lm_head)
-        whole = part or past_key_values is not None or not ours
+        if part and labels is not None:
+            raise ValueError("labels score every position: leave out logits_to_keep, or labels")
+        whole = part or past_key_values is not None or not untouched(self.lm_head)
         encoded, shared = self.encode(inputs, labels=None if whole else following, every_position=whole)
         if part:
             kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-            logits = self.lm_head(encoded.layout.pad(encoded.x)[:, kept])
+            loss, logits = None, self.lm_head(encoded.layout.pad(encoded.x)[:, kept])
         else:
-            logits = None if ours and not return_logits else self.logits(encoded.x, encoded.layout)
-        loss = None
-        if following is not None:
-            loss = self.loss(encoded, logits, following, num_items_in_batch, torch.float32)
+            loss, logits = self.outcome(encoded, following, return_logits, num_items_in_batch, torch.float32)
         more = {name: encoded.fields.get(name) for name in ("past_key_values", "cross_attentions")}
-        output = CausalLMOutput(loss, logits if return_logits else None, **shared, **more)
+        output = CausalLMOutput(loss, logits, **shared, **more)
         return self.returned(output, return_dict)
 
 

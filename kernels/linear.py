@@ -174,8 +174,7 @@ def _of_part(part, q, k, v, PARTS: tl.constexpr):
     if PARTS > 1:
         if part == 1:
             chosen = k
-    if PARTS > 2:
-        if part == 2:
+        elif part == 2:
             chosen = v
     return chosen
 
@@ -467,7 +466,7 @@ def _dw(dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], wanted: Seq
     partials = torch.empty((splits, parts, N, K), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     if partials.numel():
         _linear_dw_kernel[(tiles, parts, splits)](
-            *chosen, *[None] * (3 - parts), x, partials, *chosen[0].stride(), K if T == 1 else x.stride(0), T, length,
+            *chosen, *chosen[:1] * (3 - parts), x, partials, *chosen[0].stride(), K if T == 1 else x.stride(0), T, length,
             N=N, K=K, PARTS=parts, PRECISION=input_precision(x.dtype, x.device), BLOCK_K=BLOCK_K[itemsize],
             **tuned.meta,
         )  # fmt: skip

@@ -132,7 +132,7 @@ def _sum_partials_kernel(
 
 
 # One configuration for every target: a few megabytes that are still in the L2. Not measured yet.
-SUM = _launch.config(4, 1, BLOCK_P=128, BLOCK_N=32)
+SUM = _launch.config(4, 1, BLOCK_P=64, BLOCK_N=32)
 
 
 def new_partials(vector: Tensor, wanted: bool, count: int) -> Tensor | None:

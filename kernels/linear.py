@@ -40,16 +40,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._launch import Config, Table, autocast, check, config, input_precision, opaque, pick, processors, require, target
 
 
-def cost(T: int, N: int, K: int, itemsize: int, mode: str = "forward", gelu: bool = False) -> tuple[int, int]:
-    """(flops, bytes) of the `mode` "forward", "backward" or "full": x, w, b, y and gradients through memory once. The
-    projection has 3 N columns. A backward pass behind GELU computes and moves z again."""
-    product, x, w, b, y = 2 * T * N * K, T * K, N * K, N, T * N
-    forward = product, x + w + b + y
-    again = (product, x + w + b + 3 * y) if gelu else (0, 0)
-    backward = 2 * product + again[0], 2 * x + 2 * w + b + y + again[1]
-    full = forward[0] + backward[0], forward[1] + backward[1]
-    flops, elements = {"forward": forward, "backward": backward, "full": full}[mode]
-    return flops, elements * itemsize
+def cost(T: int, N: int, K: int, itemsize: int, backward: bool = False, gelu: bool = False) -> tuple[int, int]:
+    """(flops, bytes): x, w, b, y or their gradients through memory once. The projection has 3 N columns. Backward of
+    all gradients, behind `gelu` with z computed and moved again."""
+    product, x, w, y = 2 * T * N * K, T * K, N * K, T * N
+    if not backward:
+        return product, (x + w + N + y) * itemsize
+    again = x + w + N + 3 * y if gelu else 0
+    return (3 if gelu else 2) * product, (2 * x + 2 * w + N + y + again) * itemsize
+
+
+def activation_bytes(K: int, itemsize: int) -> int:
+    """Bytes a token kept for backward: x, with or without GELU."""
+    return K * itemsize
 
 
 # Elements of K a step, by the bytes of an element: 128 bytes. Never by the load: see the docstring.
@@ -466,8 +469,8 @@ def _dw(dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], wanted: Seq
     partials = torch.empty((splits, parts, N, K), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     if partials.numel():
         _linear_dw_kernel[(tiles, parts, splits)](
-            *chosen, *chosen[:1] * (3 - parts), x, partials, *chosen[0].stride(), K if T == 1 else x.stride(0), T, length,
-            N=N, K=K, PARTS=parts, PRECISION=input_precision(x.dtype, x.device), BLOCK_K=BLOCK_K[itemsize],
+            *chosen, *chosen[:1] * (3 - parts), x, partials, *chosen[0].stride(), K if T == 1 else x.stride(0),
+            T, length, N=N, K=K, PARTS=parts, PRECISION=input_precision(x.dtype, x.device), BLOCK_K=BLOCK_K[itemsize],
             **tuned.meta,
         )  # fmt: skip
     gradients = iter(_sum_splits(partials, x.dtype))

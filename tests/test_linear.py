@@ -287,8 +287,18 @@ def test_another_activation_is_refused_as_by_the_twin(device: torch.device) -> N
 def test_cost() -> None:
     product, forward = 2 * 10 * 8 * 4, 40 + 32 + 8 + 80
     assert kernel.cost(10, 8, 4, 2) == (product, forward * 2)
-    assert kernel.cost(10, 8, 4, 2, "backward") == (2 * product, (2 * 40 + 2 * 32 + 8 + 80) * 2)
-    assert kernel.cost(10, 8, 4, 2, "full", gelu=True)[0] == 4 * product
+    assert kernel.cost(10, 8, 4, 2, backward=True) == (2 * product, (2 * 40 + 2 * 32 + 8 + 80) * 2)
+    assert kernel.cost(10, 8, 4, 2, backward=True, gelu=True)[0] == 3 * product
+
+
+@EPILOGUES
+def test_activation_bytes(operation: Operation, device: torch.device) -> None:
+    given = [t.requires_grad_() for t in inputs(20, 16, 24, torch.float16, device)]
+    parameters, kept = {t.data_ptr() for t in given[1:]}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        operation(kernel, *given)
+    saved = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() not in parameters}
+    assert sum(saved.values()) == 20 * kernel.activation_bytes(24, 2)
 
 
 # Gradients

@@ -4,35 +4,55 @@ Shapes  x: [T, K], rows at any stride   w: [N, K], as in torch.nn.Linear   b: [N
         q, k, v: [T, N], views of one buffer [T, 3, N]
 Twins   xlmr.eager.linear, xlmr.eager.linear_act, xlmr.eager.qkv_projection
 
+Backward, with z = x·wᵀ + b recomputed and dz = dy ∘ (Φ(z) + z·φ(z)) behind GELU, else dz = dy:
+        dx = Σ dz·w over the parts   dw = dzᵀ·x   db = column sums of dz
+
 Products are summed in fp32, BLOCK_K at a time in the order of K; bias and the exact GELU act on that sum, which is
 rounded once. The projection's three weights share a launch: each column tile reads one of them.
 
 A row's bits depend on that row alone. K is never split, BLOCK_K is one constant for each dtype, and each target stays
 with one tensor-core instruction whatever the tile: BLOCK_M ≥ 64 on sm_90 and sm_100, below which the compiler leaves
 wgmma and tcgen05.mma for mma.sync; tiles of at least 32×32 on gfx942, below which it takes an MFMA of another depth.
-What varies with the load (tiles, warps, stages, how a tile is loaded) does not enter the order of a sum.
+What varies with the load (tiles, warps, stages, how a tile is loaded) does not enter the order of a sum. Backward has
+no such promise, only that it gives the same bits run to run: dw is split along T, its parts summed in one order.
+
+Kept for backward: x alone, K elements a row, which the layer before keeps as well. z is computed again: a sixth of the
+feed-forward's products (11 % of a training step's) for 4 N elements a row that no layer has to hold.
 
 Prediction for an H200 (nothing is measured yet), bf16, where 790 TFLOP/s can be had: from T = 16,384 on tensor cores
 are the roof. wgmma reads a 128×256 tile from shared memory no slower than it computes, and the next tile's first loads
 fly during an epilogue; the epilogue itself is exposed. Counted in cycles at K = 768 (12,300 of wgmma a tile): 1,500 to
 store, 7,900 for GELU's 31 instructions an element. Hence 570–640 TFLOP/s at K ≤ 1024, 400–450 with GELU, 640–700 at
 K ≥ 3072. One text (T ≤ 64) streams the weights through 48 to 192 programs and waits for latency: 2–6 µs a launch.
+Backward goes through pointers and transposes a tile on its way to wgmma: 400–500 TFLOP/s for dx and dw.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import Config, Table, check, config, input_precision, opaque, pick, processors, require, target
+from ._launch import Config, Table, autocast, check, config, input_precision, opaque, pick, processors, require, target
 
 
-def cost(T: int, N: int, K: int, itemsize: int) -> tuple[int, int]:
-    """(flops, bytes): one product, bias included; x, w, b and y through memory once. The projection has 3 N columns."""
-    return 2 * T * N * K, (T * K + N * K + N + T * N) * itemsize
+def cost(T: int, N: int, K: int, itemsize: int, backward: bool = False, gelu: bool = False) -> tuple[int, int]:
+    """(flops, bytes): x, w, b, y or their gradients through memory once. The projection has 3 N columns. Backward of
+    all gradients, behind `gelu` with z computed and moved again."""
+    product, x, w, y = 2 * T * N * K, T * K, N * K, T * N
+    if not backward:
+        return product, (x + w + N + y) * itemsize
+    again = x + w + N + 3 * y if gelu else 0
+    return (3 if gelu else 2) * product, (2 * x + 2 * w + N + y + again) * itemsize
+
+
+def activation_bytes(K: int, itemsize: int) -> int:
+    """Bytes a token kept for backward: x, with or without GELU."""
+    return K * itemsize
 
 
 # Elements of K a step, by the bytes of an element: 128 bytes. Never by the load: see the docstring.
@@ -98,6 +118,42 @@ CONFIGS: Table = {
         (4, "large"): config(8, 2, BLOCK_M=128, BLOCK_N=128),
     },
 }
+# (bytes of an element, gradient). "unaligned": dx and dw of elements that come one by one. Not measured yet: chosen by
+# compiling for each target (no spills).
+BACKWARD_CONFIGS: Table = {
+    "portable": {
+        **{(itemsize, name): config(8, 3, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4) for name in ("dx", "dw")},
+        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
+        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
+    },
+    "sm_80": {
+        **{(2, name): config(8, 3, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
+        **{(4, name): config(8, 3, BLOCK_M=128, BLOCK_N=64) for name in ("dx", "dw")},
+        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
+        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
+    },
+    "sm_90": {
+        **{(2, name): config(8, 4, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
+        **{(4, name): config(8, 3, BLOCK_M=128, BLOCK_N=64) for name in ("dx", "dw")},
+        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
+        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
+    },
+    "sm_100": {
+        **{(2, name): config(8, 4, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
+        **{(4, name): config(8, 3, BLOCK_M=128, BLOCK_N=64) for name in ("dx", "dw")},
+        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
+        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
+    },
+    "gfx942": {
+        **{(2, name): config(4, 2, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
+        **{(4, name): config(4, 2, BLOCK_M=64, BLOCK_N=64) for name in ("dx", "dw")},
+        **{(itemsize, "unaligned"): config(4, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
+        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
+    },
+}
+SPLIT_ROWS = 64  # dw and db are split along T into multiples of it
+WAVES_OF_SUMS = 4  # programs for each processor where a kernel only streams
+SUM_BLOCK = 1024
 # GPUs that copy whole tiles by themselves (TMA). Not for one text: describing its tensors costs more than they save.
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
 WAVES = 2  # more tiles than this for each processor: with descriptors the grid is persistent, one program a processor
@@ -116,9 +172,9 @@ def bucket(T: int, N: int, itemsize: int, aligned: bool = True) -> tuple[int, st
 
 @triton.jit
 def _of_part(part, q, k, v, PARTS: tl.constexpr):
-    """q, k or v for part 0, 1 or 2: a pointer or a descriptor."""
+    """q, k or v for part 0, 1 or 2 of PARTS: a pointer or a descriptor."""
     chosen = q
-    if PARTS == 3:
+    if PARTS > 1:
         if part == 1:
             chosen = k
         elif part == 2:
@@ -223,6 +279,105 @@ def _linear_fwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _strided_product(
+    a_ptr, b_ptr, stride_am, stride_ak, stride_bn, stride_bk, row, col, start, length, K, acc,
+    M, N, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + a[row : row + BLOCK_M, k] · b[col : col + BLOCK_N, k]ᵀ for k from start, `length` of them, below K."""
+    m, n, k = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), start + tl.arange(0, BLOCK_K).to(tl.int64)
+    a_ptrs = a_ptr + m.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
+    b_ptrs = b_ptr + n.to(tl.int64)[:, None] * stride_bn + k[None, :] * stride_bk
+    for step in range(0, length, BLOCK_K):
+        left = K - step
+        a = tl.load(a_ptrs, mask=(m < M)[:, None] & (k < left)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=(n < N)[:, None] & (k < left)[None, :], other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit(do_not_specialize=["T"])
+def _linear_dx_kernel(
+    dq_ptr, dk_ptr, dv_ptr, wq_ptr, wk_ptr, wv_ptr, dx_ptr, stride_dm, stride_dn, stride_wn, T,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of dx [T, K]: the gradients of all parts times their weights."""
+    tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    row, col = tl.program_id(0) // tiles * BLOCK_M, tl.program_id(0) % tiles * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for part in range(0, PARTS):
+        d_ptr, w_ptr = _of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS), _of_part(part, wq_ptr, wk_ptr, wv_ptr, PARTS)
+        acc = _strided_product(
+            d_ptr, w_ptr, stride_dm, stride_dn, 1, stride_wn, row, col, 0, N, N, acc,
+            T, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    dx_ptrs = dx_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=(rows < T)[:, None] & (cols < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "length"])
+def _linear_dw_kernel(
+    dq_ptr, dk_ptr, dv_ptr, x_ptr, dw_ptr, stride_dm, stride_dn, stride_xm, T, length,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of one weight's gradient, over `length` rows of x: of dw [splits, parts, N, K]."""
+    tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    row, col = tl.program_id(0) // tiles * BLOCK_M, tl.program_id(0) % tiles * BLOCK_N
+    part, split = tl.program_id(1), tl.program_id(2)
+    d_ptr = _of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS)
+    start = split.to(tl.int64) * length
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = _strided_product(
+        d_ptr, x_ptr, stride_dn, stride_dm, 1, stride_xm, row, col, start, length, T, acc,
+        N, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    dw_ptr += (split * PARTS + part).to(tl.int64) * (N * K)
+    dw_ptrs = dw_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "length"])
+def _linear_dz_kernel(
+    dq_ptr, dk_ptr, dv_ptr, z_ptr, dz_ptr, db_ptr, stride_dm, stride_dn, T, length,
+    N: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Over `length` rows: behind GELU dz [T, N] from dy and z; and the column sums db [splits, parts, N]."""
+    part, split = tl.program_id(1), tl.program_id(2)
+    d_ptr = _of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for step in range(0, length, BLOCK_M):
+        rows = split.to(tl.int64) * length + step + tl.arange(0, BLOCK_M)
+        mask = (rows < T)[:, None] & (cols < N)[None, :]
+        d = tl.load(d_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dn, mask=mask, other=0.0).to(tl.float32)
+        if z_ptr is not None:
+            z = tl.load(z_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+            d *= 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * density
+            tl.store(dz_ptr + rows[:, None] * N + cols[None, :], d.to(dz_ptr.dtype.element_ty), mask=mask)
+        total += tl.sum(d, axis=0)
+    if db_ptr is not None:
+        tl.store(db_ptr + (split * PARTS + part) * N + cols, total, mask=cols < N)
+
+
+@triton.jit(do_not_specialize=["size", "splits"])
+def _sum_splits_kernel(partials_ptr, sum_ptr, size, splits, BLOCK: tl.constexpr):
+    """sum [size] of partials [splits, size], in the order of the splits."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    partials_ptrs = partials_ptr + place
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, splits):
+        total += tl.load(partials_ptrs, mask=place < size, other=0.0)
+        partials_ptrs += size
+    tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=place < size)
+
+
 @opaque
 def linear_fwd(
     operation: str,
@@ -266,6 +421,107 @@ def linear_fwd(
     return y
 
 
+@opaque
+def linear_bwd(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gelu: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, of the weights and of the biases, each in its tensor's dtype; None where not `wanted`. `dys`:
+    those of the outputs, [T, N] each, at any strides."""
+    parts = len(weights)
+    of_x, of_weights, of_biases = wanted[0], wanted[1 : 1 + parts], wanted[1 + parts :]
+    if len({dy.stride() for dy in dys}) > 1:
+        dys = [dy.contiguous() for dy in dys]
+    z = linear_fwd("linear_act", x, weights, biases)[:, 0] if gelu else None
+    dys, dbs = _dz(dys, z, biases, of_biases)
+    dx = _dx(dys, x, weights) if of_x else None
+    return dx, *_dw(dys, x, weights, of_weights), *dbs
+
+
+def _dx(dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    (T, K), N, parts, itemsize = x.shape, len(weights[0]), len(weights), x.element_size()
+    dx = torch.empty((T, K), dtype=x.dtype, device=x.device)
+    if dx.numel():
+        tuned, absent = pick(BACKWARD_CONFIGS, x.device, (itemsize, _load("dx", dys, x, weights))), [None] * (3 - parts)
+        block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
+        grid = (triton.cdiv(T, block_m) * triton.cdiv(K, block_n),)
+        stride_wn = K if N == 1 else weights[0].stride(0)
+        _linear_dx_kernel[grid](
+            *dys, *absent, *weights, *absent, dx, *dys[0].stride(), stride_wn, T, N=N, K=K, PARTS=parts,
+            PRECISION=input_precision(x.dtype, x.device), BLOCK_K=BLOCK_K[itemsize], **tuned.meta,
+        )  # fmt: skip
+    return dx
+
+
+def _dw(dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    (T, K), N, itemsize = x.shape, len(weights[0]), x.element_size()
+    chosen = [dy for dy, want in zip(dys, wanted, strict=True) if want]
+    if not chosen:
+        return [None] * len(weights)
+    parts, tuned = len(chosen), pick(BACKWARD_CONFIGS, x.device, (itemsize, _load("dw", chosen, x, weights)))
+    block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
+    tiles = triton.cdiv(N, block_m) * triton.cdiv(K, block_n)
+    splits, length = _split(T, tiles * parts, x.device)
+    partials = torch.empty((splits, parts, N, K), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    if partials.numel():
+        _linear_dw_kernel[(tiles, parts, splits)](
+            *chosen, *chosen[:1] * (3 - parts), x, partials, *chosen[0].stride(), K if T == 1 else x.stride(0),
+            T, length, N=N, K=K, PARTS=parts, PRECISION=input_precision(x.dtype, x.device), BLOCK_K=BLOCK_K[itemsize],
+            **tuned.meta,
+        )  # fmt: skip
+    gradients = iter(_sum_splits(partials, x.dtype))
+    return [next(gradients) if want else None for want in wanted]
+
+
+def _dz(
+    dys: Sequence[Tensor], z: Tensor | None, biases: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+    """The gradients in front of GELU (where z is None: dys) and those of the biases that are wanted."""
+    of_bias = any(wanted)
+    if z is None and not of_bias:
+        return dys, [None] * len(biases)
+    (T, N), parts, device = dys[0].shape, len(dys), dys[0].device
+    tuned = pick(BACKWARD_CONFIGS, device, (dys[0].element_size(), "dz"))
+    column_tiles = triton.cdiv(N, dict(tuned.tiles)["BLOCK_N"])
+    splits, length = _split(T, column_tiles * parts, device, WAVES_OF_SUMS)
+    dz = None if z is None else torch.empty((T, N), dtype=dys[0].dtype, device=device)
+    partials = torch.empty((splits, parts, N), dtype=torch.float32, device=device) if of_bias else None
+    if N:
+        _linear_dz_kernel[(column_tiles, parts, splits)](
+            *dys, *[None] * (3 - parts), z, dz, partials, *dys[0].stride(), T, length, N=N, PARTS=parts, **tuned.meta
+        )
+    sums = _sum_splits(partials, dys[0].dtype) if of_bias else [None] * parts
+    return dys if dz is None else [dz], [db if want else None for db, want in zip(sums, wanted, strict=True)]
+
+
+def _load(gradient: str, dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> str:
+    """The load of BACKWARD_CONFIGS: `gradient`, or "unaligned"."""
+    return gradient if all(dy.stride(1) == 1 for dy in dys) and _vectorised(x, *weights, *dys) else "unaligned"
+
+
+def _split(T: int, programs: int, device: torch.device, waves: int = 1) -> tuple[int, int]:
+    """Into how many parts T rows are cut so that the programs fill the device, and the rows of a part: multiples of
+    SPLIT_ROWS, whatever the tile."""
+    wanted = max(1, waves * processors(device) // max(programs, 1))
+    length = triton.cdiv(triton.cdiv(max(T, 1), wanted), SPLIT_ROWS) * SPLIT_ROWS
+    return triton.cdiv(max(T, 1), length), length
+
+
+def _sum_splits(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """partials [splits, …] summed over the splits, in `dtype`."""
+    if len(partials) == 1:
+        return partials[0].to(dtype)
+    total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    if total.numel():
+        grid = (triton.cdiv(total.numel(), SUM_BLOCK),)
+        _sum_splits_kernel[grid](partials, total, total.numel(), len(partials), BLOCK=SUM_BLOCK, num_warps=4)
+    return total
+
+
 def _describable(N: int, *matrices: Tensor) -> bool:
     """Whether descriptors can express x, the weights and y: all rows at multiples of 16 bytes, none overlapping."""
     row = 16 // matrices[0].element_size()
@@ -301,9 +557,38 @@ def _check_arguments(operation: str, x: Tensor, weights: Sequence[Tensor], biase
         require(fits, f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{len(first)}]")
 
 
+class Linear(torch.autograd.Function):
+    """linear_fwd with its gradients. The operands: x, the weights, then as many biases."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: str, gelu: bool, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        x, weights, biases = _split_operands(operands)
+        ctx.save_for_backward(*operands)
+        ctx.gelu = gelu
+        return linear_fwd(operation, x, weights, biases, gelu).unbind(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = linear_bwd(dys, *_split_operands(ctx.saved_tensors), ctx.gelu, ctx.needs_input_grad[2:])
+        return None, None, *gradients
+
+
+def _split_operands(operands: Sequence[Any]) -> tuple[Any, Sequence[Any], Sequence[Any]]:
+    x, *rest = operands
+    return x, rest[: len(rest) // 2], rest[len(rest) // 2 :]
+
+
+def _linear(operation: str, gelu: bool, *operands: Tensor | None) -> tuple[Tensor, ...]:
+    operands = autocast(*operands)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        return Linear.apply(operation, gelu, *operands)
+    return linear_fwd(operation, *_split_operands(operands), gelu).unbind(1)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias; x [T, in], weight [out, in] → [T, out]."""
-    return linear_fwd("linear", x, [weight], [bias])[:, 0]
+    return _linear("linear", False, x, weight, bias)[0]
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu") -> Tensor:
@@ -313,7 +598,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu"
     """
     if act != "gelu":
         raise ValueError(f"linear_act fuses 'gelu' only, not {act!r}: apply that activation to linear's result")
-    return linear_fwd("linear_act", x, [weight], [bias], gelu=True)[:, 0]
+    return _linear("linear_act", True, x, weight, bias)[0]
 
 
 def qkv_projection(
@@ -323,5 +608,5 @@ def qkv_projection(
     biases = [bq, bk, bv]
     if any(b is None for b in biases) and any(b is not None for b in biases):
         biases = [x.new_zeros(len(w)) if b is None else b for w, b in zip((wq, wk, wv), biases, strict=True)]
-    q, k, v = linear_fwd("qkv_projection", x, [wq, wk, wv], biases).unbind(1)
+    q, k, v = _linear("qkv_projection", False, x, wq, wk, wv, *biases)
     return q, k, v

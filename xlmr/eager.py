@@ -3,6 +3,7 @@
 T tokens (rows), N hidden units, H heads, D units a head, V words. A linear layer's weight is [out, in], as in torch.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -65,10 +66,12 @@ def attention(
     query of a sequence sees its last key. A query that sees no key gets zeros.
     """
     outputs = []
-    for count, q_start, q_len, k_start, k_len in sequences.runs:
+    owned = [_spans(q, [(start, count * length) for count, start, length, _, _ in sequences.runs])]
+    owned += [_spans(t, [(start, count * length) for count, _, _, start, length in sequences.runs]) for t in (k, v)]
+    for (count, _, q_len, _, k_len), *rows in zip(sequences.runs, *owned, strict=True):
         queries, keys, values = (
-            t[start : start + count * length].view(count, length, *t.shape[1:]).transpose(1, 2)
-            for t, start, length in ((q, q_start, q_len), (k, k_start, k_len), (v, k_start, k_len))
+            t.unflatten(0, (count, length)).transpose(1, 2)
+            for t, length in zip(rows, (q_len, k_len, k_len), strict=True)
         )
         if k_len == 0:
             out = torch.zeros_like(queries)
@@ -83,6 +86,13 @@ def attention(
             )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def _spans(t: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """t[start : start + length] of each, in ascending order; in one split, for the gradient of a slice is as large as
+    t."""
+    bounds = [0, *(bound for start, length in spans for bound in (start, start + length)), len(t)]
+    return t.split([end - start for start, end in itertools.pairwise(bounds)])[1::2]
 
 
 def dense_attention(
@@ -119,15 +129,19 @@ def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     return F.layer_norm(F.gelu(x), weight.shape, weight, bias, eps)
 
 
-def vocab_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Mean cross entropy of softmax(x · weightᵀ + bias) against `labels` [T] over the rows whose label is not −100.
+def vocab_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, reduction: str = "mean"
+) -> Tensor:
+    """Cross entropy of softmax(x · weightᵀ + bias) against `labels` [T] over the rows whose label is not −100: the
+    mean, or with reduction="sum" the sum.
 
-    x [T, N], weight [V, N] → a scalar in fp32 (or fp64); NaN, as in torch, where every label is −100. Only the labelled
-    rows are multiplied.
+    x [T, N], weight [V, N] → a scalar in fp32 (or fp64); where every label is −100 the mean is NaN, as in torch. Only
+    the labelled rows are multiplied.
     """
     labelled = labels != -100
     logits = linear(x[labelled], weight, bias)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[labelled])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels[labelled], reduction=reduction)
 
 
 def vocab_topk(

@@ -2,11 +2,13 @@
 
 `Ops` is a frozen record of functions. `EAGER` is plain PyTorch (xlmr.eager), `triton()` the kernels (xlmr.kernels). A
 model holds one Ops and calls `self.ops.linear(…)`; putting another there, or `dataclasses.replace(ops, attention=…)`,
-swaps a path or one operation. What cuts across operations is a function from Ops to Ops, such as `checked`.
+swaps a path or one operation. What cuts across operations is a function from Ops to Ops: `checked`, `traced`.
 """
 
+import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,7 +20,7 @@ from .eager import dense_attention
 
 __all__ = [
     "BACKENDS", "EAGER", "Check", "Ops", "checked", "checked_gradients", "compare", "dense_attention", "gradients",
-    "resolve", "triton",
+    "resolve", "traced", "triton",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "eager", "triton")
@@ -39,6 +41,8 @@ class Ops:
     vocab_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rows_at_once: Callable[[torch.Tensor], int]
 
+
+COMPUTED = tuple(field.name for field in fields(Ops) if field.name != "rows_at_once")  # the fields that compute tensors
 
 EAGER = Ops(
     embed=eager.embed,
@@ -128,16 +132,35 @@ def checked(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Ops:
     def check(name: str) -> Callable[..., Any]:
         operation, twin = getattr(ops, name), getattr(against, name)
 
-        def call(*args: Any) -> Any:
-            out = operation(*args)
-            exact = twin(*(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args))
-            checks.append(compare(name, out, twin(*args), exact))
+        def call(*args: Any, **settings: Any) -> Any:
+            out = operation(*args, **settings)
+            checks.append(compare(name, out, twin(*args, **settings), twin(*_double(args), **settings)))
             return out
 
         return call
 
-    names = [field.name for field in fields(Ops) if field.name != "rows_at_once"]
-    return replace(ops, **{name: check(name) for name in names})
+    return replace(ops, **{name: check(name) for name in COMPUTED})
+
+
+def traced(ops: Ops) -> Ops:
+    """`ops`, whose every call stands in a range named after it, "xlmr.linear": one of torch.profiler, and where they
+    are at work one of NVTX (Nsight) and one of Proton (Triton's profiler)."""
+
+    def trace(name: str) -> Callable[..., Any]:
+        operation, label = getattr(ops, name), f"xlmr.{name}"
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with contextlib.ExitStack() as ranges:
+                ranges.enter_context(torch.profiler.record_function(label))
+                if torch.cuda.is_available():
+                    ranges.enter_context(torch.cuda.nvtx.range(label))
+                if "triton.profiler" in sys.modules:  # imported by whoever measures with Proton
+                    ranges.enter_context(sys.modules["triton.profiler"].scope(label))
+                return operation(*args, **kwargs)
+
+        return call
+
+    return replace(ops, **{name: trace(name) for name in COMPUTED})
 
 
 def checked_gradients(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Ops:
@@ -148,19 +171,23 @@ def checked_gradients(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Op
         operation, twin = getattr(ops, name), getattr(against, name)
         names = list(inspect.signature(getattr(EAGER, name)).parameters)
 
-        def call(*args: Any) -> Any:
-            out = operation(*args)
+        def call(*args: Any, **settings: Any) -> Any:
+            out = operation(*args, **settings)
             upstream = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
-            doubles = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-            judged = ((operation, args), (twin, args), (twin, doubles))
-            mine, theirs, exact = (gradients(function, given, upstream) for function, given in judged)
+            judged = ((operation, args), (twin, args), (twin, _double(args)))
+            mine, theirs, exact = (
+                gradients(functools.partial(function, **settings), given, upstream) for function, given in judged
+            )
             checks.extend(compare(f"{name}, {names[i]}", mine[i], theirs[i], exact[i]) for i in mine)
             return out
 
         return call
 
-    names = [field.name for field in fields(Ops) if field.name not in ("rows_at_once", "vocab_topk")]
-    return replace(ops, **{name: check(name) for name in names})
+    return replace(ops, **{name: check(name) for name in COMPUTED if name != "vocab_topk"})
+
+
+def _double(args: Sequence[Any]) -> list[Any]:
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
 def gradients(

@@ -95,6 +95,10 @@ class Layout:
         x = x.flatten(0, 1)
         return x if self.indices is None else x[self.indices]
 
+    def first_rows(self) -> Tensor:
+        """The first row of each sequence, int64 [B]."""
+        return self.sequences.q_starts.long()
+
     def pad(self, x: Tensor) -> Tensor:
         """[T, …] → [B, S, …]: zeros at the positions that were not computed."""
         if self.indices is not None:

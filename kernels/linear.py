@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import Config, Table, autocast, check, config, input_precision, opaque, pick, processors, require, target
+from ._products import BLOCK_K, of_part, product_dw, product_dx, split_rows, sum_splits, vectorised
 
 
 def cost(T: int, N: int, K: int, itemsize: int, backward: bool = False, gelu: bool = False) -> tuple[int, int]:
@@ -54,9 +55,6 @@ def activation_bytes(K: int, itemsize: int) -> int:
     """Bytes a token kept for backward: x, with or without GELU."""
     return K * itemsize
 
-
-# Elements of K a step, by the bytes of an element: 128 bytes. Never by the load: see the docstring.
-BLOCK_K = {2: 64, 4: 32}
 
 TEXT_ROWS = 64  # at most so many rows: "text", one tile of rows
 OUTPUTS = {"small": 1 << 20, "medium": 1 << 23}  # at most so many elements of y; beyond: "large"
@@ -118,42 +116,9 @@ CONFIGS: Table = {
         (4, "large"): config(8, 2, BLOCK_M=128, BLOCK_N=128),
     },
 }
-# (bytes of an element, gradient). "unaligned": dx and dw of elements that come one by one. Not measured yet: chosen by
-# compiling for each target (no spills).
-BACKWARD_CONFIGS: Table = {
-    "portable": {
-        **{(itemsize, name): config(8, 3, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4) for name in ("dx", "dw")},
-        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
-        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
-    },
-    "sm_80": {
-        **{(2, name): config(8, 3, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
-        **{(4, name): config(8, 3, BLOCK_M=128, BLOCK_N=64) for name in ("dx", "dw")},
-        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
-        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
-    },
-    "sm_90": {
-        **{(2, name): config(8, 4, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
-        **{(4, name): config(8, 3, BLOCK_M=128, BLOCK_N=64) for name in ("dx", "dw")},
-        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
-        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
-    },
-    "sm_100": {
-        **{(2, name): config(8, 4, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
-        **{(4, name): config(8, 3, BLOCK_M=128, BLOCK_N=64) for name in ("dx", "dw")},
-        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
-        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
-    },
-    "gfx942": {
-        **{(2, name): config(4, 2, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
-        **{(4, name): config(4, 2, BLOCK_M=64, BLOCK_N=64) for name in ("dx", "dw")},
-        **{(itemsize, "unaligned"): config(4, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
-        **{(itemsize, "dz"): config(4, 1, BLOCK_M=16, BLOCK_N=128) for itemsize in (2, 4)},
-    },
-}
-SPLIT_ROWS = 64  # dw and db are split along T into multiples of it
-WAVES_OF_SUMS = 4  # programs for each processor where a kernel only streams
-SUM_BLOCK = 1024
+# dz and the column sums stream: 16 rows of 128 columns a step on every target, not measured yet.
+ROW_SUMS = config(4, 1, BLOCK_M=16, BLOCK_N=128)
+WAVES_OF_SUMS = 4  # their programs for each processor
 # GPUs that copy whole tiles by themselves (TMA). Not for one text: describing its tensors costs more than they save.
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
 WAVES = 2  # more tiles than this for each processor: with descriptors the grid is persistent, one program a processor
@@ -168,18 +133,6 @@ def bucket(T: int, N: int, itemsize: int, aligned: bool = True) -> tuple[int, st
     if T <= TEXT_ROWS:
         return itemsize, "text"
     return itemsize, next((load for load, most in OUTPUTS.items() if most >= T * N), "large")
-
-
-@triton.jit
-def _of_part(part, q, k, v, PARTS: tl.constexpr):
-    """q, k or v for part 0, 1 or 2 of PARTS: a pointer or a descriptor."""
-    chosen = q
-    if PARTS > 1:
-        if part == 1:
-            chosen = k
-        elif part == 2:
-            chosen = v
-    return chosen
 
 
 @triton.jit
@@ -241,9 +194,9 @@ def _tile(
     row = (first + tile % group_tiles % height) * BLOCK_M
     column_tile = tile % group_tiles // height
     part, col = column_tile // part_tiles, column_tile % part_tiles * BLOCK_N
-    w_ptr, b_ptr = _of_part(part, wq_ptr, wk_ptr, wv_ptr, PARTS), bq_ptr
+    w_ptr, b_ptr = of_part(part, wq_ptr, wk_ptr, wv_ptr, PARTS), bq_ptr
     if bq_ptr is not None:
-        b_ptr = _of_part(part, bq_ptr, bk_ptr, bv_ptr, PARTS)
+        b_ptr = of_part(part, bq_ptr, bk_ptr, bv_ptr, PARTS)
     acc = _product(
         x_ptr, w_ptr, stride_xm, stride_wn, row, col, T, N, K, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
     )
@@ -279,69 +232,6 @@ def _linear_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _strided_product(
-    a_ptr, b_ptr, stride_am, stride_ak, stride_bn, stride_bk, row, col, start, length, K, acc,
-    M, N, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """acc + a[row : row + BLOCK_M, k] · b[col : col + BLOCK_N, k]ᵀ for k from start, `length` of them, below K."""
-    m, n, k = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), start + tl.arange(0, BLOCK_K).to(tl.int64)
-    a_ptrs = a_ptr + m.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
-    b_ptrs = b_ptr + n.to(tl.int64)[:, None] * stride_bn + k[None, :] * stride_bk
-    for step in range(0, length, BLOCK_K):
-        left = K - step
-        a = tl.load(a_ptrs, mask=(m < M)[:, None] & (k < left)[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=(n < N)[:, None] & (k < left)[None, :], other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
-    return acc
-
-
-@triton.jit(do_not_specialize=["T"])
-def _linear_dx_kernel(
-    dq_ptr, dk_ptr, dv_ptr, wq_ptr, wk_ptr, wv_ptr, dx_ptr, stride_dm, stride_dn, stride_wn, T,
-    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of dx [T, K]: the gradients of all parts times their weights."""
-    tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row, col = tl.program_id(0) // tiles * BLOCK_M, tl.program_id(0) % tiles * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for part in range(0, PARTS):
-        d_ptr, w_ptr = _of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS), _of_part(part, wq_ptr, wk_ptr, wv_ptr, PARTS)
-        acc = _strided_product(
-            d_ptr, w_ptr, stride_dm, stride_dn, 1, stride_wn, row, col, 0, N, N, acc,
-            T, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    dx_ptrs = dx_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=(rows < T)[:, None] & (cols < K)[None, :])
-
-
-@triton.jit(do_not_specialize=["T", "length"])
-def _linear_dw_kernel(
-    dq_ptr, dk_ptr, dv_ptr, x_ptr, dw_ptr, stride_dm, stride_dn, stride_xm, T, length,
-    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of one weight's gradient, over `length` rows of x: of dw [splits, parts, N, K]."""
-    tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    row, col = tl.program_id(0) // tiles * BLOCK_M, tl.program_id(0) % tiles * BLOCK_N
-    part, split = tl.program_id(1), tl.program_id(2)
-    d_ptr = _of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS)
-    start = split.to(tl.int64) * length
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc = _strided_product(
-        d_ptr, x_ptr, stride_dn, stride_dm, 1, stride_xm, row, col, start, length, T, acc,
-        N, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    dw_ptr += (split * PARTS + part).to(tl.int64) * (N * K)
-    dw_ptrs = dw_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < K)[None, :])
-
-
 @triton.jit(do_not_specialize=["T", "length"])
 def _linear_dz_kernel(
     dq_ptr, dk_ptr, dv_ptr, z_ptr, dz_ptr, db_ptr, stride_dm, stride_dn, T, length,
@@ -349,7 +239,7 @@ def _linear_dz_kernel(
 ):  # fmt: skip
     """Over `length` rows: behind GELU dz [T, N] from dy and z; and the column sums db [splits, parts, N]."""
     part, split = tl.program_id(1), tl.program_id(2)
-    d_ptr = _of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS)
+    d_ptr = of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     for step in range(0, length, BLOCK_M):
@@ -364,18 +254,6 @@ def _linear_dz_kernel(
         total += tl.sum(d, axis=0)
     if db_ptr is not None:
         tl.store(db_ptr + (split * PARTS + part) * N + cols, total, mask=cols < N)
-
-
-@triton.jit(do_not_specialize=["size", "splits"])
-def _sum_splits_kernel(partials_ptr, sum_ptr, size, splits, BLOCK: tl.constexpr):
-    """sum [size] of partials [splits, size], in the order of the splits."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    partials_ptrs = partials_ptr + place
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, splits):
-        total += tl.load(partials_ptrs, mask=place < size, other=0.0)
-        partials_ptrs += size
-    tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=place < size)
 
 
 @opaque
@@ -400,7 +278,7 @@ def linear_fwd(
     if descriptors is None:
         descriptors = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and _describable(N, x, *weights)
     if tuned is None:
-        aligned = descriptors or _vectorised(x, *weights)
+        aligned = descriptors or vectorised(x, *weights)
         tuned = pick(CONFIGS, x.device, bucket(T, parts * N, itemsize, aligned))
     block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
     programs = triton.cdiv(T, block_m) * triton.cdiv(N, block_n) * parts
@@ -438,43 +316,10 @@ def linear_bwd(
         dys = [dy.contiguous() for dy in dys]
     z = linear_fwd("linear_act", x, weights, biases)[:, 0] if gelu else None
     dys, dbs = _dz(dys, z, biases, of_biases)
-    dx = _dx(dys, x, weights) if of_x else None
-    return dx, *_dw(dys, x, weights, of_weights), *dbs
-
-
-def _dx(dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    (T, K), N, parts, itemsize = x.shape, len(weights[0]), len(weights), x.element_size()
-    dx = torch.empty((T, K), dtype=x.dtype, device=x.device)
-    if dx.numel():
-        tuned, absent = pick(BACKWARD_CONFIGS, x.device, (itemsize, _load("dx", dys, x, weights))), [None] * (3 - parts)
-        block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
-        grid = (triton.cdiv(T, block_m) * triton.cdiv(K, block_n),)
-        stride_wn = K if N == 1 else weights[0].stride(0)
-        _linear_dx_kernel[grid](
-            *dys, *absent, *weights, *absent, dx, *dys[0].stride(), stride_wn, T, N=N, K=K, PARTS=parts,
-            PRECISION=input_precision(x.dtype, x.device), BLOCK_K=BLOCK_K[itemsize], **tuned.meta,
-        )  # fmt: skip
-    return dx
-
-
-def _dw(dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    (T, K), N, itemsize = x.shape, len(weights[0]), x.element_size()
-    chosen = [dy for dy, want in zip(dys, wanted, strict=True) if want]
-    if not chosen:
-        return [None] * len(weights)
-    parts, tuned = len(chosen), pick(BACKWARD_CONFIGS, x.device, (itemsize, _load("dw", chosen, x, weights)))
-    block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
-    tiles = triton.cdiv(N, block_m) * triton.cdiv(K, block_n)
-    splits, length = _split(T, tiles * parts, x.device)
-    partials = torch.empty((splits, parts, N, K), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
-    if partials.numel():
-        _linear_dw_kernel[(tiles, parts, splits)](
-            *chosen, *chosen[:1] * (3 - parts), x, partials, *chosen[0].stride(), K if T == 1 else x.stride(0),
-            T, length, N=N, K=K, PARTS=parts, PRECISION=input_precision(x.dtype, x.device), BLOCK_K=BLOCK_K[itemsize],
-            **tuned.meta,
-        )  # fmt: skip
-    gradients = iter(_sum_splits(partials, x.dtype))
-    return [next(gradients) if want else None for want in wanted]
+    dx = product_dx(dys, weights) if of_x else None
+    chosen = [dy for dy, want in zip(dys, of_weights, strict=True) if want]
+    dws = iter(product_dw(chosen, x) if chosen else ())
+    return dx, *(next(dws) if want else None for want in of_weights), *dbs
 
 
 def _dz(
@@ -485,41 +330,17 @@ def _dz(
     if z is None and not of_bias:
         return dys, [None] * len(biases)
     (T, N), parts, device = dys[0].shape, len(dys), dys[0].device
-    tuned = pick(BACKWARD_CONFIGS, device, (dys[0].element_size(), "dz"))
+    tuned = ROW_SUMS
     column_tiles = triton.cdiv(N, dict(tuned.tiles)["BLOCK_N"])
-    splits, length = _split(T, column_tiles * parts, device, WAVES_OF_SUMS)
+    splits, length = split_rows(T, column_tiles * parts, device, WAVES_OF_SUMS)
     dz = None if z is None else torch.empty((T, N), dtype=dys[0].dtype, device=device)
     partials = torch.empty((splits, parts, N), dtype=torch.float32, device=device) if of_bias else None
     if N:
         _linear_dz_kernel[(column_tiles, parts, splits)](
             *dys, *[None] * (3 - parts), z, dz, partials, *dys[0].stride(), T, length, N=N, PARTS=parts, **tuned.meta
         )
-    sums = _sum_splits(partials, dys[0].dtype) if of_bias else [None] * parts
+    sums = sum_splits(partials, dys[0].dtype) if of_bias else [None] * parts
     return dys if dz is None else [dz], [db if want else None for db, want in zip(sums, wanted, strict=True)]
-
-
-def _load(gradient: str, dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> str:
-    """The load of BACKWARD_CONFIGS: `gradient`, or "unaligned"."""
-    return gradient if all(dy.stride(1) == 1 for dy in dys) and _vectorised(x, *weights, *dys) else "unaligned"
-
-
-def _split(T: int, programs: int, device: torch.device, waves: int = 1) -> tuple[int, int]:
-    """Into how many parts T rows are cut so that the programs fill the device, and the rows of a part: multiples of
-    SPLIT_ROWS, whatever the tile."""
-    wanted = max(1, waves * processors(device) // max(programs, 1))
-    length = triton.cdiv(triton.cdiv(max(T, 1), wanted), SPLIT_ROWS) * SPLIT_ROWS
-    return triton.cdiv(max(T, 1), length), length
-
-
-def _sum_splits(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """partials [splits, …] summed over the splits, in `dtype`."""
-    if len(partials) == 1:
-        return partials[0].to(dtype)
-    total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    if total.numel():
-        grid = (triton.cdiv(total.numel(), SUM_BLOCK),)
-        _sum_splits_kernel[grid](partials, total, total.numel(), len(partials), BLOCK=SUM_BLOCK, num_warps=4)
-    return total
 
 
 def _describable(N: int, *matrices: Tensor) -> bool:
@@ -527,13 +348,6 @@ def _describable(N: int, *matrices: Tensor) -> bool:
     row = 16 // matrices[0].element_size()
     return N % row == 0 and all(
         m.data_ptr() % 16 == 0 and m.stride(0) % row == 0 and m.stride(0) >= m.shape[1] for m in matrices
-    )
-
-
-def _vectorised(*matrices: Tensor) -> bool:
-    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements."""
-    return all(
-        m.data_ptr() % 16 == 0 and m.shape[1] % 16 == 0 and (len(m) == 1 or m.stride(0) % 16 == 0) for m in matrices
     )
 
 

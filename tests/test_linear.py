@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.numerics import assert_accurate
 from xlmr import eager
+from xlmr.kernels import _products as products
 from xlmr.kernels import linear as kernel
 from xlmr.kernels._launch import config
 
@@ -339,7 +340,7 @@ def test_gradients(
 def test_gradients_split_along_the_rows_are_the_same_each_time(
     operation: Operation, device: torch.device, monkeypatch: pytest.MonkeyPatch, poisoned: None
 ) -> None:
-    monkeypatch.setattr(kernel, "processors", lambda device: 64)
+    monkeypatch.setattr(products, "processors", lambda device: 64)
     given = inputs(300, 24, 40, torch.float32, device)
     dy = upstream(operation, given)
     assert_gradients(operation, given, dy)
@@ -373,28 +374,28 @@ def test_a_gradient_that_is_not_finite_is_passed_on(device: torch.device) -> Non
 
 def test_nothing_is_computed_that_nobody_asked_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    for name in ("_linear_dx_kernel", "_linear_dw_kernel", "_linear_dz_kernel"):
-        jitted = getattr(kernel, name)
+    for module, name in ((products, "_dx_kernel"), (products, "_dw_kernel"), (kernel, "_linear_dz_kernel")):
+        jitted = getattr(module, name)
 
         class Watched:
             def __getitem__(self, grid: Any, name: str = name, jitted: Any = jitted) -> Any:
                 launched.append((name, grid))
                 return jitted[grid]
 
-        monkeypatch.setattr(kernel, name, Watched())
+        monkeypatch.setattr(module, name, Watched())
     given = inputs(20, 16, 24, torch.float32, device)
     dy = torch.randn(20, 3, 16, device=device)
     every = gradients(qkv, kernel, given, dy)
     for wanted, expected in (
-        ([0], {"_linear_dx_kernel"}), ([1, 3], {"_linear_dw_kernel"}), ([5], {"_linear_dz_kernel"}),
-        ([0, 2, 4], {"_linear_dx_kernel", "_linear_dw_kernel", "_linear_dz_kernel"}),
+        ([0], {"_dx_kernel"}), ([1, 3], {"_dw_kernel"}), ([5], {"_linear_dz_kernel"}),
+        ([0, 2, 4], {"_dx_kernel", "_dw_kernel", "_linear_dz_kernel"}),
     ):  # fmt: skip
         launched.clear()
         found = gradients(qkv, kernel, given, dy, wanted)
         assert {name for name, _ in launched} == expected
         assert all(torch.equal(found[i], every[j]) for i, j in enumerate(wanted))
         for name, grid in launched:
-            if name == "_linear_dw_kernel":
+            if name == "_dw_kernel":
                 assert grid[1] == len([i for i in wanted if i in (1, 2, 3)])
 
 
@@ -426,5 +427,5 @@ def test_autocast(operation: Operation, device: torch.device) -> None:
 
 
 def test_every_load_has_a_configuration_for_backward() -> None:
-    loads = {(itemsize, load) for itemsize in kernel.BLOCK_K for load in ("dx", "dw", "dz", "unaligned")}
-    assert all(set(table) == loads for table in kernel.BACKWARD_CONFIGS.values())
+    loads = {(itemsize, load) for itemsize in kernel.BLOCK_K for load in ("dx", "dw", "unaligned")}
+    assert all(set(table) == loads for table in products.CONFIGS.values())

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,8 +148,26 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def opaque(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps torch.compile out of a launcher in the interpreter, whose NumPy code it cannot trace."""
-    return torch.compiler.disable(launch) if os.environ.get("TRITON_INTERPRET") == "1" else launch
+    """A launcher that works where its first tensor is, whatever the current device: kernels start on the latter.
+
+    In the interpreter torch.compile is kept out of it, which cannot trace NumPy.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.compiler.disable(launch)
+
+    @functools.wraps(launch)
+    def launched(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.cuda.device_count() < 2:
+            return launch(*args, **kwargs)
+        with torch.cuda.device(_first_tensor(args).device):
+            return launch(*args, **kwargs)
+
+    return launched
+
+
+def _first_tensor(args: Iterable[Any]) -> Any:
+    flat = (a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,)))
+    return next(a for a in flat if isinstance(a, torch.Tensor))
 
 
 def rows_at_once(x: torch.Tensor) -> int:

@@ -177,9 +177,13 @@ def product_dw(dys: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def vectorised(*matrices: Tensor) -> bool:
-    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements."""
+    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements. (Every storage on a
+    GPU begins at a multiple of 16 bytes; torch.compile knows offsets, but no addresses.)"""
     return all(
-        m.data_ptr() % 16 == 0 and m.shape[1] % 16 == 0 and (len(m) == 1 or m.stride(0) % 16 == 0) for m in matrices
+        m.storage_offset() * m.element_size() % 16 == 0
+        and m.shape[1] % 16 == 0
+        and (len(m) == 1 or m.stride(0) % 16 == 0)
+        for m in matrices
     )
 
 

@@ -276,7 +276,8 @@ def linear_fwd(
     if y.numel() == 0:
         return y
     if descriptors is None:
-        descriptors = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and _describable(N, x, *weights)
+        makes = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and not torch.compiler.is_compiling()
+        descriptors = makes and _describable(N, x, *weights)
     if tuned is None:
         aligned = descriptors or vectorised(x, *weights)
         tuned = pick(CONFIGS, x.device, bucket(T, parts * N, itemsize, aligned))

@@ -171,10 +171,11 @@ def vocab_cross_entropy(
 WORDS = {"chunked": 2048, "recompute": 256}  # whose logits vocab_cross_entropy has in memory at a time
 
 
-@torch.compiler.disable  # a loop over the vocabulary: more than a hundred times the same graph
 def _vocab_losses(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     device = x.device.type
     computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.compiler.is_compiling():  # the loop over the vocabulary is more than a hundred times the same graph
+        torch._dynamo.graph_break()
     return _VocabCrossEntropy.apply(x, weight, bias, computed_in, *arguments)
 
 

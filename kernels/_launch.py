@@ -119,8 +119,13 @@ def check(operation: str, *, mixed: bool = False, **tensors: torch.Tensor | None
                 f"{operation}: {name} is {tensor.dtype}, the first argument {first.dtype}; allowed is one of "
                 f"{', '.join(map(str, DTYPES))}{'' if mixed else ' for all'}"
             )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
+    if wants_gradients(*given.values()):
         raise RuntimeError(f"{operation}: has no gradients; call under torch.no_grad(), or use backend='eager'")
+
+
+def wants_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def require(condition: bool, message: str) -> None:

@@ -30,11 +30,6 @@ def programs(T: int, device: torch.device) -> int:
     return max(1, min(triton.cdiv(T, MIN_ROWS), PROGRAMS_PER_PROCESSOR * _launch.processors(device)))
 
 
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of any of the tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def check_affine(operation: str, weight: Tensor, bias: Tensor, N: int) -> None:
     for name, vector in (("weight", weight), ("bias", bias)):
         fits = vector.shape == (N,) and vector.is_contiguous()

@@ -177,7 +177,7 @@ def product_dw(dys: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def vectorised(*matrices: Tensor) -> bool:
-    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements. (Every storage on a
+    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements. (A storage on a
     GPU begins at a multiple of 16 bytes; torch.compile knows offsets, but no addresses.)"""
     return all(
         m.storage_offset() * m.element_size() % 16 == 0

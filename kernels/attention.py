@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dropout import LEVELS, draw_seed, keep_levels, keeps
-from ._launch import Table, autocast, check, config, input_precision, opaque, pick, require
+from ._launch import Table, autocast, check, config, input_precision, opaque, pick, require, wants_gradients
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD_DIMS = range(8, 129)
@@ -708,4 +708,7 @@ def attention(
     q, k, v = autocast(q, k, v)
     keep_levels(dropout_p)
     seed = draw_seed(q.device) if dropout_p > 0 else None
-    return Attention.apply(q, k, v, sequences, softmax_scale, causal, dropout_p, seed)
+    arguments = sequences, softmax_scale, causal, dropout_p, seed
+    if wants_gradients(q, k, v):
+        return Attention.apply(q, k, v, *arguments)
+    return attention_fwd(q, k, v, *arguments)[0]

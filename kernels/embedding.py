@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dropout import draw_seed, keep_factors, keep_levels
-from ._launch import Table, check, config, opaque, pick, require
+from ._launch import Table, check, config, opaque, pick, require, wants_gradients
 from ._norm import (
     bucket,
     check_affine,
@@ -56,7 +56,6 @@ from ._norm import (
     store_statistics,
     store_tile,
     sum_partials,
-    wants_gradients,
 )
 
 

@@ -37,7 +37,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import Config, Table, autocast, check, config, input_precision, opaque, pick, processors, require, target
+from ._launch import (
+    Config,
+    Table,
+    autocast,
+    check,
+    config,
+    input_precision,
+    opaque,
+    pick,
+    processors,
+    require,
+    target,
+    wants_gradients,
+)
 from ._products import BLOCK_K, of_part, product_dw, product_dx, split_rows, sum_splits, vectorised
 
 
@@ -396,7 +409,7 @@ def _split_operands(operands: Sequence[Any]) -> tuple[Any, Sequence[Any], Sequen
 
 def _linear(operation: str, gelu: bool, *operands: Tensor | None) -> tuple[Tensor, ...]:
     operands = autocast(*operands)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    if wants_gradients(*operands):
         return Linear.apply(operation, gelu, *operands)
     return linear_fwd(operation, *_split_operands(operands), gelu).unbind(1)
 

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import Table, autocast, check, config, input_precision, opaque, pick, require
+from ._launch import Table, autocast, check, config, input_precision, opaque, pick, require, wants_gradients
 from ._products import BLOCK_K, product_dw, product_dx, sum_splits
 
 
@@ -547,6 +547,21 @@ def _dz(
     return dz, partials
 
 
+def _losses(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, smoothing: float, z_loss: float
+) -> tuple[Tensor, ...]:
+    """The losses of all rows, and of those that have a label x, labels, lse, and which rows they are."""
+    operation = "vocab_cross_entropy"
+    T = len(_head(operation, x, weight, bias).x)
+    _check_ids(operation, "labels", labels, (T,), x.device)
+    rows = (labels != ignore_index).nonzero().squeeze(1)  # one host read: how many
+    x, labels = (x, labels.contiguous()) if len(rows) == T else (x[rows], labels[rows])
+    _check_range(operation, f"labels other than {ignore_index}", labels, len(weight))
+    some, lse = vocab_cross_entropy_fwd(Head(x, weight, bias), labels, smoothing, z_loss)
+    losses = some if len(rows) == T else some.new_zeros(T).index_copy_(0, rows, some)
+    return losses, x, labels, lse, rows
+
+
 class VocabCrossEntropy(torch.autograd.Function):
     """The losses fp32 [T] of all rows, 0 where there is no label; only the labelled ones are multiplied."""
 
@@ -555,21 +570,15 @@ class VocabCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, smoothing: float,
         z_loss: float, words: int,
     ) -> Tensor:  # fmt: skip
-        operation = "vocab_cross_entropy"
-        T = len(_head(operation, x, weight, bias).x)
-        _check_ids(operation, "labels", labels, (T,), x.device)
-        rows = (labels != ignore_index).nonzero().squeeze(1)  # one host read: how many
-        x, labels = (x, labels.contiguous()) if len(rows) == T else (x[rows], labels[rows])
-        _check_range(operation, f"labels other than {ignore_index}", labels, len(weight))
-        some, lse = vocab_cross_entropy_fwd(Head(x, weight, bias), labels, smoothing, z_loss)
-        ctx.save_for_backward(x, weight, bias, labels, lse, rows)
-        ctx.arguments, ctx.T = (smoothing, z_loss, words), T
-        return some if len(rows) == T else some.new_zeros(T).index_copy_(0, rows, some)
+        losses, *kept = _losses(x, weight, bias, labels, ignore_index, smoothing, z_loss)
+        ctx.save_for_backward(weight, bias, *kept)
+        ctx.arguments, ctx.T = (smoothing, z_loss, words), len(losses)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, labels, lse, rows = ctx.saved_tensors
+        weight, bias, x, labels, lse, rows = ctx.saved_tensors
         g = dlosses[rows].float()
         dx, dw, db = vocab_cross_entropy_bwd(
             g, Head(x, weight, bias), labels, lse, *ctx.arguments, ctx.needs_input_grad[:3]
@@ -600,8 +609,11 @@ def vocab_cross_entropy(
     check_loss(reduction, label_smoothing, z_loss)
     require(backward in WORDS, f"backward is {backward!r}: allowed are {', '.join(map(repr, WORDS))}")
     x, weight, bias = autocast(x, weight, bias)
-    arguments = ignore_index, label_smoothing, z_loss, WORDS[backward]
-    losses = VocabCrossEntropy.apply(x, weight, bias, labels, *arguments)
+    arguments = x, weight, bias, labels, ignore_index, label_smoothing, z_loss
+    if wants_gradients(x, weight, bias):
+        losses = VocabCrossEntropy.apply(*arguments, WORDS[backward])
+    else:
+        losses = _losses(*arguments)[0]
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / (labels != ignore_index).sum()

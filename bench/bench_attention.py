@@ -67,8 +67,8 @@ def case(dtype: str, longest: int, mixed: bool) -> Case:
     def inputs() -> tuple[Any, ...]:
         return *randn(3, sum(lens), HEADS, HEAD_DIM).unbind(), sequences, HEAD_DIM**-0.5
 
-    def costs(mode: str) -> tuple[int, int]:
-        return cost(lens, lens, HEADS, HEAD_DIM, sweep.DTYPES[dtype].itemsize, mode=mode)
+    def costs(backward: bool) -> tuple[int, int]:
+        return cost(lens, lens, HEADS, HEAD_DIM, sweep.DTYPES[dtype].itemsize, backward=backward)
 
     return Case(
         "attention", "attention", "S", "longest sequence", longest, inputs, sweep.providers("attention", WAYS), costs,

@@ -35,8 +35,8 @@ def case(dtype: str, point: sweep.Point) -> Case:
         tables = randn(WORDS, N), randn(1, N), randn(POSITIONS, N)
         return words, torch.zeros_like(words), positions, *tables, randn(N), randn(N), EPS, PADDING
 
-    def costs(mode: str) -> tuple[int, int]:
-        return cost(T, N, sweep.DTYPES[dtype].itemsize, mode=mode)
+    def costs(backward: bool) -> tuple[int, int]:
+        return cost(T, N, sweep.DTYPES[dtype].itemsize, backward=backward)
 
     return Case(
         "embedding", "embed", *point.x, inputs, sweep.providers("embed", {"torch": torch_embed}), costs,

@@ -41,8 +41,8 @@ def case(operation: str, dtype: str, point: sweep.Point) -> Case:
     def inputs() -> tuple[Any, ...]:
         return *(randn(T, N) for _ in range(rows)), randn(N), randn(N), EPS
 
-    def costs(mode: str) -> tuple[int, int]:
-        return cost(T, N, sweep.DTYPES[dtype].itemsize, rows == 2, mode)
+    def costs(backward: bool) -> tuple[int, int]:
+        return cost(T, N, sweep.DTYPES[dtype].itemsize, rows == 2, backward)
 
     return Case(
         "layer_norm", operation, *point.x, inputs, sweep.providers(operation, WAYS[operation]), costs,

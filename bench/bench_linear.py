@@ -46,8 +46,8 @@ def case(operation: str, dtype: str, point: sweep.Point) -> Case:
     def inputs() -> tuple[Any, ...]:
         return randn(T, K), *(randn(N, K) / K**0.5 for _ in range(parts)), *(randn(N) for _ in range(parts))
 
-    def costs(mode: str) -> tuple[int, int]:
-        return cost(T, parts * N, K, sweep.DTYPES[dtype].itemsize, mode)
+    def costs(backward: bool) -> tuple[int, int]:
+        return cost(T, parts * N, K, sweep.DTYPES[dtype].itemsize, backward, operation == "linear_act")
 
     return Case(
         "linear", operation, *point.x, inputs, sweep.providers(operation, ways), costs,

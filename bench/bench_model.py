@@ -135,6 +135,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=BASE["num_hidden_layers"], help="with --train: a smaller model")
     parser.add_argument("--vocab", type=int, default=BASE["vocab_size"], help="with --train: a smaller vocabulary")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved runs of each candidate (default 9)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: in bench/results)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--peak-of", nargs=3, metavar=("PROVIDER", "DTYPE", "LENGTHS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -159,7 +160,7 @@ def main() -> int:
     harness.log("tokenizers")
     rows += tokenizing(max(3, args.rounds // 2))
     results = {"environment": harness.environment(), "lengths": mixed, "rows": rows}
-    path = harness.write("model_cpu", results)
+    path = harness.write(args.out or "model_cpu", results)
     print(json.dumps(results) if args.json else harness.table(rows, COLUMNS))
     harness.log(f"written to {path}")
     return 0

@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> int:
         row["peak_mb"] = peak_memory(row["provider"], row["dtype"], mixed, settings)
     results = {"environment": harness.environment(), "lengths": mixed, "settings": settings, "rows": rows}
     if settings == BASE:
-        harness.log(f"written to {harness.write('train_cpu', results)}")
+        harness.log(f"written to {harness.write(args.out or 'train_cpu', results)}")
     print(json.dumps(results) if args.json else harness.table(rows, COLUMNS))
     return 0
 

@@ -53,8 +53,8 @@ def case(operation: str, dtype: str, rows: int, N: int) -> Case:
         last = torch.randint(WORDS, (rows,), device=sweep.DEVICE) if loss else TOP
         return randn(rows, N), randn(WORDS, N) / N**0.5, randn(WORDS), last
 
-    def costs(mode: str) -> tuple[int, int]:
-        return cost(rows, N, WORDS, sweep.DTYPES[dtype].itemsize, 0 if loss else TOP, mode)
+    def costs(backward: bool) -> tuple[int, int]:
+        return cost(rows, N, WORDS, sweep.DTYPES[dtype].itemsize, 0 if loss else TOP, backward)
 
     ways = LOSSES if loss else {"torch": torch_topk}
     return Case(

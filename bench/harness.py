@@ -37,7 +37,7 @@ COLUMNS = (
 class Case:
     """One point of a sweep. `inputs` are made anew from a generator; every provider is called with them and returns one
     tensor or a tuple; the first provider, xlmr's eager twin, is the judge when its inputs are float64. `wanted` are the
-    positions of the inputs that get gradients; `cost(mode)` is (flops, bytes) at least."""
+    positions of the inputs that get gradients; `cost(backward)` is (flops, bytes) at least."""
 
     kernel: str
     operation: str
@@ -46,7 +46,7 @@ class Case:
     x_value: int
     inputs: Callable[[], tuple[Any, ...]]
     providers: dict[str, Callable[..., Any]]
-    cost: Callable[[str], tuple[int, int]]
+    cost: Callable[[bool], tuple[int, int]]
     wanted: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -134,7 +134,8 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
 
 
 def _row(case: Case, mode: str, provider: str, found: dict[str, float], check: Check) -> dict[str, Any]:
-    flops, size = case.cost(mode)
+    passes = {"forward": (False,), "backward": (True,), "full": (False, True)}[mode]
+    flops, size = (sum(part) for part in zip(*map(case.cost, passes), strict=True))
     dtype = next(t.dtype for t in case.inputs() if isinstance(t, Tensor) and t.is_floating_point())
     peak_flops, bandwidth = roofs(dtype)
     compute, memory = flops / peak_flops, size / bandwidth
@@ -291,10 +292,10 @@ def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def write(name: str, results: dict[str, Any]) -> Path:
-    """Writes bench/results/<name>.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str | Path, results: dict[str, Any]) -> Path:
+    """Writes bench/results/<name>.json, or the file of that path."""
+    path = name if isinstance(name, Path) else RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

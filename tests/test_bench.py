@@ -24,7 +24,7 @@ def case(**providers: Any) -> harness.Case:
 
     ways = {"xlmr eager": scale, **providers}
     return harness.Case(
-        "scale", "scale", "T", "rows", 64, inputs, ways, lambda mode: (512, 4096), (0,), {"dtype": "fp32"}
+        "scale", "scale", "T", "rows", 64, inputs, ways, lambda backward: (512, 4096), (0,), {"dtype": "fp32"}
     )
 
 

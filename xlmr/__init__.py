@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import XLMRobertaConfig
     from .encode import embed
+    from .encoder import Encoder, load
     from .heads import (
         XLMRobertaForCausalLM,
         XLMRobertaForMaskedLM,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AddedToken",
     "BatchEncoding",
+    "Encoder",
     "XLMRobertaConfig",
     "XLMRobertaForCausalLM",
     "XLMRobertaForMaskedLM",
@@ -42,18 +44,21 @@ __all__ = [
     "XLMRobertaTokenizerFast",
     "__version__",
     "embed",
+    "load",
     "pipeline",
 ]
 
 _MODULES = {
     "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
+    "Encoder": "encoder",
     "XLMRobertaConfig": "config",
     "XLMRobertaModel": "model",
     "XLMRobertaPreTrainedModel": "pretrained",
     "XLMRobertaTokenizer": "tokenizer",
     "XLMRobertaTokenizerFast": "tokenizer",
     "embed": "encode",
+    "load": "encoder",
     "pipeline": "pipelines",
 }  # the rest, the task heads, are in heads
 

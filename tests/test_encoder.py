@@ -377,6 +377,23 @@ def test_each_model_does_what_it_can(saved: Path, pairs: Path) -> None:
         ours.encode(TEXTS, prompt="Paris " * 60)
 
 
+def test_a_bar_counts_texts_where_it_is_asked_for(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = xlmr.load(checkpoint)
+    ours.encode(TEXTS)
+    assert "6/6" not in capsys.readouterr().err
+    ours.encode(TEXTS, show_progress_bar=True, batch_tokens=50)
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_a_bf16_model_gives_fp32_vectors_near_those_of_fp32(m3: Path) -> None:
+    kinds = {"return_sparse": True, "return_colbert_vecs": True}
+    half, full = (xlmr.load(m3, dtype=dtype).encode(TEXTS, **kinds) for dtype in (torch.bfloat16, torch.float32))
+    assert half["dense_vecs"].dtype == half["colbert_vecs"][0].dtype == np.float32
+    assert (half["dense_vecs"] * full["dense_vecs"]).sum(1).min() > 0.99
+    for a, b in zip(half["colbert_vecs"], full["colbert_vecs"], strict=True):
+        assert (a * b).sum(1).mean() > 0.99
+
+
 # Directories that are refused
 
 MEAN = new(("mean",))

@@ -5,6 +5,7 @@ What SentenceTransformer, CrossEncoder, BGEM3FlagModel and FlagReranker do with 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -128,14 +129,14 @@ class Encoder:
         skip = self._prompt_tokens(prefix, max_length)
         finish = self._finish(normalize, truncate_dim)
         found: dict[str, Any] = {key: [] for key in wanted}
-        bar = progress(show_progress_bar, texts)
-        for chunk in chunks(texts):
-            ids = self._tokenize([prefix + text for text in chunk], max_length)
-            part = self._run(ids, wanted, batch_tokens, skip, normalize is not False, bar)
-            if return_dense:
-                part["dense_vecs"] = [finish(torch.stack(part["dense_vecs"])).cpu()]
-            for key in wanted:
-                found[key] += part[key]
+        with progress(show_progress_bar, texts) as advance:
+            for chunk in chunks(texts):
+                ids = self._tokenize([prefix + text for text in chunk], max_length)
+                part = self._run(ids, wanted, batch_tokens, skip, normalize is not False, advance)
+                if return_dense:
+                    part["dense_vecs"] = [finish(torch.stack(part["dense_vecs"])).cpu()]
+                for key in wanted:
+                    found[key] += part[key]
         if return_dense:
             none = torch.empty(0, truncate_dim or self.dimension or 0, dtype=at_least_fp32(self.model.dtype))
             found["dense_vecs"] = torch.cat(found["dense_vecs"] or [none])
@@ -187,10 +188,10 @@ class Encoder:
         if truncation == "only_second":
             question = question[: max_length * 3 // 4]
         scores = [torch.empty(0, dtype=at_least_fp32(self.model.dtype))]
-        bar = progress(show_progress_bar, passages)
-        for chunk in chunks(passages, "passages"):
-            pairs = [self.tokenizer.prepare_for_model(question, ids, **cut)["input_ids"] for ids in self._ids(chunk)]
-            scores.append(self._score(pairs, batch_tokens, bar))
+        with progress(show_progress_bar, passages) as advance:
+            for chunk in chunks(passages, "passages"):
+                pairs = [self.tokenizer.prepare_for_model(question, ids, **cut) for ids in self._ids(chunk)]
+                scores.append(self._score([pair["input_ids"] for pair in pairs], batch_tokens, advance))
         found = torch.cat(scores)
         found = found.sigmoid() if normalize else found
         return _converted(found[0] if isinstance(passages, str) else found, output)
@@ -301,7 +302,13 @@ class Encoder:
 
     @torch.no_grad()
     def _run(
-        self, ids: list[list[int]], wanted: list[str], batch_tokens: int, skip: int, normalize: bool, bar: Any
+        self,
+        ids: list[list[int]],
+        wanted: list[str],
+        batch_tokens: int,
+        skip: int,
+        normalize: bool,
+        advance: Callable[[int], Any],
     ) -> dict[str, list[Any]]:
         """For each text of `ids` what is wanted: pooled vectors as they come from the last layer, the rest finished."""
         modes, tokenizer = self.recipe.pooling, self.tokenizer
@@ -320,20 +327,18 @@ class Encoder:
             if "colbert_vecs" in found:
                 vectors = colbert_vecs(x, heads.colbert, [len(text) for text in texts], normalize)
                 _put(found["colbert_vecs"], batch, vectors)
-            if bar is not None:
-                bar.update(len(batch))
+            advance(len(batch))
         return found
 
     @torch.no_grad()
-    def _score(self, ids: list[list[int]], batch_tokens: int, bar: Any) -> Tensor:
+    def _score(self, ids: list[list[int]], batch_tokens: int, advance: Callable[[int], Any]) -> Tensor:
         """The logits of pairs, fp32 or more [n], on the CPU."""
         out = torch.empty(len(ids), dtype=at_least_fp32(self.model.dtype))
         for batch in batches([len(one) for one in ids], batch_tokens):
             packed = pack([ids[i] for i in batch], self.model.device)
             first = self.model.base_model.forward_packed(*packed, rows=rows_read(packed, ["cls"]))
             out[batch] = self.model.classifier(first[:, None])[:, 0].to(out)
-            if bar is not None:
-                bar.update(len(batch))
+            advance(len(batch))
         return out
 
 
@@ -358,14 +363,17 @@ def chunks(texts: str | Iterable[str], name: str = "texts") -> Iterator[list[str
         yield chunk
 
 
-def progress(show: bool | None, texts: Any) -> Any:
-    """A bar that counts texts on standard error, or None; `show` None: where this module's logger is at INFO."""
+@contextlib.contextmanager
+def progress(show: bool | None, texts: Any) -> Iterator[Callable[[int], Any]]:
+    """A bar on standard error, as the function that moves it by so many texts; `show` None: if the logger is at INFO."""
     if not (logger.isEnabledFor(logging.INFO) if show is None else show):
-        return None
+        yield lambda count: None
+        return
     from tqdm import tqdm
 
     total = 1 if isinstance(texts, str) else len(texts) if isinstance(texts, Sized) else None
-    return tqdm(total=total, unit="text")
+    with tqdm(total=total, unit="text") as bar:
+        yield bar.update
 
 
 def _put(values: list[Any], places: list[int], given: Iterable[Any]) -> None:

@@ -365,7 +365,7 @@ def chunks(texts: str | Iterable[str], name: str = "texts") -> Iterator[list[str
 
 @contextlib.contextmanager
 def progress(show: bool | None, texts: Any) -> Iterator[Callable[[int], Any]]:
-    """A bar on standard error, as the function that moves it by so many texts; `show` None: if the logger is at INFO."""
+    """A bar on standard error, as the function that moves it on; `show` None: where the logger is at INFO."""
     if not (logger.isEnabledFor(logging.INFO) if show is None else show):
         yield lambda count: None
         return

@@ -54,6 +54,7 @@ RULES = {
     "xlmr/heads": Rule(TREE | {"xlmr.generation", "xlmr.model"}),
     "xlmr/inputs": Rule({"torch", "xlmr.block", "xlmr.cache", "xlmr.config", "xlmr.varlen"}),
     "xlmr/embeddings": Rule({"torch", "xlmr.block", "xlmr.config", "xlmr.inputs"}),
+    "xlmr/integrations": Rule(TREE | {"xlmr.model"}, {"transformers"}),
     "xlmr/token_layout": Rule(set()),
     "xlmr/model": Rule(TREE),
     "xlmr/ops": Rule({"torch", "xlmr.eager"}, {"xlmr.kernels"}),

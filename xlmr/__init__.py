@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         XLMRobertaForSequenceClassification,
         XLMRobertaForTokenClassification,
     )
+    from .integrations import accelerate, patch_transformers, register_attention, unpatch
     from .model import XLMRobertaModel
     from .pipelines import pipeline
     from .pretrained import XLMRobertaPreTrainedModel
@@ -43,9 +44,13 @@ __all__ = [
     "XLMRobertaTokenizer",
     "XLMRobertaTokenizerFast",
     "__version__",
+    "accelerate",
     "embed",
     "load",
+    "patch_transformers",
     "pipeline",
+    "register_attention",
+    "unpatch",
 ]
 
 _MODULES = {
@@ -57,9 +62,13 @@ _MODULES = {
     "XLMRobertaPreTrainedModel": "pretrained",
     "XLMRobertaTokenizer": "tokenizer",
     "XLMRobertaTokenizerFast": "tokenizer",
+    "accelerate": "integrations",
     "embed": "encode",
     "load": "encoder",
+    "patch_transformers": "integrations",
     "pipeline": "pipelines",
+    "register_attention": "integrations",
+    "unpatch": "integrations",
 }  # the rest, the task heads, are in heads
 
 

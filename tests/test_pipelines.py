@@ -167,3 +167,32 @@ def test_pipeline_refuses(fill: Any, extract: Any, checkpoint: Path, tmp_path: P
 def test_pipeline_refuses_a_gpu_that_is_not_there(checkpoint: Path, device: Any) -> None:
     with pytest.raises(ValueError, match="PyTorch sees no GPU here"):
         xlmr.pipeline("fill-mask", checkpoint, device=device)
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_k": None}, {"top_k": 2, "function_to_apply": "none"}])
+def test_text_classification_answers_as_the_reference(
+    checkpoint: Path, tmp_path: Path, problem: Any, options: Any
+) -> None:
+    head = transformers.XLMRobertaForSequenceClassification
+    head.from_pretrained(checkpoint, num_labels=3, problem_type=problem).save_pretrained(tmp_path)
+    words = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    words.save_pretrained(tmp_path)
+    theirs = transformers.pipeline("text-classification", str(tmp_path), device="cpu")
+    ours = xlmr.pipeline("text-classification", tmp_path, device="cpu")
+    for inputs in ("La France", ["Paris", "La capitale de la France", "a"]):
+        want, got = theirs(inputs, **options), ours(inputs, **options)
+        for a, b in zip(flat(want), flat(got), strict=True):
+            assert a["label"] == b["label"]
+            assert b["score"] == pytest.approx(a["score"], rel=1e-4, abs=1e-5)
+        assert shape(got) == shape(want)
+    with pytest.raises(ValueError, match="function_to_apply is 'max': allowed are 'sigmoid', 'softmax', 'none'"):
+        ours("a", function_to_apply="max")
+
+
+def flat(answer: Any) -> list[dict[str, Any]]:
+    return [answer] if isinstance(answer, dict) else [row for part in answer for row in flat(part)]
+
+
+def shape(answer: Any) -> Any:
+    return "row" if isinstance(answer, dict) else [shape(part) for part in answer]

@@ -68,7 +68,7 @@ def accelerate(model: Any) -> Any:
         _check_mathematics(encoder.config)
     whole = any(isinstance(getattr(module, "qa_outputs", None), nn.Module) for module in model.modules())
     for encoder in encoders:
-        encoder.__class__ = ours[type(encoder)]  # type: ignore[assignment]  # a subclass of what it was
+        encoder.__class__ = ours[type(encoder)]  # a subclass of what it was
         encoder.every_position = whole  # type: ignore[assignment]
         _accelerated.add(encoder)
     return model
@@ -134,7 +134,7 @@ def _packed_class(host: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a host's encoder class whose forward packs."""
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the lengths of a batch, read here, decide every shape
+    @torch.compiler.disable  # the lengths of a batch, read here, decide every shape
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kw: Any) -> Any:
         beyond = *args, *(kw.get(name) for name in ("encoder_hidden_states", "past_key_values"))
         view = None if any(x is not None for x in beyond) else _view(self, hidden_states.device)
@@ -217,7 +217,9 @@ def _check_mathematics(config: Any) -> None:
 
 
 def _why_not(model: nn.Module) -> str:
-    kinds = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()} - {None}
+    kinds: set[Any] = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()} - {
+        None
+    }
     for kind in kinds & REFUSED.keys():
         return f"holds a {kind} model: {REFUSED[kind]}"
     return f"holds no encoder of the family (model_type {', '.join(sorted(map(str, kinds))) or 'not given'})"

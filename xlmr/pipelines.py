@@ -20,7 +20,7 @@ from . import heads
 from .config import XLMRobertaConfig
 from .demo import CHECKPOINT
 from .encode import BATCH_TOKENS, batches, pack
-from .heads import XLMRobertaForMaskedLM
+from .heads import XLMRobertaForMaskedLM, XLMRobertaForSequenceClassification
 from .model import XLMRobertaModel
 from .pretrained import XLMRobertaPreTrainedModel
 from .tokenizer import XLMRobertaTokenizer
@@ -246,7 +246,64 @@ class FeatureExtractionPipeline(Pipeline):
         return answers
 
 
-PIPELINES: dict[str, type[Pipeline]] = {cls.task: cls for cls in (FillMaskPipeline, FeatureExtractionPipeline)}
+class TextClassificationPipeline(Pipeline):
+    """The classes of a text, as transformers.TextClassificationPipeline gives them."""
+
+    task = "text-classification"
+    model_class = XLMRobertaForSequenceClassification
+
+    def __call__(self, inputs: str | Sequence[str], **options: Any) -> Any:
+        """As Pipeline; of one string without `top_k`, its best class in a list, as in the reference."""
+        found = super().__call__(inputs, **options)
+        return [found] if isinstance(found, dict) else found
+
+    @torch.no_grad()
+    def answers(
+        self,
+        texts: list[str],
+        top_k: Any = "best",
+        function_to_apply: str | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        batch_size: int | None = None,
+    ) -> list[Any]:
+        """For each text its best {label, score}; with `top_k` a list of that many, None all of them, best first.
+
+        function_to_apply: what makes scores of logits, "sigmoid", "softmax" or "none"; by default that of the
+        configuration's problem_type, else sigmoid for one label and softmax for several.
+        """
+        if top_k is not None and top_k != "best" and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k is {top_k!r}: allowed are 1, 2, … and None, which is all labels")
+        score = SCORES.get(function_to_apply or self._function())
+        if score is None:
+            raise ValueError(f"function_to_apply is {function_to_apply!r}: allowed are {', '.join(map(repr, SCORES))}")
+        encoded = self._encode(texts, tokenizer_kwargs)
+        answers: list[Any] = [None] * len(texts)
+        for batch in self._batches(encoded, batch_size):
+            packed = pack([encoded[i].ids for i in batch], self.device)
+            first = self.model.base_model.forward_packed(*packed, rows=packed.cu_seqlens[:-1].long())
+            for i, scores in zip(batch, score(self.model.classifier.rows(first).float()).tolist(), strict=True):
+                labels = self.model.config.id2label
+                rows = [{"label": labels[j], "score": value} for j, value in enumerate(scores)]
+                rows.sort(key=lambda row: -row["score"])
+                answers[i] = rows[0] if top_k == "best" else rows[:top_k]
+        return answers
+
+    def _function(self) -> str:
+        config = self.model.config
+        if config.problem_type == "regression":
+            return "none"
+        several = config.problem_type == "multi_label_classification"
+        return "sigmoid" if several or config.num_labels == 1 else "softmax"
+
+
+SCORES: dict[str, Any] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: logits.softmax(-1),
+    "none": lambda logits: logits,
+}
+PIPELINES: dict[str, type[Pipeline]] = {
+    cls.task: cls for cls in (FillMaskPipeline, FeatureExtractionPipeline, TextClassificationPipeline)
+}
 
 
 def pipeline(
@@ -261,7 +318,7 @@ def pipeline(
     token: str | bool | None = None,
     **options: Any,
 ) -> Pipeline:
-    """The pipeline of `task`, "fill-mask" or "feature-extraction", on a checkpoint directory, a hub name or a model.
+    """The pipeline of `task`, one of PIPELINES, on a checkpoint directory, a hub name or a model.
 
     model: None is the embedded demo. tokenizer: by default the one beside the model's weights. device: by default a GPU
     where there is one, while a model that is given stays where it is; a number is a GPU's, -1 the CPU. dtype, backend,

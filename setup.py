@@ -7,6 +7,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "xlmr/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+TRITON = "triton>=3.6,<3.10; sys_platform == 'linux'"
 
 setup(
     name="xlmr",
@@ -36,7 +37,7 @@ setup(
     install_requires=["numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "torch>=2.10", "tqdm"],
     extras_require={
         "hub": ["huggingface_hub>=0.24"],
-        "triton": ["triton>=3.6,<3.10; sys_platform == 'linux'"],
+        "triton": [TRITON],
         "test": [
             "babel",
             "hypothesis",
@@ -46,6 +47,7 @@ setup(
             "pytest>=8",
             "setuptools>=77.0.3",
             "transformers>=5.0",
+            TRITON,
         ],
         "bench": ["babel", "matplotlib", "transformers>=5.0"],
     },

@@ -2,13 +2,12 @@
 
 `python -m bench.bench_model --cpu` measures XLM-R-base shapes with random weights: a batch of 32 texts at about 40 %
 fill, one text of 32 tokens, peak memory of one forward in a process of its own, and the tokenizers. Writes
-bench/results/model_cpu.json and prints the table.
+bench/results/model_cpu.json and prints the table. `--train` measures training steps: see bench_training.py.
 """
 
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,15 +51,16 @@ def batch(lens: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(mask == 0, 1), mask
 
 
-def model(provider: str, dtype: torch.dtype) -> Any:
-    """The base model of `provider` with random weights that depend on the seed alone."""
+def model(provider: str, dtype: torch.dtype, layers: int = BASE["num_hidden_layers"]) -> Any:
+    """The base model of `provider`, of so many layers, with random weights that depend on the seed alone."""
     torch.manual_seed(0)
-    reference = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**BASE), add_pooling_layer=False)
+    settings = {**BASE, "num_hidden_layers": layers}
+    reference = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**settings), add_pooling_layer=False)
     reference = reference.eval().to(dtype)
     if provider == "transformers sdpa":
         return reference
     with torch.device("meta"):
-        ours = xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**BASE), add_pooling_layer=False, backend="eager")
+        ours = xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**settings), add_pooling_layer=False, backend="eager")
     ours.load_state_dict(reference.state_dict(), assign=True)
     return ours.eval()
 
@@ -97,16 +97,7 @@ def _measure_peak(provider: str, dtype: str, lens: list[int]) -> float:
     ids, mask = batch(lens)
     measured = model(provider, DTYPES[dtype])
     measured(ids[:1, :8])  # libraries allocate for good at the first call
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    measured(ids, attention_mask=mask)
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1))
+    return harness.peak_of(lambda: measured(ids, attention_mask=mask)) / 2**20
 
 
 def sentences(count: int) -> list[str]:
@@ -140,6 +131,9 @@ def tokenizing(rounds: int) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_model", description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="measure on the CPU (all that this version measures)")
+    parser.add_argument("--train", action="store_true", help="measure training steps instead (bench_training.py)")
+    parser.add_argument("--layers", type=int, default=BASE["num_hidden_layers"], help="with --train: a smaller model")
+    parser.add_argument("--vocab", type=int, default=BASE["vocab_size"], help="with --train: a smaller vocabulary")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved runs of each candidate (default 9)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--peak-of", nargs=3, metavar=("PROVIDER", "DTYPE", "LENGTHS"), help=argparse.SUPPRESS)
@@ -148,6 +142,10 @@ def main() -> int:
         provider, dtype, lens = args.peak_of
         print(_measure_peak(provider, dtype, json.loads(lens)))
         return 0
+    if args.train:
+        from . import bench_training
+
+        return bench_training.main(args)
     mixed = lengths(32, 128, 0.4)
     fill = sum(mixed) / (len(mixed) * max(mixed))
     rows = []

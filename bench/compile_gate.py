@@ -1,13 +1,14 @@
 """The compile gate: every Triton kernel with every configuration of every target's table, compiled with no GPU present.
 
-`python -m bench.compile_gate [--target sm_90 …] [--json]` runs the kernels' public functions on CPU tensors at XLM-R's
-shapes while a driver that only names a target is active. What is compiled is therefore what they launch: their own
-choice of configuration, Triton's own specialisation. Nothing is executed. Every target is compiled with its own table
-and with the "portable" one. Exit status 1 where
+`python -m bench.compile_gate [--target sm_90 …] [--json]` runs the kernels' public functions, and backward, on CPU
+tensors at XLM-R's shapes while a driver that only names a target is active. What is compiled is therefore what they
+launch: their own choice of configuration, Triton's own specialisation. Nothing is executed. Every target is compiled
+with its own table, the least of each vendor also with the "portable" one. Exit status 1 where
 - shared memory is more than the target has, or a stack or a spilled vector register is left;
 - a dot runs without its tensor-core instruction: mma.sync (sm_80), wgmma (sm_90) and tcgen05.mma (sm_100) from 64 rows
   a tile on and mma.sync below, v_mfma (gfx942). Dots of fp32 operands in "ieee" precision have none;
 - a kernel or an entry of a table is reached by no case, or something does not compile.
+A public function that raises, or a shape without an entry in a table, ends it with the traceback.
 
 fp32 is compiled in the kernels' default precision. Results are kept by a hash of the kernel's source, its
 specialisation, its options and Triton's version.
@@ -49,6 +50,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from xlmr.kernels import _launch
+from xlmr.ops import gradients
 from xlmr.varlen import Sequences
 
 from . import harness
@@ -76,6 +78,7 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 << 10, 148, "mma.sync", "tcgen05.mma"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 304, "v_mfma", "v_mfma"),
 }
+PORTABLE_ON = ("sm_80", "gfx942")  # what serves the targets without a table must fit the least of each vendor
 
 Case = tuple[str, Callable[[], object]]  # a name, and a call of a public function
 
@@ -187,16 +190,12 @@ class Recorder:
         self.modules = modules
         self.jobs: dict[str, Job] = {}
         self.entries: set[tuple[int, str, object]] = set()  # id of the table, its key, bucket
-        self.failures: dict[str, str] = {}  # problem → the first case that met it
 
     def run(self, cases: Iterable[Case], target: str, table: str) -> None:
         """Runs `cases` as on `target`, with configurations from the table of that name."""
         for name, call in cases:
             with self._pretending(target, table, name), torch.no_grad():
-                try:
-                    call()
-                except Exception as error:
-                    self.failures.setdefault(f"{target}: {type(error).__name__}: {_one_line(error)}", name)
+                call()
 
     @contextlib.contextmanager
     def _pretending(self, target: str, table: str, case: str) -> Iterator[None]:
@@ -216,13 +215,13 @@ class Recorder:
             job.cases.append(case)
 
         def pick(configurations: _launch.Table, device: torch.device, bucket: object) -> _launch.Config:
-            self.entries.add((id(configurations), table if table in configurations else "portable", bucket))
-            return picked(configurations, device, bucket)
+            key = table if table in configurations else "portable"
+            self.entries.add((id(configurations), key, bucket))
+            return configurations[key][bucket]
 
-        picked = _launch.pick
         pretended = {
             "unsupported": lambda device: None,
-            "target": lambda device: table,
+            "target": lambda device: target,
             "processors": lambda device: TARGETS[target].processors,
             "pick": pick,
         }
@@ -231,14 +230,14 @@ class Recorder:
         with contextlib.ExitStack() as stack:
             stack.callback(triton.runtime.driver.set_active, active)
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", record))
-            stack.enter_context(mock.patch.object(torch, "empty", torch.zeros))  # an index that no kernel wrote
+            stack.enter_context(mock.patch.object(torch, "empty", _allocated))
             for module, (name, value) in itertools.product((_launch, *self.modules), pretended.items()):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
             yield
 
-    def uncovered(self, targets: Sequence[str]) -> list[str]:
-        """The kernels, and the entries of tables for `targets`, that no case reached."""
+    def uncovered(self, runs: Sequence[tuple[str, str]]) -> list[str]:
+        """The kernels, and the entries that the tables have for `runs` (target, table), that no case reached."""
         reached = _with_helpers({job.source.fn for job in self.jobs.values()})
         found = []
         for module in self.modules:
@@ -249,13 +248,21 @@ class Recorder:
                 if isinstance(value, Mapping) and "portable" in value:
                     found += [
                         f"not covered: {file}.{name}[{key!r}][{bucket!r}] is chosen by no case"
-                        for key in ("portable", *targets)
-                        for bucket in value.get(key, ())
+                        for key in dict.fromkeys(table if table in value else "portable" for _, table in runs)
+                        for bucket in value[key]
                         if (id(value), key, bucket) not in self.entries
                     ]
                     unknown = value.keys() - {"portable", *TARGETS}
                     found += [f"{file}.{name}[{key!r}] is for a target this gate does not know" for key in unknown]
         return found
+
+
+def _allocated(*size: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+    """As torch.empty; integers are 0, for they may be indices that no kernel wrote."""
+    return _empty(*size, dtype=dtype) if dtype.is_floating_point else torch.zeros(*size, dtype=dtype)
+
+
+_empty = torch.empty
 
 
 def _with_helpers(kernels: set[JITFunction]) -> set[JITFunction]:
@@ -288,7 +295,7 @@ def compiled(job: Job) -> Measured:
     with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, TRITON_CACHE_DIR=directory):
         try:
             kernel = triton.compile(job.source, target=TARGETS[job.target].gpu, options=job.options)
-        except Exception as error:
+        except Exception as error:  # a compiler fails in many ways; the other kernels are still of interest
             return Measured(error=f"does not compile: {type(error).__name__}: {_one_line(error)}")
         return measured(kernel.asm, kernel.metadata.shared)
 
@@ -347,14 +354,14 @@ def gate(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Compiles what `cases` launch from `modules` for each target: the rows of the table, and every problem."""
     recorder = Recorder(modules)
-    for target in targets:
-        for table in (target, "portable"):
-            recorder.run(cases, target, table)
+    runs = [(target, table) for target in targets for table in (target, "portable")]
+    runs = [(target, table) for target, table in runs if table == target or target in PORTABLE_ON]
+    for target, table in runs:
+        recorder.run(cases, target, table)
     jobs = list(recorder.jobs.values())
     rows = [job.row(result) for job, result in zip(jobs, _results(jobs, cache, processes), strict=True)]
     rows.sort(key=lambda row: [row[name] for name in ("kernel", "for", "target", "tables", "dtype", "configuration")])
-    problems = [f"{case}: {problem}" for problem, case in recorder.failures.items()]
-    problems += recorder.uncovered(targets)
+    problems = recorder.uncovered(runs)
     problems += [
         f"{row['kernel']} on {row['target']} ({row['tables']}; {row['cases'][0]}; {row['configuration']}): {problem}"
         for row in rows
@@ -395,15 +402,14 @@ def _compile(index: int) -> tuple[int, Measured]:
     return index, compiled(_inherited[index])
 
 
-# ---- XLM-R's shapes ----
+# ---- XLM-R's shapes. Every case costs time: it is here for a configuration, a dtype or a branch ----
 
 MODELS = {"base": (768, 3072), "large": (1024, 4096)}  # hidden and intermediate units
-ROWS = {"base": (40, 1024), "large": (128, 8192)}  # one text … a full batch: every load of the tables
-OTHER_WIDTHS = (96, 256, 384, 2048, 4096, 8192, 10000)  # what else the row-wise kernels have configurations for
-HEAD_DIMS = (64, 80)
+LOADS = (("base", 40), ("base", 1024), ("large", 8192))  # rows: one text … a full batch: every load of the tables
+OTHER_WIDTHS = (96, 256, 384, 2048, 4096, 10000)  # what else the row-wise kernels have configurations for
 VOCABULARY = 250002
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FULL = ("bf16", "fp32")  # fp16 compiles as bf16 does: one call of each kernel is enough
+DROPOUT = 0.1
 
 Empty = Callable[..., Tensor]  # (dtype's name, *shape)
 
@@ -421,65 +427,95 @@ def cases(kernels: Mapping[str, ModuleType]) -> list[Case]:
     return [case for name, kernel in kernels.items() for case in CASES[name](kernel, empty)]
 
 
-def _row_wise() -> Iterator[tuple[str, int]]:
-    yield from itertools.product(DTYPES, (hidden for hidden, _ in MODELS.values()))
-    yield from (("fp32", N) for N in OTHER_WIDTHS)
+def _trained(name: str, call: partial[Any]) -> Iterator[Case]:
+    """The call without gradients, and its forward and backward."""
+    yield name, call
+    yield f"{name}, gradients", _step(call)
+
+
+def _step(call: partial[Any]) -> partial[Any]:
+    """Forward and backward of a call."""
+    return partial(gradients, call.func, call.args)
 
 
 def _layer_norm(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
-    for dtype, N in _row_wise():
-        x, vector = empty(dtype, 512, N), empty(dtype, N)
-        yield f"add_layer_norm {dtype} {N}", partial(kernel.add_layer_norm, x, x, vector, vector, 1e-5)
-        yield f"gelu_layer_norm {dtype} {N}", partial(kernel.gelu_layer_norm, x, vector, vector, 1e-5)
+    def add(name: str, weight: str, N: int, *dropout: float) -> partial[Any]:
+        x, vector = empty(name, 512, N), empty(weight, N)
+        return partial(kernel.add_layer_norm, x, x, vector, vector, 1e-5, *dropout)
+
+    def gelu(name: str, N: int) -> partial[Any]:
+        return partial(kernel.gelu_layer_norm, empty(name, 512, N), empty(name, N), empty(name, N), 1e-5)
+
+    for dtype, N in (("bf16", 768), ("fp32", 1024)):
+        yield from _trained(f"add_layer_norm {dtype} {N}", add(dtype, dtype, N))
+        yield from _trained(f"gelu_layer_norm {dtype} {N}", gelu(dtype, N))
+    for N in OTHER_WIDTHS:
+        yield f"add_layer_norm fp32 {N}, dropout", _step(add("fp32", "fp32", N, DROPOUT))
+    yield "gelu_layer_norm fp32 10000", _step(gelu("fp32", 10000))
+    yield "add_layer_norm bf16 768, fp32 weights", _step(add("bf16", "fp32", 768))  # autocast
+    yield "add_layer_norm fp16 768", add("fp16", "fp16", 768)
 
 
 def _embedding(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
-    ids = torch.zeros(512, dtype=torch.int64)
-    for dtype, N in _row_wise():
-        tables, vector = [empty(dtype, rows, N) for rows in (514, 1, 514)], empty(dtype, N)
-        yield f"embed {dtype} {N}", partial(kernel.embed, ids, ids, ids, *tables, vector, vector, 1e-5, 1)
+    def embed(dtype: str, N: int, *dropout: float) -> partial[Any]:
+        ids, vector = torch.zeros(512, dtype=torch.int64), empty(dtype, N)
+        tables = [empty(dtype, rows, N) for rows in (514, 1, 514)]
+        return partial(kernel.embed, ids, ids, ids, *tables, vector, vector, 1e-5, 1, *dropout)
+
+    for dtype, N in (("bf16", 768), ("fp32", 1024)):
+        yield from _trained(f"embed {dtype} {N}", embed(dtype, N))
+    for N in OTHER_WIDTHS:
+        yield f"embed fp32 {N}, dropout", _step(embed("fp32", N, DROPOUT))
+    yield "embed fp16 768", embed("fp16", 768)
 
 
 def _linear(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
-    for dtype, (model, (N, F)) in itertools.product(DTYPES, MODELS.items()):
-        new = partial(empty, dtype)
-        for T in ROWS[model] if dtype in FULL else ROWS[model][-1:]:
-            label, x = f"{dtype} {model} {T} rows", new(T, N)
-            weights, biases = [new(N, N)] * 3, [new(N)] * 3
-            yield f"qkv_projection {label}", partial(kernel.qkv_projection, x, *weights, *biases)
-            yield f"linear_act {label}", partial(kernel.linear_act, x, new(F, N), new(F))
-        label, x = f"{dtype} {model} {T} rows", new(T, F)
-        yield f"linear {label}", partial(kernel.linear, x, new(N, F), new(N))
-        if dtype in FULL:  # what no tensor descriptor can express: a classifier's three columns, rows at odd addresses
-            yield f"linear {label} to 3", partial(kernel.linear, x, new(3, F), None)
-            yield f"linear {label} from 770", partial(kernel.linear, new(T, 770), new(N, 770), new(N))
+    for dtype, (model, T) in itertools.product(("bf16", "fp32"), LOADS):
+        new, (N, F) = partial(empty, dtype), MODELS[model]
+        label, x = f"{dtype} {model} {T} rows", new(T, N)
+        yield f"qkv_projection {label}", partial(kernel.qkv_projection, x, *[new(N, N)] * 3, *[new(N)] * 3)
+        yield f"linear_act {label}", partial(kernel.linear_act, x, new(F, N), new(F))
+        yield f"linear {label}", partial(kernel.linear, new(T, F), new(N, F), new(N))
+    for dtype in ("bf16", "fp32"):  # what no tensor descriptor can express: few columns, rows at odd addresses
+        x = empty(dtype, 1024, 768)
+        yield f"linear {dtype} to 3", partial(kernel.linear, x, empty(dtype, 3, 768), None)
+        odd = empty(dtype, 1024, 770), empty(dtype, 768, 770), empty(dtype, 768)
+        yield f"linear {dtype} from 770", partial(kernel.linear, *odd)
+    yield "linear fp16", partial(kernel.linear, *(empty("fp16", *shape) for shape in ((1024, 768), (768, 768), (768,))))
 
 
 def _attention(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
     texts = 4
-    variants = [(dtype, *variant) for dtype in FULL for variant in ((64, False), (64, True), (80, False))]
-    for dtype, D, causal in (*variants, ("fp16", 64, False)):
-        for queries, keys in ((1, 512), (64, 64), (512, 512)):
-            q, k, v = empty(dtype, texts * keys, 3, 12, D).unbind(1)
-            sequences = Sequences.packed(torch.arange(texts + 1, dtype=torch.int32) * keys, keys)
-            if queries < keys:  # the last layer of a classifier
-                sequences, q = sequences.with_queries(torch.arange(texts) * keys), empty(dtype, texts, 12, D)
-            label = f"attention {dtype} {queries}×{keys} head_dim {D}{' causal' * causal}"
-            yield label, partial(kernel.attention, q, k, v, sequences, D**-0.5, causal)
+
+    def attention(dtype: str, queries: int, keys: int, D: int, causal: bool, dropout: float) -> partial[Any]:
+        q, k, v = empty(dtype, texts * keys, 3, 12, D).unbind(1)
+        sequences = Sequences.packed(torch.arange(texts + 1, dtype=torch.int32) * keys, keys)
+        if queries < keys:  # the last layer of a classifier
+            sequences, q = sequences.with_queries(torch.arange(texts) * keys), empty(dtype, texts, 12, D)
+        return partial(kernel.attention, q, k, v, sequences, D**-0.5, causal, dropout)
+
+    for dtype, D in itertools.product(("bf16", "fp32"), (64, 80)):
+        for queries, keys in ((1, 512), (512, 512)):
+            yield f"attention {dtype} {queries}×{keys} head_dim {D}", attention(dtype, queries, keys, D, False, 0.0)
+        for queries, causal, dropout in ((512, False, 0.0), (64, True, DROPOUT)):
+            label = f"attention {dtype} head_dim {D}{', causal, dropout' * causal}, gradients"
+            yield label, _step(attention(dtype, queries, queries, D, causal, dropout))
+    yield "attention fp16", attention("fp16", 512, 512, 64, False, 0.0)
 
 
 def _vocab_softmax(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
-    for dtype, (model, T) in itertools.product(DTYPES, (("base", 40), ("large", 128))):
+    for dtype, (model, T) in itertools.product(("bf16", "fp32"), (("base", 40), ("large", 128))):
         N = MODELS[model][0]
-        label, x = f"{dtype} {model} {T} rows", empty(dtype, T, N)
-        head = (x, empty(dtype, VOCABULARY, N), empty(dtype, VOCABULARY))
+        label = f"{dtype} {model} {T} rows"
+        head = (empty(dtype, T, N), empty(dtype, VOCABULARY, N), empty(dtype, VOCABULARY))
         yield f"vocab_topk {label}", partial(kernel.vocab_topk, *head, 5)
-        if dtype in FULL:
-            yield f"vocab_topk {label} k = 50", partial(kernel.vocab_topk, *head, 50)
-            labels = torch.zeros(T, dtype=torch.int64)
-            yield f"vocab_cross_entropy {label}", partial(kernel.vocab_cross_entropy, *head, labels)
-        if dtype == "bf16":
-            yield f"vocab_topk {label} 100 targets", partial(kernel.vocab_topk, *head, 5, torch.arange(100))
+        labels = torch.zeros(T, dtype=torch.int64)
+        yield f"vocab_cross_entropy {label}", partial(kernel.vocab_cross_entropy, *head, labels)
+        if (dtype, model) == ("bf16", "base"):
+            yield f"vocab_topk {label}, k = 50", partial(kernel.vocab_topk, *head, 50)
+            yield f"vocab_topk {label}, 100 targets", partial(kernel.vocab_topk, *head, 5, torch.arange(100))
+    head = (empty("fp16", 40, 768), empty("fp16", VOCABULARY, 768), empty("fp16", VOCABULARY))
+    yield "vocab_topk fp16", partial(kernel.vocab_topk, *head, 5)
 
 
 CASES = {

@@ -1,53 +1,111 @@
-"""Measuring side by side: interleaved runs, medians and quantiles, the environment stamped beside the figures."""
+"""Measuring side by side: correctness first, interleaved calls, medians and quantiles, the environment beside them."""
 
+import csv
+import functools
 import importlib.metadata
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from xlmr import eager
+from xlmr.ops import Check, compare
 
 RESULTS = Path(__file__).parent / "results"
+MODES = ("forward", "backward", "full")
+# Liger-Kernel's columns, with our version for theirs, then what else a figure needs to be read.
+COLUMNS = (
+    "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "gpu_name",
+    "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80", "extra_benchmark_config_str",
+    "timestamp", "xlmr_version", "gflops", "gbytes", "roof", "fraction_of_roof", "error", "bound",
+    "commit", "torch", "triton", "driver", "clocks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a sweep. `inputs` are made anew from a generator; every provider is called with them and returns one
+    tensor or a tuple; the first provider, xlmr's eager twin, is the judge when its inputs are float64. `wanted` are the
+    positions of the inputs that get gradients; `cost(mode)` is (flops, bytes) at least."""
+
+    kernel: str
+    operation: str
+    x_name: str
+    x_label: str
+    x_value: int
+    inputs: Callable[[], tuple[Any, ...]]
+    providers: dict[str, Callable[..., Any]]
+    cost: Callable[[str], tuple[int, int]]
+    wanted: tuple[int, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> str:
+        """What the cases of one group share."""
+        return ", ".join(f"{k}={v}" for k, v in {**self.settings, self.x_name: self.x_value}.items())
 
 
 def environment() -> dict[str, Any]:
     """What the figures were measured on and with."""
     packages = ("torch", "triton", "transformers", "tokenizers", "sentencepiece")
-    versions = {name: _version(name) for name in packages}
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
+    driver, clocks = _nvidia("driver_version"), _nvidia("clocks.sm,clocks.mem")
     return {
         "date": date.today().isoformat(),
         "commit": _commit(),
         "python": platform.python_version(),
-        **versions,
-        "cpu": cpu,
+        **{name: _version(name) for name in packages},
+        "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": driver,
+        "clocks": clocks,
     }
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Wall-clock seconds of `rounds` calls of each candidate, in turn, so that a disturbance meets them all."""
+    """Seconds of `rounds` calls of each candidate, in turn, so that a disturbance meets them all: by CUDA events where
+    there is a GPU, by the wall clock elsewhere."""
     for _ in range(warm_up):
         for call in candidates.values():
             call()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    clock = _cuda_clock if torch.cuda.is_available() else _wall_clock
+    readings: dict[str, list[Callable[[], float]]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return times
+            readings[name].append(clock(call))
+    return {name: [read() for read in reads] for name, reads in readings.items()}
+
+
+def _wall_clock(call: Callable[[], Any]) -> Callable[[], float]:
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    return lambda: seconds
+
+
+def _cuda_clock(call: Callable[[], Any]) -> Callable[[], float]:
+    """Read after all rounds, so that no synchronisation stands between the calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+
+    def read() -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return read
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -56,9 +114,178 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": 1e3 * statistics.median(seconds), "q20_ms": 1e3 * cut[0], "q80_ms": 1e3 * cut[3]}
 
 
-def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> Iterator[dict[str, Any]]:
+    """Rows of COLUMNS: every provider of a case in every mode that gradients allow. A provider that is wrong, by the
+    rule of the tests, is reported and not timed; one that cannot run says why."""
+    for mode in modes if case.wanted else ("forward",):
+        calls, checks = {}, {}
+        for name, provider in case.providers.items():
+            try:
+                checks[name] = check(case, provider, mode)
+            except (RuntimeError, NotImplementedError, ImportError) as error:  # what this machine lacks
+                log(f"{case.kernel} {case.shape}: {name} cannot run: {str(error).splitlines()[0]}")
+                continue
+            if not checks[name].right:
+                log(f"{case.kernel} {case.shape}: {name} is wrong by {checks[name].error:.2e}; not measured")
+                continue
+            calls[name] = timed(provider, case, mode)
+        for name, times in interleaved(calls, _rounds(calls, seconds)).items():
+            yield _row(case, mode, name, quantiles(times), checks[name])
+
+
+def _row(case: Case, mode: str, provider: str, found: dict[str, float], check: Check) -> dict[str, Any]:
+    flops, size = case.cost(mode)
+    dtype = next(t.dtype for t in case.inputs() if isinstance(t, Tensor) and t.is_floating_point())
+    peak_flops, bandwidth = roofs(dtype)
+    compute, memory = flops / peak_flops, size / bandwidth
+    return {
+        "kernel_name": case.operation,
+        "kernel_provider": provider,
+        "kernel_operation_mode": mode,
+        "metric_name": "speed",
+        "metric_unit": "ms",
+        "gpu_name": device_name(),
+        "x_name": case.x_name,
+        "x_label": case.x_label,
+        "x_value": case.x_value,
+        "y_value_50": found["median_ms"],
+        "y_value_20": found["q20_ms"],
+        "y_value_80": found["q80_ms"],
+        "extra_benchmark_config_str": json.dumps(case.settings),
+        "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "xlmr_version": _version("xlmr"),
+        "gflops": flops / 1e9,
+        "gbytes": size / 1e9,
+        "roof": "compute" if compute > memory else "bandwidth",
+        "fraction_of_roof": 1e3 * max(compute, memory) / found["median_ms"],
+        "error": check.error,
+        "bound": check.bound,
+        **_stamp(),
+    }
+
+
+def check(case: Case, provider: Callable[..., Any], mode: str) -> Check:
+    """Whether a provider is right by the rule of the tests: at most twice as far from float64 as the eager twin."""
+    judge = next(iter(case.providers.values()))
+    out, twin = (_results(way, _inputs(case), case.wanted, mode) for way in (provider, judge))
+    return compare(case.operation, out, twin, _results(judge, _double(_inputs(case)), case.wanted, mode))
+
+
+def _inputs(case: Case) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    made = case.inputs()
+    return tuple(t.requires_grad_(True) if i in case.wanted else t for i, t in enumerate(made))
+
+
+def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) and t.is_floating_point() else t
+        for t in inputs
+    )
+
+
+def _upstream(out: Any) -> list[Tensor]:
+    """Random gradients, the same for every provider and dtype."""
+    outputs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+
+
+def _results(provider: Callable[..., Any], inputs: tuple[Any, ...], wanted: tuple[int, ...], mode: str) -> Any:
+    """What a provider computes: its outputs, and but for the mode "forward" the gradients too."""
+    if mode == "forward":
+        with torch.no_grad():
+            return provider(*inputs)
+    out = provider(*inputs)
+    return torch.autograd.grad(out, [inputs[i] for i in wanted], _upstream(out))
+
+
+def timed(provider: Callable[..., Any], case: Case, mode: str) -> Callable[[], Any]:
+    """A call of `provider`, each on the next of several copies of the inputs: so many that none is in a GPU's cache."""
+    size = sum(t.nbytes for t in case.inputs() if isinstance(t, Tensor))
+    count = min(32, 1 + 4 * _cache_bytes() // max(size, 1))
+    copies = [_inputs(case) for _ in range(count)]
+    turn = iter(range(1 << 62))
+
+    def arguments() -> tuple[Any, ...]:
+        return copies[next(turn) % count]
+
+    if mode == "forward":
+        return torch.no_grad()(lambda: provider(*arguments()))
+    gradients = _upstream(provider(*copies[0]))
+    if mode == "full":
+
+        def full() -> Any:
+            given = arguments()
+            return torch.autograd.grad(provider(*given), [given[i] for i in case.wanted], gradients)
+
+        return full
+    graphs = [(provider(*given), [given[i] for i in case.wanted]) for given in copies]
+
+    def backward() -> Any:
+        out, given = graphs[next(turn) % count]
+        return torch.autograd.grad(out, given, gradients, retain_graph=True)
+
+    return backward
+
+
+def _rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> int:
+    """So many rounds that they take about `seconds`, at least five."""
+    once = sum(t[-1] for t in interleaved(calls, 1, warm_up=1).values())
+    return max(5, min(200, int(seconds / max(once, 1e-6))))
+
+
+@functools.cache
+def roofs(dtype: torch.dtype) -> tuple[float, float]:
+    """(flop/s, bytes/s) of this machine, measured: the faster of torch's and our eager product of two large matrices,
+    and a copy, each at its best."""
+    gpu = torch.cuda.is_available()
+    device, n = ("cuda", 8192) if gpu else ("cpu", 2048)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    source = torch.empty((1 << 30) if gpu else (1 << 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ways = {"mm": lambda: a @ b, "linear": lambda: eager.linear(a, b, None), "copy": lambda: target.copy_(source)}
+    times = {name: min(seconds) for name, seconds in interleaved(ways, rounds=10).items()}
+    return 2 * n**3 / min(times["mm"], times["linear"]), 2 * source.numel() / times["copy"]
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Bytes that one call adds at its peak: of the GPU's memory, or of the process's resident set (Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) << 10
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU: {_cpu()}"
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds rows to a CSV file of COLUMNS."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
     """Rows as aligned text; numbers with three digits that count."""
-    cells = [columns, *([_text(row.get(column, "")) for column in columns] for row in rows)]
+    cells = [list(columns), *([text(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
@@ -77,10 +304,21 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if value >= 1e3 else f"{value:.3g}"
+
+
+@functools.cache
+def _stamp() -> dict[str, Any]:
+    found = environment()
+    return {name: found[name] for name in ("commit", "torch", "triton", "driver", "clocks")}
+
+
+def _cache_bytes() -> int:
+    """The L2 of the GPU; on a CPU inputs are used as they are, for a model's rows come from its cache too."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if torch.cuda.is_available() else 0
 
 
 def _version(package: str) -> str | None:
@@ -88,6 +326,22 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
+def _nvidia(fields: str) -> str | None:
+    """A GPU's facts from nvidia-smi; None where there is none."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def _commit() -> str | None:

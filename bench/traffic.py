@@ -1,11 +1,12 @@
 """The traffic gate: the bytes that the kernels load and store, over the minimum that their cost() states.
 
-`python -m bench.traffic [--json]` runs the public functions under Triton's interpreter, on a CPU, at scaled-down XLM-R
-shapes, and counts every lane of every load and store that is not masked, tensor descriptors included. Of a tensor of at
-most one row (weights [N], biases, a table of one type) each element counts once a launch: it stays in cache. PyTorch's
-own operations between two launches are not counted. Exit status 1 where
-- a bandwidth-bound kernel (LayerNorms, embedding) moves more than 1.15 × the minimum; the others read operands once a
-  tile, and their ratio is for information;
+`python -m bench.traffic [--json]` runs the public functions and their backward under Triton's interpreter, on a CPU, at
+scaled-down XLM-R shapes, and counts every lane of every load and store that is not masked, tensor descriptors included.
+Of a tensor of at most one row (weights [N], biases, a table of one type) each element counts once a launch: it stays in
+cache. PyTorch's own operations between two launches are not counted. Exit status 1 where
+- a bandwidth-bound kernel (LayerNorms and their backward, embedding) moves more than 1.15 × the minimum; of the others
+  the ratio is for information: products read operands once a tile, and how many rows the gradients of the embedding's
+  tables have, and how many partial sums, is up to the ids;
 - a kernel moves less than the minimum: then cost() is wrong;
 - a kernel touches memory outside its tensors, or is run by no case.
 
@@ -32,10 +33,12 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xlmr.kernels import _launch
+from xlmr.ops import gradients
 from xlmr.varlen import Sequences
 
 from . import harness
@@ -156,8 +159,8 @@ def gate(cases: Sequence[Case], modules: Sequence[ModuleType]) -> tuple[list[dic
     for case in cases:
         try:
             traffic = measure(case)
-        except Exception as error:
-            problems.append(f"{case.name}: {type(error).__name__}: {error}")
+        except InterpreterError as error:
+            problems.append(f"{case.name}: {error}")
             continue
         launched |= set(traffic.launches)
         ratio = traffic.moved / case.minimum
@@ -188,6 +191,7 @@ def gate(cases: Sequence[Case], modules: Sequence[ModuleType]) -> tuple[list[dic
 # ---- Scaled-down XLM-R shapes. Widths, heads and rows are such that no width equals the number of rows ----
 
 HIDDEN = (768, 1024)  # for the row-wise kernels: as they are
+ROWS = 203  # and enough for the partial sums of backward to weigh little, as they do in a real batch
 T, N, F, V = 200, 128, 512, 4500  # else: rows, hidden and intermediate units, words
 LENGTHS, HEADS, HEAD_DIM = [1, 70, 129], 2, 64  # T tokens in three texts
 
@@ -208,38 +212,31 @@ def _random(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+def _trained(name: str, call: partial[Any], rows: int, minima: Sequence[int], bound: Sequence[bool]) -> Iterator[Case]:
+    """The call without gradients, and its forward and backward; minima and bound of forward and of backward."""
+    yield Case(name, call, rows, minima[0], bound[0])
+    yield Case(f"{name}, gradients", partial(gradients, call.func, call.args), rows, sum(minima), bound[1])
+
+
 def _layer_norm(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]:
-    rows = 37
+    rows, size = ROWS, DTYPES[dtype].itemsize
     for hidden in HIDDEN:
-        x, w, size = random(rows, hidden), random(hidden), DTYPES[dtype].itemsize
-        yield Case(
-            f"add_layer_norm {dtype} [{rows}, {hidden}]",
-            partial(kernel.add_layer_norm, x, x.clone(), w, w.clone(), 1e-5),
-            rows,
-            kernel.cost(rows, hidden, size)[1],
-            bandwidth_bound=True,
-        )
-        yield Case(
-            f"gelu_layer_norm {dtype} [{rows}, {hidden}]",
-            partial(kernel.gelu_layer_norm, x, w, w.clone(), 1e-5),
-            rows,
-            kernel.cost(rows, hidden, size, residual=False)[1],
-            bandwidth_bound=True,
-        )
+        x, w = random(rows, hidden), random(hidden)
+        for name, given, residual in (("add", (x, x.clone()), True), ("gelu", (x,), False)):
+            call = partial(getattr(kernel, f"{name}_layer_norm"), *given, w, w.clone(), 1e-5)
+            minima = [kernel.cost(rows, hidden, size, residual, backward)[1] for backward in (False, True)]
+            yield from _trained(f"{name}_layer_norm {dtype} [{rows}, {hidden}]", call, rows, minima, (True, True))
 
 
 def _embedding(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]:
-    rows, pad = 37, 1
-    ids, types, positions = torch.arange(rows) + 5, torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + 2
+    rows, pad, size = ROWS, 1, DTYPES[dtype].itemsize
+    types, positions = torch.zeros(rows, dtype=torch.int64), torch.arange(rows) % 32 + 2
+    ids = torch.randint(2, 50, (rows,), generator=torch.Generator().manual_seed(0))
     for hidden in HIDDEN:
         tables, w = (random(50, hidden), random(1, hidden), random(60, hidden)), random(hidden)
-        yield Case(
-            f"embed {dtype} [{rows}, {hidden}]",
-            partial(kernel.embed, ids, types, positions, *tables, w, w.clone(), 1e-5, pad),
-            rows,
-            kernel.cost(rows, hidden, DTYPES[dtype].itemsize)[1],
-            bandwidth_bound=True,
-        )
+        call = partial(kernel.embed, ids, types, positions, *tables, w, w.clone(), 1e-5, pad)
+        minima = [kernel.cost(rows, hidden, size, backward=backward)[1] for backward in (False, True)]
+        yield from _trained(f"embed {dtype} [{rows}, {hidden}]", call, rows, minima, (True, False))
 
 
 def _linear(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]:
@@ -277,12 +274,10 @@ def _attention(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]
     bounds = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
     texts = Sequences.packed(bounds, max(LENGTHS))
     for causal in (False, True):
-        yield Case(
-            f"attention {dtype}, {T} rows of {len(LENGTHS)} texts{', causal' * causal}",
-            partial(kernel.attention, q, k, v, texts, HEAD_DIM**-0.5, causal),
-            T,
-            kernel.cost(LENGTHS, LENGTHS, HEADS, HEAD_DIM, size, causal)[1],
-        )
+        name = f"attention {dtype}, {T} rows of {len(LENGTHS)} texts{', causal' * causal}"
+        call = partial(kernel.attention, q, k, v, texts, HEAD_DIM**-0.5, causal)
+        costs = [kernel.cost(LENGTHS, LENGTHS, HEADS, HEAD_DIM, size, causal, backward) for backward in (False, True)]
+        yield from _trained(name, call, T, [moved for _, moved in costs], (False, False))
     first = bounds[:-1].long()
     yield Case(
         f"attention {dtype}, the first row of each text",

@@ -41,3 +41,12 @@ def keeps(seed_ptr, rows, start, levels, BLOCK: tl.constexpr):
     words = tl.join(tl.join(a, b), tl.join(c, d))
     halves = tl.join(words & 0xFFFF, words >> 16)
     return halves.reshape(rows.shape[0], BLOCK).to(tl.int32) < levels
+
+
+@triton.jit
+def keep_factors(seed_ptr, rows, start, levels, BLOCK: tl.constexpr):
+    """What dropout multiplies the elements of `keeps` by: LEVELS / levels where kept, else 0; 1 without a seed."""
+    factors = 1.0
+    if seed_ptr is not None:
+        factors = tl.where(keeps(seed_ptr, rows, start, levels, BLOCK), 65536.0 / tl.maximum(levels, 1), 0.0)
+    return factors

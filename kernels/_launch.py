@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +119,13 @@ def check(operation: str, *, mixed: bool = False, **tensors: torch.Tensor | None
                 f"{operation}: {name} is {tensor.dtype}, the first argument {first.dtype}; allowed is one of "
                 f"{', '.join(map(str, DTYPES))}{'' if mixed else ' for all'}"
             )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
+    if wants_gradients(*given.values()):
         raise RuntimeError(f"{operation}: has no gradients; call under torch.no_grad(), or use backend='eager'")
+
+
+def wants_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def require(condition: bool, message: str) -> None:
@@ -141,15 +146,33 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in autocast's dtype, inside torch.autocast for their device; else as they are. For matrix products;
     as in torch, LayerNorm computes in fp32 whatever comes and float64 is left alone."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def opaque(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps torch.compile out of a launcher in the interpreter, whose NumPy code it cannot trace."""
-    return torch.compiler.disable(launch) if os.environ.get("TRITON_INTERPRET") == "1" else launch
+    """A launcher that works where its first tensor is, whatever the current device: kernels start on the latter.
+
+    In the interpreter torch.compile is kept out of it, which cannot trace NumPy.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.compiler.disable(launch)
+
+    @functools.wraps(launch)
+    def launched(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.cuda.device_count() < 2:
+            return launch(*args, **kwargs)
+        with torch.cuda.device(_first_tensor(args).device):
+            return launch(*args, **kwargs)
+
+    return launched
+
+
+def _first_tensor(args: Iterable[Any]) -> Any:
+    flat = (a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,)))
+    return next(a for a in flat if isinstance(a, torch.Tensor))
 
 
 def rows_at_once(x: torch.Tensor) -> int:

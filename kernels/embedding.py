@@ -1,82 +1,132 @@
-"""The embeddings: gather three rows, add them, LayerNorm.
+"""The embeddings: gather three rows, add them, LayerNorm, dropout.
 
 h = (word[i] + token_type[j]) + position[p]
-μ = mean(h)    rstd = 1 / sqrt(mean((h − μ)²) + eps)    y = (h − μ)·rstd·w + b
+μ = mean(h)    rstd = 1 / sqrt(mean((h − μ)²) + eps)    x̂ = (h − μ)·rstd    y = (x̂·w + b)·m
+m is dropout's 0 or 1 / (1 − p), or 1 without dropout
 
-Shapes  i, j, p: [T] int32 or int64, at any stride   tables: [rows, N]   w, b: [N]   y: [T, N]
+Backward, with g = dy·m·w:   dh = rstd·(g − mean(g) − x̂·mean(g·x̂))    dw = Σ dy·m·x̂    db = Σ dy·m
+                             dword[v] = Σ dh over the tokens with i = v, 0 for v = padding_idx; the other tables alike
+
+Shapes  i, j, p: [T] int32 or int64, at any stride   tables: [rows, N]   w, b: [N]   μ, rstd: [T] fp32   y: [T, N]
+        each table and vector in its own dtype; y in the promoted one
 Twin    xlmr.eager.embed
 
 h is never rounded and stays in registers. Every launch at one N has the same tile and warps: a row's reduction has one
 order. An id outside its table raises IndexError where the ids are on a CPU; on a GPU, where asking would synchronise,
-nothing outside the table is read and the token's row is NaN.
+nothing outside the table is read or written and the token's row is NaN.
 
-Prediction for an H200 (4.3 TB/s): of the 4 T·N elements, the types and positions come from the L2 (at most 514 rows, or
+For backward μ and rstd are kept, and the ids; h is gathered again. dh is written once, in the tables' dtype. Of each
+table that wants a gradient the ids are sorted and cut into pieces of CHUNK tokens. A piece adds up, in fp32, the rows
+of each id in it; an id that lies within one piece is then finished, and one that spans several leaves a partial sum in
+each, which a second kernel adds in the pieces' order. So a token type with T rows is as parallel as T distinct words.
+
+Prediction for an H200 (4.3 TB/s): of forward's reads the types and positions come from the L2 (at most 514 rows, or
 8,194) and so do the frequent words of a real text: between T·N and 2 T·N elements cross the memory bus. In bf16 and
 T ≥ 16,384 at least 80 % of a copy's rate counted as 2 T·N: a row's address waits for its id, and ten programs an SM
-hide that. It runs once a forward, beside 12 or 24 layers.
+hide that. Backward at T = 16,384, N = 1024: about 40 µs for dh and 20 µs a table, beside sorting the ids (30 µs a
+table) and zeroing the word table's gradient (512 MB: 150 µs, which PyTorch spends too). Both run once a step, beside 12
+or 24 layers.
 """
+
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ._launch import Table, check, config, opaque, pick, require
+from ._dropout import draw_seed, keep_factors, keep_levels
+from ._launch import Table, check, config, opaque, pick, require, wants_gradients
+from ._norm import (
+    bucket,
+    check_affine,
+    contiguous_rows,
+    input_gradient,
+    load_statistics,
+    load_tile,
+    load_vector,
+    new_partials,
+    programs,
+    row_stride,
+    store_affine,
+    store_partials,
+    store_statistics,
+    store_tile,
+    sum_partials,
+)
 
 
-def cost(T: int, N: int, itemsize: int, id_itemsize: int = 8) -> tuple[int, int]:
-    """Floating-point operations and bytes moved of one forward, rows that the L2 serves included."""
-    return 10 * T * N, (4 * T * N + 2 * N) * itemsize + 3 * T * id_itemsize
+def cost(T: int, N: int, itemsize: int, id_itemsize: int = 8, backward: bool = False) -> tuple[int, int]:
+    """Floating-point operations and the least bytes moved by one forward, without gradients, or one backward.
+
+    Word and position rows count though the L2 may serve them; of the token types one row counts, once. Backward is that
+    of all gradients with dh written once and read once a table, but for the rows of the tables' gradients (as many as
+    there are distinct ids), partial sums and the sorting.
+    """
+    if backward:
+        return 23 * T * N, (7 * T * N + 4 * N) * itemsize + 9 * T * id_itemsize + 2 * T * 4
+    return 10 * T * N, (3 * T * N + 3 * N) * itemsize + 3 * T * id_itemsize
 
 
-# By the power of two that holds N; wider rows take the last entry in a loop. 16 elements a thread: each is three loads.
-# Not measured yet: chosen by compiling for sm_80, sm_90, sm_100 and gfx942 (no spills, at most 96 registers).
-MAX_BLOCK_N = 8192
-_COMMON = {
-    128: config(4, 1, BLOCK_T=8, BLOCK_N=128),
-    256: config(4, 1, BLOCK_T=8, BLOCK_N=256),
-    512: config(4, 1, BLOCK_T=4, BLOCK_N=512),
-    1024: config(4, 1, BLOCK_T=2, BLOCK_N=1024),
-    2048: config(4, 1, BLOCK_T=1, BLOCK_N=2048),
-    4096: config(8, 1, BLOCK_T=1, BLOCK_N=4096),
-    8192: config(16, 1, BLOCK_T=1, BLOCK_N=8192),
-}
+def activation_bytes(id_itemsize: int = 8) -> int:
+    """Bytes a token kept for backward: mean and rstd, and the three ids, which the model holds anyway."""
+    return 3 * id_itemsize + 2 * 4
+
+
+# By the power of two that holds N; "wide" is a loop over blocks. 16 elements a thread (32 at N = 1024): each is three
+# loads. Not measured yet: chosen by compiling for sm_80, sm_90, sm_100 and gfx942 (no spills).
 CONFIGS: Table = {
-    "portable": _COMMON,
-    "sm_80": _COMMON | {1024: config(4, 1, BLOCK_T=4, BLOCK_N=1024)},  # two rows at N = 1024 spill in fp32
+    "portable": {
+        128: config(4, 1, BLOCK_T=8, BLOCK_N=128),
+        256: config(4, 1, BLOCK_T=8, BLOCK_N=256),
+        512: config(4, 1, BLOCK_T=4, BLOCK_N=512),
+        1024: config(4, 1, BLOCK_T=4, BLOCK_N=1024),
+        2048: config(4, 1, BLOCK_T=1, BLOCK_N=2048),
+        4096: config(8, 1, BLOCK_T=1, BLOCK_N=4096),
+        "wide": config(8, 1, BLOCK_T=1, BLOCK_N=4096),
+    }
 }
-
-
-def bucket(N: int) -> int:
-    """The key of CONFIGS[target] for rows of N elements: it depends on N alone."""
-    return min(max(triton.next_power_of_2(N), 128), MAX_BLOCK_N)
-
-
-@triton.jit
-def _row_offsets(ids_ptr, stride_id, table_rows, stride_row, tokens, exists):
-    """Where each token's row of a table starts, and whether the table has it."""
-    ids = tl.load(ids_ptr + tokens * stride_id, mask=exists, other=0).to(tl.int64)
-    return (ids * stride_row)[:, None], (ids >= 0) & (ids < table_rows)
-
-
-@triton.jit
-def _hidden(word_ptr, type_ptr, position_ptr, words, types, positions, cols, mask):
-    """One tile of h in fp32, 0 where masked."""
-    h = tl.load(word_ptr + words + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    h += tl.load(type_ptr + types + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    return h + tl.load(position_ptr + positions + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+BACKWARD_CONFIGS: Table = {
+    "portable": {
+        128: config(4, 1, BLOCK_T=8, BLOCK_N=128),
+        256: config(4, 1, BLOCK_T=8, BLOCK_N=256),
+        512: config(4, 1, BLOCK_T=4, BLOCK_N=512),
+        1024: config(4, 1, BLOCK_T=2, BLOCK_N=1024),
+        2048: config(8, 1, BLOCK_T=1, BLOCK_N=2048),
+        4096: config(8, 1, BLOCK_T=1, BLOCK_N=4096),
+        "wide": config(8, 1, BLOCK_T=1, BLOCK_N=1024),
+    }
+}
+CHUNK = 8  # sorted tokens a piece: its rows are in registers together, 64 elements a thread
+PIECES = config(4, 1, CHUNK=CHUNK, BLOCK_N=1024)
+SPANS = config(4, 1, CHUNK=CHUNK, BLOCK_P=64, BLOCK_N=128)
 
 
 @triton.jit
-def _scale_and_store(y_ptr, w_ptr, b_ptr, y_rows, cols, mask, N: tl.constexpr, centred, rstd):
-    """y = (h − μ)·rstd·w + b of one tile."""
-    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * w[None, :] + b[None, :]
-    tl.store(y_ptr + y_rows + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+def _places(ids, strides, rows, row_strides, tokens, exists):
+    """Where each token's row of each table starts, and whether every table has it. The arguments before `tokens` are
+    tuples of three: words, token types, positions."""
+    words = tl.load(ids[0] + tokens * strides[0], mask=exists, other=0).to(tl.int64)
+    types = tl.load(ids[1] + tokens * strides[1], mask=exists, other=0).to(tl.int64)
+    positions = tl.load(ids[2] + tokens * strides[2], mask=exists, other=0).to(tl.int64)
+    known = exists & (words >= 0) & (words < rows[0]) & (types >= 0) & (types < rows[1])
+    known = known & (positions >= 0) & (positions < rows[2])
+    places = (words * row_strides[0])[:, None], (types * row_strides[1])[:, None], (positions * row_strides[2])[:, None]
+    return places, known
 
 
-@triton.jit(do_not_specialize=["T", "word_rows", "type_rows", "position_rows"])
+@triton.jit
+def _hidden(tables, places, known, cols, N: tl.constexpr):
+    """One tile of h in fp32, 0 where a row is unknown or has no such column."""
+    mask = known[:, None] & (cols < N)[None, :]
+    h = load_tile(tables[0], places[0], cols, mask) + load_tile(tables[1], places[1], cols, mask)
+    return h + load_tile(tables[2], places[2], cols, mask)
+
+
+@triton.jit(do_not_specialize=["T", "word_rows", "type_rows", "position_rows", "levels"])
 def _embed_fwd_kernel(
     word_ids_ptr,
     type_ids_ptr,
@@ -87,6 +137,10 @@ def _embed_fwd_kernel(
     w_ptr,
     b_ptr,
     y_ptr,
+    mean_ptr,  # None, as rstd_ptr: no backward will follow
+    rstd_ptr,
+    seed_ptr,  # None: no dropout
+    levels,
     stride_word_id,
     stride_type_id,
     stride_position_id,
@@ -102,68 +156,251 @@ def _embed_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
+    table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
+    tables = (word_ptr, type_ptr, position_ptr)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = tokens < T
-    words, has_word = _row_offsets(word_ids_ptr, stride_word_id, word_rows, stride_word, tokens, exists)
-    types, has_type = _row_offsets(type_ids_ptr, stride_type_id, type_rows, stride_type, tokens, exists)
-    positions, has_position = _row_offsets(
-        position_ids_ptr, stride_position_id, position_rows, stride_position, tokens, exists
-    )
-    known = exists & has_word & has_type & has_position
+    places, known = _places(ids, strides, table_rows, row_strides, tokens, exists)
     poison = tl.where(known, 0.0, float("nan"))  # joins the mean: a row with a wrong id is NaN
     y_rows = (tokens * N)[:, None]
     cols = tl.arange(0, BLOCK_N)
     if BLOCK_N >= N:  # the row stays in registers
-        in_row = (cols < N)[None, :]
-        h = _hidden(word_ptr, type_ptr, position_ptr, words, types, positions, cols, known[:, None] & in_row)
+        h = _hidden(tables, places, known, cols, N)
         mean = tl.sum(h, axis=1) / N + poison
-        centred = tl.where(in_row, h - mean[:, None], 0.0)
+        centred = tl.where((cols < N)[None, :], h - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-        _scale_and_store(y_ptr, w_ptr, b_ptr, y_rows, cols, exists[:, None] & in_row, N, centred, rstd)
+        mask, factors = exists[:, None] & (cols < N)[None, :], keep_factors(seed_ptr, tokens, 0, levels, BLOCK_N)
+        store_affine(y_ptr, w_ptr, b_ptr, y_rows, cols, mask, N, centred * rstd[:, None], factors)
     else:  # three passes over the row
         total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_N):
-            mask = known[:, None] & (start + cols < N)[None, :]
-            total += _hidden(word_ptr, type_ptr, position_ptr, words, types, positions, start + cols, mask)
+            total += _hidden(tables, places, known, start + cols, N)
         mean = tl.sum(total, axis=1) / N + poison
         total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_N):
-            mask = known[:, None] & (start + cols < N)[None, :]
-            h = _hidden(word_ptr, type_ptr, position_ptr, words, types, positions, start + cols, mask)
-            centred = tl.where(mask, h - mean[:, None], 0.0)
+            h = _hidden(tables, places, known, start + cols, N)
+            centred = tl.where((start + cols < N)[None, :], h - mean[:, None], 0.0)
             total += centred * centred
         rstd = tl.rsqrt(tl.sum(total, axis=1) / N + eps)
         for start in range(0, N, BLOCK_N):
-            in_row = (start + cols < N)[None, :]
-            mask = known[:, None] & in_row
-            h = _hidden(word_ptr, type_ptr, position_ptr, words, types, positions, start + cols, mask)
-            centred, mask = h - mean[:, None], exists[:, None] & in_row
-            _scale_and_store(y_ptr, w_ptr, b_ptr, y_rows, start + cols, mask, N, centred, rstd)
+            normal = (_hidden(tables, places, known, start + cols, N) - mean[:, None]) * rstd[:, None]
+            mask = exists[:, None] & (start + cols < N)[None, :]
+            factors = keep_factors(seed_ptr, tokens, start, levels, BLOCK_N)
+            store_affine(y_ptr, w_ptr, b_ptr, y_rows, start + cols, mask, N, normal, factors)
+    store_statistics(mean_ptr, rstd_ptr, tokens, exists, mean, rstd)
+
+
+@triton.jit
+def _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N: tl.constexpr):
+    """dy·m of the columns from `start` on."""
+    dy = load_tile(dy_ptr, (tokens * stride_dym)[:, None], start + tl.arange(0, BLOCK_N), mask)
+    return dy * keep_factors(seed_ptr, tokens, start, levels, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["T", "word_rows", "type_rows", "position_rows", "levels"])
+def _embed_bwd_kernel(
+    dy_ptr,
+    word_ids_ptr,
+    type_ids_ptr,
+    position_ids_ptr,
+    word_ptr,
+    type_ptr,
+    position_ptr,
+    w_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dh_ptr,  # None, as the next two: not wanted
+    dw_ptr,  # [programs, N], as db_ptr
+    db_ptr,
+    seed_ptr,  # None: no dropout
+    levels,
+    stride_dym,
+    stride_word_id,
+    stride_type_id,
+    stride_position_id,
+    stride_word,
+    stride_type,
+    stride_position,
+    word_rows,
+    type_rows,
+    position_rows,
+    T,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
+    table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
+    tables = (word_ptr, type_ptr, position_ptr)
+    cols = tl.arange(0, BLOCK_N)
+    first = tl.program_id(0)  # of the blocks of BLOCK_T tokens; then every num_programs-th
+    if BLOCK_N >= N:  # the row stays in registers
+        w = load_vector(w_ptr, cols, N)[None, :]
+        dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        block = first
+        while block * BLOCK_T < T:
+            tokens, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+            places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
+            mask = (tokens < T)[:, None] & (cols < N)[None, :]
+            normal = (_hidden(tables, places, known, cols, N) - mean[:, None]) * rstd[:, None]
+            dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, 0, mask, BLOCK_N)
+            dw += tl.sum(dy * normal, axis=0)
+            db += tl.sum(dy, axis=0)
+            g = dy * w
+            dh = input_gradient(g, normal, rstd, tl.sum(g, axis=1) / N, tl.sum(g * normal, axis=1) / N)
+            store_tile(dh_ptr, (tokens * N)[:, None], cols, mask, dh)
+            block += tl.num_programs(0)
+        store_partials(dw_ptr, db_ptr, cols, N, dw, db)
+    else:
+        if dh_ptr is not None:  # two passes over each row
+            block = first
+            while block * BLOCK_T < T:
+                tokens, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+                places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
+                sum_g, sum_gx = tl.zeros([BLOCK_T, BLOCK_N], tl.float32), tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+                for start in range(0, N, BLOCK_N):
+                    mask = (tokens < T)[:, None] & (start + cols < N)[None, :]
+                    dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N)
+                    g = dy * load_vector(w_ptr, start + cols, N)[None, :]
+                    sum_g += g
+                    sum_gx += g * (_hidden(tables, places, known, start + cols, N) - mean[:, None]) * rstd[:, None]
+                mean_g, mean_gx = tl.sum(sum_g, axis=1) / N, tl.sum(sum_gx, axis=1) / N
+                for start in range(0, N, BLOCK_N):
+                    mask = (tokens < T)[:, None] & (start + cols < N)[None, :]
+                    dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N)
+                    g = dy * load_vector(w_ptr, start + cols, N)[None, :]
+                    normal = (_hidden(tables, places, known, start + cols, N) - mean[:, None]) * rstd[:, None]
+                    dh = input_gradient(g, normal, rstd, mean_g, mean_gx)
+                    store_tile(dh_ptr, (tokens * N)[:, None], start + cols, mask, dh)
+                block += tl.num_programs(0)
+        if dw_ptr is not None or db_ptr is not None:  # a block of columns of every row, then the next block
+            for start in range(0, N, BLOCK_N):
+                dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+                block = first
+                while block * BLOCK_T < T:
+                    tokens, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+                    places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
+                    mask = (tokens < T)[:, None] & (start + cols < N)[None, :]
+                    dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N)
+                    h = _hidden(tables, places, known, start + cols, N)
+                    dw += tl.sum(dy * (h - mean[:, None]) * rstd[:, None], axis=0)
+                    db += tl.sum(dy, axis=0)
+                    block += tl.num_programs(0)
+                store_partials(dw_ptr, db_ptr, start + cols, N, dw, db)
+
+
+@triton.jit(do_not_specialize=["T", "table_rows", "padding_idx"])
+def _sum_pieces_kernel(
+    dh_ptr,
+    ids_ptr,  # sorted
+    order_ptr,  # the token of each
+    table_ptr,  # the gradient
+    partials_ptr,  # [pieces, 2, N]: of an id that begins before this piece; of one that goes on after it
+    table_rows,
+    padding_idx,
+    T,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    piece = tl.program_id(0).to(tl.int64)
+    ids_ptr += piece * CHUNK
+    count = tl.minimum(T - piece * CHUNK, CHUNK).to(tl.int32)
+    places = tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + places, mask=places < count, other=-1)
+    tokens = tl.load(order_ptr + piece * CHUNK + places, mask=places < count, other=0)
+    before = tl.load(ids_ptr - 1, mask=piece > 0, other=-1)
+    after = tl.load(ids_ptr + CHUNK, mask=(piece + 1) * CHUNK < T, other=-1)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = load_tile(dh_ptr, (tokens * N)[:, None], cols, (places < count)[:, None] & (cols < N)[None, :])
+    first = 0
+    while first < count:
+        key = tl.load(ids_ptr + first)
+        same = (ids == key) & (places < count)
+        total = tl.sum(tl.where(same[:, None], rows, 0.0), axis=0)
+        if (key == before) | (key == after):
+            place = (2 * piece + tl.where(key == before, 0, 1)) * N + cols
+            tl.store(partials_ptr + place, total, mask=cols < N)
+        elif (key >= 0) & (key < table_rows) & (key != padding_idx):
+            place = key.to(tl.int64) * N + cols
+            tl.store(table_ptr + place, total.to(table_ptr.dtype.element_ty), mask=cols < N)
+        first += tl.sum(same.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["T", "table_rows", "padding_idx"])
+def _sum_spans_kernel(
+    ids_ptr,
+    table_ptr,
+    partials_ptr,
+    table_rows,
+    padding_idx,
+    T,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Finishes the id that begins in a piece and goes on after it."""
+    piece = tl.program_id(0).to(tl.int64)
+    end = (piece + 1) * CHUNK
+    key = tl.load(ids_ptr + end - 1, mask=end < T, other=-1)
+    after = tl.load(ids_ptr + end, mask=end < T, other=-1)
+    before = tl.load(ids_ptr + end - CHUNK - 1, mask=piece > 0, other=-1)
+    wanted = (key >= 0) & (key < table_rows) & (key != padding_idx)
+    if wanted & (key == after) & (key != before):
+        cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.load(partials_ptr + (2 * piece + 1) * N + cols, mask=cols < N, other=0.0)
+        goes_on = 1
+        while goes_on == 1:
+            pieces = piece + 1 + tl.arange(0, BLOCK_P)
+            same = tl.load(ids_ptr + pieces * CHUNK, mask=pieces * CHUNK < T, other=-1) == key
+            total += tl.sum(
+                load_tile(partials_ptr, (2 * pieces * N)[:, None], cols, same[:, None] & (cols < N)), axis=0
+            )
+            goes_on = tl.min(same.to(tl.int32))
+            piece += BLOCK_P
+        tl.store(table_ptr + key.to(tl.int64) * N + cols, total.to(table_ptr.dtype.element_ty), mask=cols < N)
 
 
 @opaque
-def embed_fwd(ids: tuple[Tensor, ...], tables: tuple[Tensor, ...], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of the sum of one row of each table, [T, N]; ids and tables of words, token types and positions."""
+def embed_fwd(
+    ids: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    seed: Tensor | None = None,
+    levels: int = 0,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y [T, N], mean [T], rstd [T]) of the LayerNorm of the sum of one row of each table; no mean and rstd without
+    `statistics`. Ids and tables of words, token types and positions; with a seed `levels` of 65,536 of y's elements
+    survive."""
     word, token_type, position = tables
-    check("embed", word=word, token_type=token_type, position=position, weight=weight, bias=bias)
+    check("embed", mixed=True, word=word, token_type=token_type, position=position, weight=weight, bias=bias)
     T, N = ids[0].numel(), weight.numel()
     for name, table in zip(("word", "token_type", "position"), tables, strict=True):
         fits = table.dim() == 2 and table.shape[1] == N > 0 and (table.stride(1) == 1 or N == 1)
         require(fits, f"embed: {name} is {tuple(table.shape)}, expected [rows, {N}] with a contiguous last dimension")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        fits = vector.shape == (N,) and vector.is_contiguous()
-        require(fits, f"embed: {name} is {tuple(vector.shape)}, expected a contiguous [{N}]")
+    check_affine("embed", weight, bias, N)
     for name, given, table in zip(("input_ids", "token_type_ids", "position_ids"), ids, tables, strict=True):
         _check_ids(name, given, T, table)
-    y = torch.empty((T, N), dtype=word.dtype, device=word.device)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in (*tables, weight)))
+    y = torch.empty((T, N), dtype=dtype, device=word.device)
+    mean, rstd = torch.empty((2, T), dtype=torch.float32, device=word.device) if statistics else (None, None)
     if T:
         tuned = pick(CONFIGS, word.device, bucket(N)).meta
-        id_strides = [given.stride(0) if T > 1 else 1 for given in ids]
-        strides, rows = [table.stride(0) for table in tables], [len(table) for table in tables]
-        _embed_fwd_kernel[(triton.cdiv(T, tuned["BLOCK_T"]),)](
-            *ids, *tables, weight, bias, y, *id_strides, *strides, *rows, T, eps, N=N, **tuned
-        )
-    return y
+        tensors = *ids, *tables, weight, bias, y, mean, rstd, seed
+        grid = (triton.cdiv(T, tuned["BLOCK_T"]),)
+        _embed_fwd_kernel[grid](*tensors, levels, *_layout(ids, tables), T, eps, N=N, **tuned)
+    return y, mean, rstd
+
+
+def _layout(ids: Sequence[Tensor], tables: Sequence[Tensor]) -> list[int]:
+    """Strides of the ids, strides of the tables' rows, numbers of rows."""
+    strides = [given.stride(0) if len(given) > 1 else 1 for given in ids]
+    return strides + [table.stride(0) for table in tables] + [len(table) for table in tables]
 
 
 def _check_ids(name: str, ids: Tensor, T: int, table: Tensor) -> None:
@@ -174,6 +411,87 @@ def _check_ids(name: str, ids: Tensor, T: int, table: Tensor) -> None:
     if ids.device.type == "cpu" and T and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
         found = f"from {int(ids.min())} to {int(ids.max())}"
         raise IndexError(f"embed: {name} go {found}, the table has rows 0 to {len(table) - 1}")
+
+
+@opaque
+def embed_bwd(
+    dy: Tensor,
+    ids: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_idx: int,
+    seed: Tensor | None = None,
+    levels: int = 0,
+    wanted: Sequence[bool] = (True, True, True, True, True),
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the three tables, weight and bias, each in its tensor's dtype, None where it is not `wanted`."""
+    (T, N), (*of_tables, of_weight, of_bias) = dy.shape, wanted
+    dy, P = contiguous_rows(dy), programs(T, dy.device)
+    dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
+    dh = torch.empty((T, N), dtype=dtype, device=dy.device) if any(of_tables) else None
+    dw, db = new_partials(weight, of_weight, P), new_partials(bias, of_bias, P)
+    tensors = dy, *ids, *tables, weight, mean, rstd, dh, dw, db, seed
+    tuned = pick(BACKWARD_CONFIGS, dy.device, bucket(N)).meta
+    _embed_bwd_kernel[(P,)](*tensors, levels, row_stride(dy), *_layout(ids, tables), T, N=N, **tuned)
+    gradients = [
+        _table_gradient(dh, given, table, padding) if of_table else None
+        for given, table, padding, of_table in zip(
+            ids, tables, (padding_idx, None, padding_idx), of_tables, strict=True
+        )
+    ]
+    return *gradients, *sum_partials(dw, db, weight, bias)
+
+
+def _table_gradient(dh: Tensor, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    """Σ dh over the tokens of each id, [rows, N] as the table; 0 in the row padding_idx (counted from the end where
+    negative, as in torch) and where no token is."""
+    gradient = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
+    T, N = dh.shape
+    if T:
+        ids, order = ids.sort(stable=True)
+        pieces, padding = triton.cdiv(T, CHUNK), -1 if padding_idx is None else padding_idx % len(table)
+        partials = torch.empty((pieces, 2, N), dtype=torch.float32, device=dh.device)
+        sizes = len(table), padding, T, N
+        grid = (pieces, triton.cdiv(N, dict(PIECES.tiles)["BLOCK_N"]))
+        _sum_pieces_kernel[grid](dh, ids, order, gradient, partials, *sizes, **PIECES.meta)
+        grid = (pieces, triton.cdiv(N, dict(SPANS.tiles)["BLOCK_N"]))
+        _sum_spans_kernel[grid](ids, gradient, partials, *sizes, **SPANS.meta)
+    return gradient
+
+
+class Embed(torch.autograd.Function):
+    """embed_fwd with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        word: Tensor,
+        token_type: Tensor,
+        position: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        ids: tuple[Tensor, ...],
+        eps: float,
+        padding_idx: int,
+        seed: Tensor | None,
+        levels: int,
+    ) -> Tensor:
+        tables = word, token_type, position
+        y, mean, rstd = embed_fwd(ids, tables, weight, bias, eps, seed, levels)
+        ctx.save_for_backward(*ids, *tables, weight, bias, mean, rstd, seed)
+        ctx.padding_idx, ctx.levels = padding_idx, levels
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, seed = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:5]
+        gradients = embed_bwd(dy, saved[:3], saved[3:6], *saved[6:], ctx.padding_idx, seed, ctx.levels, wanted)
+        return *gradients, None, None, None, None, None
 
 
 def embed(
@@ -189,11 +507,14 @@ def embed(
     padding_idx: int,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids]) → [T, N].
+    """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])) → [T, N].
 
-    Ids are int32 or int64 [T]; tables [rows, N]. `padding_idx` concerns gradients. RuntimeError for dropout_p > 0.
+    Ids are int32 or int64 [T]; tables [rows, N]. The row `padding_idx` of `word` and of `position` gets no gradient;
+    the gradients of the tables are dense. The mask of dropout is drawn from the device's generator. IndexError for an
+    id outside its table on a CPU, ValueError for a dropout_p outside [0, 1].
     """
-    if dropout_p:
-        raise RuntimeError(f"embed: the kernel has no dropout (dropout_p={dropout_p}); use backend='eager'")
-    ids, tables = (input_ids, token_type_ids, position_ids), (word, token_type, position)
-    return embed_fwd(ids, tables, weight, bias, eps)
+    ids, parameters = (input_ids, token_type_ids, position_ids), (word, token_type, position, weight, bias)
+    levels, seed = (keep_levels(dropout_p), draw_seed(word.device)) if dropout_p else (0, None)
+    if wants_gradients(*parameters):
+        return Embed.apply(*parameters, ids, eps, padding_idx, seed, levels)
+    return embed_fwd(ids, parameters[:3], weight, bias, eps, seed, levels, statistics=False)[0]

@@ -1,38 +1,82 @@
 """LayerNorm behind a residual add, and behind the GELU of the language-model head.
 
-h = x + r,  or  h = gelu(x) = x·Φ(x) with Φ through erf
-μ = mean(h)    rstd = 1 / sqrt(mean((h − μ)²) + eps)    y = (h − μ)·rstd·w + b
+h = x·m + r,  or  h = gelu(x) = x·Φ(x) with Φ through erf;  m is dropout's 0 or 1 / (1 − p), or 1 without dropout
+μ = mean(h)    rstd = 1 / sqrt(mean((h − μ)²) + eps)    x̂ = (h − μ)·rstd    y = x̂·w + b
+
+Backward, with g = dy·w:   dh = rstd·(g − mean(g) − x̂·mean(g·x̂))    dw = Σ dy·x̂    db = Σ dy
+                           dr = dh    dx = dh·m,  or  dx = dh·(Φ(x) + x·φ(x))
 
 Shapes  x, r, y: [T, N], rows at any stride   w, b: [N]   μ, rstd: [T] fp32
+        each of x, r, w, b in its own dtype; y in the promoted one
 Twins   xlmr.eager.add_layer_norm, xlmr.eager.gelu_layer_norm
 
 h is never rounded: sum, GELU and statistics are fp32 in registers, and the squares are those of h − μ, so rows far from
 0 cost no accuracy. Every launch at one N has the same tile, warps and specialisation: a row's reduction has one order.
 
+For backward x, r, μ and rstd are kept and h, m and Φ computed again: to keep h would cost forward as many bytes as
+reading r saves backward, round h, and hold one tensor more, for r is the input of the linear layers before and is kept
+anyway. Without gradients μ and rstd are not even written.
+
 Prediction for an H200 (4.3 TB/s): bandwidth alone counts, 3 T·N elements with the residual and 2 without, each moved
 once. At N = 768 and 1024 in bf16 and T ≥ 16,384 at least 90 % of a copy's rate: a program keeps four rows (16 KB of
-loads) in flight in 64 registers a thread, so eight programs share an SM, and reads w and b once for its rows. N = 768
-masks a quarter of the lanes, which moves no bytes. Below about 1,000 rows the launch (2–3 µs) is the cost.
+loads) in flight in 64 registers a thread (80 with the GELU), so eight programs (six) share an SM, and reads w and b
+once for its rows. N = 768 masks a quarter of the lanes, which moves no bytes. Below about 1,000 rows the launch
+(2–3 µs) is the cost.
+Backward moves 4 T·N (dy, x, r → dh, which is dx and dr), 5 T·N with dropout or two dtypes, 3 T·N with the GELU, where
+PyTorch's moves 5 T·N, as it reads h and dy again for dw and db. At least 80 % of a copy's rate with four programs an
+SM, two rows of each in flight, in 80 registers (128 with the GELU): from about 8,000 rows on faster than PyTorch's. The
+partial sums stay in the L2; adding them up takes about 5 µs.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ._launch import Table, check, config, opaque, pick, require
+from ._dropout import draw_seed, keep_factors, keep_levels
+from ._launch import Table, check, config, opaque, pick, require, wants_gradients
+from ._norm import (
+    bucket,
+    check_affine,
+    contiguous_rows,
+    input_gradient,
+    load_statistics,
+    load_tile,
+    load_vector,
+    new_partials,
+    programs,
+    row_stride,
+    store_affine,
+    store_partials,
+    store_statistics,
+    store_tile,
+    sum_partials,
+)
 
 
-def cost(T: int, N: int, itemsize: int, residual: bool = True) -> tuple[int, int]:
-    """Floating-point operations and bytes moved of one forward; `residual`: add_layer_norm, else gelu_layer_norm."""
-    flops = T * N * (9 if residual else 12)
-    return flops, ((3 if residual else 2) * T * N + 2 * N) * itemsize + 2 * T * 4
+def cost(
+    T: int, N: int, itemsize: int, residual: bool = True, backward: bool = False, dropout: bool = False
+) -> tuple[int, int]:
+    """Floating-point operations and the least bytes moved by one forward, without gradients, or one backward, of all
+    gradients and but for the partial sums; `residual`: add_layer_norm, else gelu_layer_norm."""
+    if backward:
+        matrices = (5 if dropout else 4) if residual else 3
+        return T * N * (19 if residual else 28), (matrices * T * N + 3 * N) * itemsize + 2 * T * 4
+    return T * N * (9 if residual else 12), ((3 if residual else 2) * T * N + 2 * N) * itemsize
 
 
-# By the power of two that holds N; wider rows take the last entry in a loop. 32 elements a thread from 512 on.
-# Not measured yet: chosen by compiling for sm_80, sm_90, sm_100 and gfx942 (no spills; at most 94 registers, 128 in
-# fp32 or the loop).
-MAX_BLOCK_N = 8192
+def activation_bytes(N: int, itemsize: int, residual: bool = True) -> int:
+    """Bytes a token kept for backward: x, mean and rstd, and the residual, which others keep too."""
+    return (2 if residual else 1) * N * itemsize + 2 * 4
+
+
+# By the power of two that holds N; "wide" is a loop over blocks. 32 elements a thread from 512 on, backward 16.
+# Not measured yet: chosen by compiling for sm_80, sm_90, sm_100 and gfx942 (no spills; at most 96 registers up to
+# N = 8192).
 CONFIGS: Table = {
     "portable": {
         128: config(4, 1, BLOCK_T=8, BLOCK_N=128),
@@ -41,45 +85,48 @@ CONFIGS: Table = {
         1024: config(4, 1, BLOCK_T=4, BLOCK_N=1024),
         2048: config(8, 1, BLOCK_T=4, BLOCK_N=2048),
         4096: config(8, 1, BLOCK_T=2, BLOCK_N=4096),
-        8192: config(8, 1, BLOCK_T=1, BLOCK_N=8192),
+        "wide": config(8, 1, BLOCK_T=1, BLOCK_N=4096),
+    }
+}
+BACKWARD_CONFIGS: Table = {
+    "portable": {
+        128: config(4, 1, BLOCK_T=8, BLOCK_N=128),
+        256: config(4, 1, BLOCK_T=8, BLOCK_N=256),
+        512: config(4, 1, BLOCK_T=4, BLOCK_N=512),
+        1024: config(4, 1, BLOCK_T=2, BLOCK_N=1024),
+        2048: config(8, 1, BLOCK_T=2, BLOCK_N=2048),
+        4096: config(8, 1, BLOCK_T=1, BLOCK_N=4096),
+        "wide": config(4, 1, BLOCK_T=1, BLOCK_N=1024),
     }
 }
 
 
-def bucket(N: int) -> int:
-    """The key of CONFIGS[target] for rows of N elements: it depends on N alone."""
-    return min(max(triton.next_power_of_2(N), 128), MAX_BLOCK_N)
-
-
 @triton.jit
-def _hidden(x_ptr, r_ptr, x_rows, r_rows, cols, mask):
-    """One tile of h in fp32, 0 where masked: x + r, or gelu(x) where there is no r."""
-    h = tl.load(x_ptr + x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+def _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N: tl.constexpr):
+    """h and ∂h/∂x of the columns from `start` on, fp32 [R, BLOCK_N]; h is 0 where masked."""
+    cols = start + tl.arange(0, BLOCK_N)
+    h = load_tile(x_ptr, (rows * stride_xm)[:, None], cols, mask)
     if r_ptr is None:
-        h = 0.5 * h * (1.0 + tl.math.erf(h * 0.7071067811865476))
+        cdf = 0.5 * (1.0 + tl.math.erf(h * 0.7071067811865476))
+        slope = cdf + h * tl.exp(-0.5 * h * h) * 0.3989422804014327
+        h *= cdf
     else:
-        h += tl.load(r_ptr + r_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    return h
+        slope = keep_factors(seed_ptr, rows, start, levels, BLOCK_N)
+        h = h * slope + load_tile(r_ptr, (rows * stride_rm)[:, None], cols, mask)
+    return h, slope
 
 
-@triton.jit
-def _scale_and_store(y_ptr, w_ptr, b_ptr, y_rows, cols, mask, N: tl.constexpr, centred, rstd):
-    """y = (h − μ)·rstd·w + b of one tile."""
-    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * w[None, :] + b[None, :]
-    tl.store(y_ptr + y_rows + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "levels"])
 def _layer_norm_fwd_kernel(
     x_ptr,
     r_ptr,  # None: GELU + LayerNorm
     w_ptr,
     b_ptr,
     y_ptr,
-    mean_ptr,
+    mean_ptr,  # None, as rstd_ptr: no backward will follow
     rstd_ptr,
+    seed_ptr,  # None: no dropout
+    levels,
     stride_xm,
     stride_rm,
     T,
@@ -90,71 +137,223 @@ def _layer_norm_fwd_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = rows < T
-    x_rows, r_rows, y_rows = (rows * stride_xm)[:, None], (rows * stride_rm)[:, None], (rows * N)[:, None]
+    y_rows = (rows * N)[:, None]
     cols = tl.arange(0, BLOCK_N)
     if BLOCK_N >= N:  # the row stays in registers
         mask = exists[:, None] & (cols < N)[None, :]
-        h = _hidden(x_ptr, r_ptr, x_rows, r_rows, cols, mask)
+        h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, 0, mask, BLOCK_N)
         mean = tl.sum(h, axis=1) / N
         centred = tl.where(mask, h - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
-        _scale_and_store(y_ptr, w_ptr, b_ptr, y_rows, cols, mask, N, centred, rstd)
+        store_affine(y_ptr, w_ptr, b_ptr, y_rows, cols, mask, N, centred * rstd[:, None], 1.0)
     else:  # three passes over the row
         total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_N):
             mask = exists[:, None] & (start + cols < N)[None, :]
-            total += _hidden(x_ptr, r_ptr, x_rows, r_rows, start + cols, mask)
+            h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
+            total += h
         mean = tl.sum(total, axis=1) / N
         total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_N):
             mask = exists[:, None] & (start + cols < N)[None, :]
-            h = _hidden(x_ptr, r_ptr, x_rows, r_rows, start + cols, mask)
+            h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
             centred = tl.where(mask, h - mean[:, None], 0.0)
             total += centred * centred
         rstd = tl.rsqrt(tl.sum(total, axis=1) / N + eps)
         for start in range(0, N, BLOCK_N):
             mask = exists[:, None] & (start + cols < N)[None, :]
-            h = _hidden(x_ptr, r_ptr, x_rows, r_rows, start + cols, mask)
-            _scale_and_store(y_ptr, w_ptr, b_ptr, y_rows, start + cols, mask, N, h - mean[:, None], rstd)
-    tl.store(mean_ptr + rows, mean, mask=exists)
-    tl.store(rstd_ptr + rows, rstd, mask=exists)
+            h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
+            normal = (h - mean[:, None]) * rstd[:, None]
+            store_affine(y_ptr, w_ptr, b_ptr, y_rows, start + cols, mask, N, normal, 1.0)
+    store_statistics(mean_ptr, rstd_ptr, rows, exists, mean, rstd)
+
+
+@triton.jit(do_not_specialize=["T", "levels"])
+def _layer_norm_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    r_ptr,  # None: GELU + LayerNorm
+    w_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,  # None, as the next three: not wanted
+    dr_ptr,
+    dw_ptr,  # [programs, N], as db_ptr
+    db_ptr,
+    seed_ptr,  # None: no dropout
+    levels,
+    stride_dym,
+    stride_xm,
+    stride_rm,
+    T,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK_N)
+    first = tl.program_id(0)  # of the blocks of BLOCK_T rows; then every num_programs-th
+    if BLOCK_N >= N:  # the row stays in registers
+        w = load_vector(w_ptr, cols, N)[None, :]
+        dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        block = first
+        while block * BLOCK_T < T:
+            rows, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+            mask = (rows < T)[:, None] & (cols < N)[None, :]
+            h, slope = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, 0, mask, BLOCK_N)
+            dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], cols, mask)
+            normal = (h - mean[:, None]) * rstd[:, None]
+            dw += tl.sum(dy * normal, axis=0)
+            db += tl.sum(dy, axis=0)
+            g = dy * w
+            dh = input_gradient(g, normal, rstd, tl.sum(g, axis=1) / N, tl.sum(g * normal, axis=1) / N)
+            store_tile(dx_ptr, (rows * N)[:, None], cols, mask, dh * slope)
+            store_tile(dr_ptr, (rows * N)[:, None], cols, mask, dh)
+            block += tl.num_programs(0)
+        store_partials(dw_ptr, db_ptr, cols, N, dw, db)
+    else:
+        if dx_ptr is not None or dr_ptr is not None:  # two passes over each row
+            block = first
+            while block * BLOCK_T < T:
+                rows, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+                sum_g, sum_gx = tl.zeros([BLOCK_T, BLOCK_N], tl.float32), tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+                for start in range(0, N, BLOCK_N):
+                    mask = (rows < T)[:, None] & (start + cols < N)[None, :]
+                    h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
+                    dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], start + cols, mask)
+                    g = dy * load_vector(w_ptr, start + cols, N)[None, :]
+                    sum_g += g
+                    sum_gx += g * (h - mean[:, None]) * rstd[:, None]
+                mean_g, mean_gx = tl.sum(sum_g, axis=1) / N, tl.sum(sum_gx, axis=1) / N
+                for start in range(0, N, BLOCK_N):
+                    mask = (rows < T)[:, None] & (start + cols < N)[None, :]
+                    h, slope = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
+                    dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], start + cols, mask)
+                    g = dy * load_vector(w_ptr, start + cols, N)[None, :]
+                    dh = input_gradient(g, (h - mean[:, None]) * rstd[:, None], rstd, mean_g, mean_gx)
+                    store_tile(dx_ptr, (rows * N)[:, None], start + cols, mask, dh * slope)
+                    store_tile(dr_ptr, (rows * N)[:, None], start + cols, mask, dh)
+                block += tl.num_programs(0)
+        if dw_ptr is not None or db_ptr is not None:  # a block of columns of every row, then the next block
+            for start in range(0, N, BLOCK_N):
+                dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+                block = first
+                while block * BLOCK_T < T:
+                    rows, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+                    mask = (rows < T)[:, None] & (start + cols < N)[None, :]
+                    h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
+                    dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], start + cols, mask)
+                    dw += tl.sum(dy * (h - mean[:, None]) * rstd[:, None], axis=0)
+                    db += tl.sum(dy, axis=0)
+                    block += tl.num_programs(0)
+                store_partials(dw_ptr, db_ptr, start + cols, N, dw, db)
 
 
 @opaque
 def layer_norm_fwd(
-    operation: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [T, N], mean [T], rstd [T]) of LayerNorm(x + residual), or of LayerNorm(gelu(x)) where residual is None."""
-    check(operation, x=x, residual=residual, weight=weight, bias=bias)
+    operation: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    seed: Tensor | None = None,
+    levels: int = 0,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y [T, N], mean [T], rstd [T]) of LayerNorm(x + residual), or of LayerNorm(gelu(x)) where residual is None; no
+    mean and rstd without `statistics`. With a seed `levels` of 65,536 of x's elements survive."""
+    check(operation, mixed=True, x=x, residual=residual, weight=weight, bias=bias)
     require(x.dim() == 2 and x.shape[1] > 0, f"{operation}: x is {tuple(x.shape)}, expected [T, N] with N ≥ 1")
     T, N = x.shape
     for name, rows in (("x", x), ("residual", residual)):
         if rows is not None:
             require(rows.shape == x.shape, f"{operation}: {name} is {tuple(rows.shape)}, x is {tuple(x.shape)}")
             require(N == 1 or rows.stride(1) == 1, f"{operation}: the last dimension of {name} must be contiguous")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        fits = vector.shape == (N,) and vector.is_contiguous()
-        require(fits, f"{operation}: {name} is {tuple(vector.shape)}, expected a contiguous [{N}]")
-    y = torch.empty((T, N), dtype=x.dtype, device=x.device)
-    mean, rstd = torch.empty((2, T), dtype=torch.float32, device=x.device)
+    check_affine(operation, weight, bias, N)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    y = torch.empty((T, N), dtype=dtype, device=x.device)
+    mean, rstd = torch.empty((2, T), dtype=torch.float32, device=x.device) if statistics else (None, None)
     if T:
         tuned = pick(CONFIGS, x.device, bucket(N)).meta
-        strides = [N if rows is None or T == 1 else rows.stride(0) for rows in (x, residual)]  # one row: any stride
-        _layer_norm_fwd_kernel[(triton.cdiv(T, tuned["BLOCK_T"]),)](
-            x, residual, weight, bias, y, mean, rstd, *strides, T, eps, N=N, **tuned
-        )
+        tensors = x, residual, weight, bias, y, mean, rstd, seed
+        strides = row_stride(x), row_stride(residual)
+        _layer_norm_fwd_kernel[(triton.cdiv(T, tuned["BLOCK_T"]),)](*tensors, levels, *strides, T, eps, N=N, **tuned)
     return y, mean, rstd
+
+
+@opaque
+def layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None = None,
+    levels: int = 0,
+    wanted: Sequence[bool] = (True, True, True, True),
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, residual, weight and bias, each in its tensor's dtype, None where it is not `wanted`."""
+    T, N = x.shape
+    dy, (of_x, of_residual, of_weight, of_bias) = contiguous_rows(dy), wanted
+    same = residual is not None and seed is None and residual.dtype == x.dtype  # dx and dresidual are one tensor
+    dx = torch.empty((T, N), dtype=x.dtype, device=x.device) if of_x or (of_residual and same) else None
+    dresidual = torch.empty((T, N), dtype=residual.dtype, device=x.device) if of_residual and not same else None
+    tuned = pick(BACKWARD_CONFIGS, x.device, bucket(N)).meta
+    P = programs(T, x.device)
+    dw, db = new_partials(weight, of_weight, P), new_partials(bias, of_bias, P)
+    tensors = dy, x, residual, weight, mean, rstd, dx, dresidual, dw, db, seed
+    strides = map(row_stride, (dy, x, residual))
+    _layer_norm_bwd_kernel[(P,)](*tensors, levels, *strides, T, N=N, **tuned)
+    return dx if of_x else None, dx if of_residual and same else dresidual, *sum_partials(dw, db, weight, bias)
+
+
+class LayerNorm(torch.autograd.Function):
+    """layer_norm_fwd with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operation: str,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        seed: Tensor | None,
+        levels: int,
+    ) -> Tensor:
+        y, mean, rstd = layer_norm_fwd(operation, x, residual, weight, bias, eps, seed, levels)
+        ctx.save_for_backward(x, residual, weight, bias, mean, rstd, seed)
+        ctx.levels = levels
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = layer_norm_bwd(dy, *ctx.saved_tensors, ctx.levels, ctx.needs_input_grad[1:5])
+        return None, *gradients, None, None, None
+
+
+def _layer_norm(
+    operation: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
+) -> Tensor:
+    levels, seed = (keep_levels(dropout_p), draw_seed(x.device)) if dropout_p else (0, None)
+    if wants_gradients(x, residual, weight, bias):
+        return LayerNorm.apply(operation, x, residual, weight, bias, eps, seed, levels)
+    return layer_norm_fwd(operation, x, residual, weight, bias, eps, seed, levels, statistics=False)[0]
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
 ) -> Tensor:
-    """LayerNorm(x + residual); x and residual [T, N], weight and bias [N] → [T, N]. RuntimeError for dropout_p > 0."""
-    if dropout_p:
-        raise RuntimeError(f"add_layer_norm: the kernel has no dropout (dropout_p={dropout_p}); use backend='eager'")
-    return layer_norm_fwd("add_layer_norm", x, residual, weight, bias, eps)[0]
+    """LayerNorm(dropout(x) + residual); x and residual [T, N], weight and bias [N] → [T, N]. The mask of dropout is
+    drawn from the device's generator. ValueError for a dropout_p outside [0, 1]."""
+    return _layer_norm("add_layer_norm", x, residual, weight, bias, eps, dropout_p)
 
 
 def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm(gelu(x)) with the exact GELU; x [T, N] → [T, N]. The transform of the language-model head."""
-    return layer_norm_fwd("gelu_layer_norm", x, None, weight, bias, eps)[0]
+    return _layer_norm("gelu_layer_norm", x, None, weight, bias, eps)

@@ -4,39 +4,70 @@ Shapes  x: [T, K], rows at any stride   w: [N, K], as in torch.nn.Linear   b: [N
         q, k, v: [T, N], views of one buffer [T, 3, N]
 Twins   xlmr.eager.linear, xlmr.eager.linear_act, xlmr.eager.qkv_projection
 
+Backward, with z = x·wᵀ + b recomputed and dz = dy ∘ (Φ(z) + z·φ(z)) behind GELU, else dz = dy:
+        dx = Σ dz·w over the parts   dw = dzᵀ·x   db = column sums of dz
+
 Products are summed in fp32, BLOCK_K at a time in the order of K; bias and the exact GELU act on that sum, which is
 rounded once. The projection's three weights share a launch: each column tile reads one of them.
 
 A row's bits depend on that row alone. K is never split, BLOCK_K is one constant for each dtype, and each target stays
 with one tensor-core instruction whatever the tile: BLOCK_M ≥ 64 on sm_90 and sm_100, below which the compiler leaves
 wgmma and tcgen05.mma for mma.sync; tiles of at least 32×32 on gfx942, below which it takes an MFMA of another depth.
-What varies with the load (tiles, warps, stages, how a tile is loaded) does not enter the order of a sum.
+What varies with the load (tiles, warps, stages, how a tile is loaded) does not enter the order of a sum. Backward has
+no such promise, only that it gives the same bits run to run: dw is split along T, its parts summed in one order.
+
+Kept for backward: x alone, K elements a row, which the layer before keeps as well. z is computed again: a sixth of the
+feed-forward's products (11 % of a training step's) for 4 N elements a row that no layer has to hold.
 
 Prediction for an H200 (nothing is measured yet), bf16, where 790 TFLOP/s can be had: from T = 16,384 on tensor cores
 are the roof. wgmma reads a 128×256 tile from shared memory no slower than it computes, and the next tile's first loads
 fly during an epilogue; the epilogue itself is exposed. Counted in cycles at K = 768 (12,300 of wgmma a tile): 1,500 to
 store, 7,900 for GELU's 31 instructions an element. Hence 570–640 TFLOP/s at K ≤ 1024, 400–450 with GELU, 640–700 at
 K ≥ 3072. One text (T ≤ 64) streams the weights through 48 to 192 programs and waits for latency: 2–6 µs a launch.
+Backward goes through pointers and transposes a tile on its way to wgmma: 400–500 TFLOP/s for dx and dw.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import Config, Table, check, config, input_precision, opaque, pick, processors, require, target
+from ._launch import (
+    Config,
+    Table,
+    autocast,
+    check,
+    config,
+    input_precision,
+    opaque,
+    pick,
+    processors,
+    require,
+    target,
+    wants_gradients,
+)
+from ._products import BLOCK_K, of_part, product_dw, product_dx, split_rows, sum_splits, vectorised
 
 
-def cost(T: int, N: int, K: int, itemsize: int) -> tuple[int, int]:
-    """(flops, bytes): one product, bias included; x, w, b and y through memory once. The projection has 3 N columns."""
-    return 2 * T * N * K, (T * K + N * K + N + T * N) * itemsize
+def cost(T: int, N: int, K: int, itemsize: int, backward: bool = False, gelu: bool = False) -> tuple[int, int]:
+    """(flops, bytes): x, w, b, y or their gradients through memory once. The projection has 3 N columns. Backward of
+    all gradients, behind `gelu` with z computed and moved again."""
+    product, x, w, y = 2 * T * N * K, T * K, N * K, T * N
+    if not backward:
+        return product, (x + w + N + y) * itemsize
+    again = x + w + N + 3 * y if gelu else 0
+    return (3 if gelu else 2) * product, (2 * x + 2 * w + N + y + again) * itemsize
 
 
-# Elements of K a step, by the bytes of an element: 128 bytes. Never by the load: see the docstring.
-BLOCK_K = {2: 64, 4: 32}
+def activation_bytes(K: int, itemsize: int) -> int:
+    """Bytes a token kept for backward: x, with or without GELU."""
+    return K * itemsize
+
 
 TEXT_ROWS = 64  # at most so many rows: "text", one tile of rows
 OUTPUTS = {"small": 1 << 20, "medium": 1 << 23}  # at most so many elements of y; beyond: "large"
@@ -98,6 +129,9 @@ CONFIGS: Table = {
         (4, "large"): config(8, 2, BLOCK_M=128, BLOCK_N=128),
     },
 }
+# dz and the column sums stream: 16 rows of 128 columns a step on every target, not measured yet.
+ROW_SUMS = config(4, 1, BLOCK_M=16, BLOCK_N=128)
+WAVES_OF_SUMS = 4  # their programs for each processor
 # GPUs that copy whole tiles by themselves (TMA). Not for one text: describing its tensors costs more than they save.
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
 WAVES = 2  # more tiles than this for each processor: with descriptors the grid is persistent, one program a processor
@@ -112,18 +146,6 @@ def bucket(T: int, N: int, itemsize: int, aligned: bool = True) -> tuple[int, st
     if T <= TEXT_ROWS:
         return itemsize, "text"
     return itemsize, next((load for load, most in OUTPUTS.items() if most >= T * N), "large")
-
-
-@triton.jit
-def _of_part(part, q, k, v, PARTS: tl.constexpr):
-    """q, k or v for part 0, 1 or 2: a pointer or a descriptor."""
-    chosen = q
-    if PARTS == 3:
-        if part == 1:
-            chosen = k
-        elif part == 2:
-            chosen = v
-    return chosen
 
 
 @triton.jit
@@ -185,9 +207,9 @@ def _tile(
     row = (first + tile % group_tiles % height) * BLOCK_M
     column_tile = tile % group_tiles // height
     part, col = column_tile // part_tiles, column_tile % part_tiles * BLOCK_N
-    w_ptr, b_ptr = _of_part(part, wq_ptr, wk_ptr, wv_ptr, PARTS), bq_ptr
+    w_ptr, b_ptr = of_part(part, wq_ptr, wk_ptr, wv_ptr, PARTS), bq_ptr
     if bq_ptr is not None:
-        b_ptr = _of_part(part, bq_ptr, bk_ptr, bv_ptr, PARTS)
+        b_ptr = of_part(part, bq_ptr, bk_ptr, bv_ptr, PARTS)
     acc = _product(
         x_ptr, w_ptr, stride_xm, stride_wn, row, col, T, N, K, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K
     )
@@ -223,6 +245,30 @@ def _linear_fwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["T", "length"])
+def _linear_dz_kernel(
+    dq_ptr, dk_ptr, dv_ptr, z_ptr, dz_ptr, db_ptr, stride_dm, stride_dn, T, length,
+    N: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Over `length` rows: behind GELU dz [T, N] from dy and z; and the column sums db [splits, parts, N]."""
+    part, split = tl.program_id(1), tl.program_id(2)
+    d_ptr = of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for step in range(0, length, BLOCK_M):
+        rows = split.to(tl.int64) * length + step + tl.arange(0, BLOCK_M)
+        mask = (rows < T)[:, None] & (cols < N)[None, :]
+        d = tl.load(d_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dn, mask=mask, other=0.0).to(tl.float32)
+        if z_ptr is not None:
+            z = tl.load(z_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+            d *= 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * density
+            tl.store(dz_ptr + rows[:, None] * N + cols[None, :], d.to(dz_ptr.dtype.element_ty), mask=mask)
+        total += tl.sum(d, axis=0)
+    if db_ptr is not None:
+        tl.store(db_ptr + (split * PARTS + part) * N + cols, total, mask=cols < N)
+
+
 @opaque
 def linear_fwd(
     operation: str,
@@ -243,9 +289,10 @@ def linear_fwd(
     if y.numel() == 0:
         return y
     if descriptors is None:
-        descriptors = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and _describable(N, x, *weights)
+        makes = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and not torch.compiler.is_compiling()
+        descriptors = makes and _describable(N, x, *weights)
     if tuned is None:
-        aligned = descriptors or _vectorised(x, *weights)
+        aligned = descriptors or vectorised(x, *weights)
         tuned = pick(CONFIGS, x.device, bucket(T, parts * N, itemsize, aligned))
     block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
     programs = triton.cdiv(T, block_m) * triton.cdiv(N, block_n) * parts
@@ -266,18 +313,55 @@ def linear_fwd(
     return y
 
 
+@opaque
+def linear_bwd(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gelu: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, of the weights and of the biases, each in its tensor's dtype; None where not `wanted`. `dys`:
+    those of the outputs, [T, N] each, at any strides."""
+    parts = len(weights)
+    of_x, of_weights, of_biases = wanted[0], wanted[1 : 1 + parts], wanted[1 + parts :]
+    if len({dy.stride() for dy in dys}) > 1:
+        dys = [dy.contiguous() for dy in dys]
+    z = linear_fwd("linear_act", x, weights, biases)[:, 0] if gelu else None
+    dys, dbs = _dz(dys, z, biases, of_biases)
+    dx = product_dx(dys, weights) if of_x else None
+    chosen = [dy for dy, want in zip(dys, of_weights, strict=True) if want]
+    dws = iter(product_dw(chosen, x) if chosen else ())
+    return dx, *(next(dws) if want else None for want in of_weights), *dbs
+
+
+def _dz(
+    dys: Sequence[Tensor], z: Tensor | None, biases: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+    """The gradients in front of GELU (where z is None: dys) and those of the biases that are wanted."""
+    of_bias = any(wanted)
+    if z is None and not of_bias:
+        return dys, [None] * len(biases)
+    (T, N), parts, device = dys[0].shape, len(dys), dys[0].device
+    tuned = ROW_SUMS
+    column_tiles = triton.cdiv(N, dict(tuned.tiles)["BLOCK_N"])
+    splits, length = split_rows(T, column_tiles * parts, device, WAVES_OF_SUMS)
+    dz = None if z is None else torch.empty((T, N), dtype=dys[0].dtype, device=device)
+    partials = torch.empty((splits, parts, N), dtype=torch.float32, device=device) if of_bias else None
+    if N:
+        _linear_dz_kernel[(column_tiles, parts, splits)](
+            *dys, *[None] * (3 - parts), z, dz, partials, *dys[0].stride(), T, length, N=N, PARTS=parts, **tuned.meta
+        )
+    sums = sum_splits(partials, dys[0].dtype) if of_bias else [None] * parts
+    return dys if dz is None else [dz], [db if want else None for db, want in zip(sums, wanted, strict=True)]
+
+
 def _describable(N: int, *matrices: Tensor) -> bool:
     """Whether descriptors can express x, the weights and y: all rows at multiples of 16 bytes, none overlapping."""
     row = 16 // matrices[0].element_size()
     return N % row == 0 and all(
         m.data_ptr() % 16 == 0 and m.stride(0) % row == 0 and m.stride(0) >= m.shape[1] for m in matrices
-    )
-
-
-def _vectorised(*matrices: Tensor) -> bool:
-    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements."""
-    return all(
-        m.data_ptr() % 16 == 0 and m.shape[1] % 16 == 0 and (len(m) == 1 or m.stride(0) % 16 == 0) for m in matrices
     )
 
 
@@ -301,9 +385,38 @@ def _check_arguments(operation: str, x: Tensor, weights: Sequence[Tensor], biase
         require(fits, f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{len(first)}]")
 
 
+class Linear(torch.autograd.Function):
+    """linear_fwd with its gradients. The operands: x, the weights, then as many biases."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: str, gelu: bool, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        x, weights, biases = _split_operands(operands)
+        ctx.save_for_backward(*operands)
+        ctx.gelu = gelu
+        return linear_fwd(operation, x, weights, biases, gelu).unbind(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = linear_bwd(dys, *_split_operands(ctx.saved_tensors), ctx.gelu, ctx.needs_input_grad[2:])
+        return None, None, *gradients
+
+
+def _split_operands(operands: Sequence[Any]) -> tuple[Any, Sequence[Any], Sequence[Any]]:
+    x, *rest = operands
+    return x, rest[: len(rest) // 2], rest[len(rest) // 2 :]
+
+
+def _linear(operation: str, gelu: bool, *operands: Tensor | None) -> tuple[Tensor, ...]:
+    operands = autocast(*operands)
+    if wants_gradients(*operands):
+        return Linear.apply(operation, gelu, *operands)
+    return linear_fwd(operation, *_split_operands(operands), gelu).unbind(1)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias; x [T, in], weight [out, in] → [T, out]."""
-    return linear_fwd("linear", x, [weight], [bias])[:, 0]
+    return _linear("linear", False, x, weight, bias)[0]
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu") -> Tensor:
@@ -313,7 +426,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu"
     """
     if act != "gelu":
         raise ValueError(f"linear_act fuses 'gelu' only, not {act!r}: apply that activation to linear's result")
-    return linear_fwd("linear_act", x, [weight], [bias], gelu=True)[:, 0]
+    return _linear("linear_act", True, x, weight, bias)[0]
 
 
 def qkv_projection(
@@ -323,5 +436,5 @@ def qkv_projection(
     biases = [bq, bk, bv]
     if any(b is None for b in biases) and any(b is not None for b in biases):
         biases = [x.new_zeros(len(w)) if b is None else b for w, b in zip((wq, wk, wv), biases, strict=True)]
-    q, k, v = linear_fwd("qkv_projection", x, [wq, wk, wv], biases).unbind(1)
+    q, k, v = _linear("qkv_projection", False, x, wq, wk, wv, *biases)
     return q, k, v

@@ -1,6 +1,8 @@
 """The softmax over the vocabulary: top-k log-probabilities and cross entropy. The logits never reach memory.
 
-z = x·wᵀ + b    lse = log Σ_v exp(z_v)    log p_v = z_v − lse    loss = mean of lse − z_label over the labelled rows
+z = x·wᵀ + b    lse = log Σ_v exp(z_v)    log p_v = z_v − lse    loss = lse − (1 − ε)·z_label − ε·mean(z) + λ·lse²
+with label smoothing ε and z-loss λ (Chowdhery et al., 2022). Backward, for an upstream g:
+dz_v = g·(p_v·(1 + 2λ·lse) − (1 − ε)·[v = label] − ε / V)    dx = dz·w    dw = dzᵀ·x    db = Σ dz over the rows
 
 Shapes  x: [T, N], rows at any stride   w: [V, N]   b: [V] or None   log p, words: [T, k]
         partial maxima and sums: [T, C] fp32, partial candidates: [T, C, k], with C = ⌈V / CHUNK⌉
@@ -14,6 +16,10 @@ one order whatever T is, and BLOCK_V, BLOCK_K and the columns of a warp are one 
 
 Memory: 8 + 8 k bytes a row and chunk: 0.6 % of the fp32 logits at k = 5, 0.9 % at k = 8, 0.1 % for the loss.
 
+Backward computes z again, some words at a time: their dz stands in memory, rounded to the dtype of x, until the three
+gradients have taken it up. Of 2,048 words ("chunked") it is 0.4 % of the fp32 logits in bf16, and the products are as
+large as a layer's; of 256 ("recompute") a twentieth of a percent. Kept from forward: x, labels and lse, 4 bytes a row.
+
 Prediction for an H200, bf16, V = 250,002. Up to 64 rows (fill-mask) the weights' stream is the roof: 384 MB (N = 768)
 or 512 MB (1024) at 4.3 TB/s are 89 and 119 µs; 80 % of it, since 123 chunks keep 123 of 132 processors at work, with
 64 KB and more in flight on each. From about 1,000 rows the tensor cores are (790 TFLOP/s): the loss at 50–55 %, since
@@ -21,26 +27,37 @@ loads go through pointers and each tile drains the pipeline before 16,384 expone
 product); the top 5 at 35–45 %: a search for a word costs a quarter of a tile's product, and 128 rows need about three.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ._launch import Table, check, config, input_precision, opaque, pick, require
+from ._launch import Table, autocast, check, config, input_precision, opaque, pick, require, wants_gradients
+from ._products import BLOCK_K, product_dw, product_dx, sum_splits
 
 
-def cost(T: int, N: int, V: int, itemsize: int, k: int = 0) -> tuple[int, int]:
-    """Floating-point operations and bytes moved of one forward over T rows; k = 0: the loss (T labelled rows)."""
+def cost(T: int, N: int, V: int, itemsize: int, k: int = 0, backward: bool = False) -> tuple[int, int]:
+    """Floating-point operations and bytes moved over T rows; k = 0: the loss (T labelled rows). Its backward computes z
+    again, moves dz of every word three times, and the sum in dx, in fp32, twice a chunk."""
+    if backward:
+        moved = (2 * T * N + 2 * V * N + 2 * V + 3 * T * V) * itemsize + 8 * T * N * triton.cdiv(V, WORDS["chunked"])
+        return 8 * T * N * V, moved
     partials = T * triton.cdiv(V, CHUNK) * (8 + 8 * k)
     return 2 * T * N * V, (T * N + V * N + V) * itemsize + 2 * partials + 12 * T * max(k, 1)
 
 
+def activation_bytes(N: int, itemsize: int) -> int:
+    """Bytes a labelled row kept for the loss's backward: x, its label, lse."""
+    return N * itemsize + 8 + 4
+
+
 CHUNK = 2048  # words a program: 123 chunks of 250,002 words
+WORDS = {"chunked": 2048, "recompute": 256}  # whose dz stands in memory at a time
 MAX_K = 16  # candidates that a program keeps of a row
 FEW = 64  # rows up to which the weights' stream, not the product, is the cost
-BLOCK_K = {2: 64, 4: 32}  # elements of N a step, by the bytes of an element: 128 bytes
 
 # (bytes of an element, load). BLOCK_V is the same for both loads: a row's sum has one order.
 # Not measured yet: chosen by compiling for each target (no spills up to 16 candidates, with targets and a second pass).
@@ -48,13 +65,13 @@ CONFIGS: Table = {
     "portable": {
         (2, "few"): config(4, 2, BLOCK_M=64, BLOCK_V=64),
         (2, "many"): config(4, 2, BLOCK_M=64, BLOCK_V=64),
-        (4, "few"): config(4, 3, BLOCK_M=64, BLOCK_V=64),
-        (4, "many"): config(4, 3, BLOCK_M=64, BLOCK_V=64),
+        (4, "few"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
+        (4, "many"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
     },
     "sm_80": {
         (2, "few"): config(8, 4, BLOCK_M=64, BLOCK_V=128),
         (2, "many"): config(8, 3, BLOCK_M=64, BLOCK_V=128),
-        (4, "few"): config(4, 4, BLOCK_M=64, BLOCK_V=64),
+        (4, "few"): config(8, 3, BLOCK_M=128, BLOCK_V=64),  # four warps and 64 rows spill with five candidates
         (4, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
     },
     "sm_90": {
@@ -75,6 +92,15 @@ CONFIGS: Table = {
         (4, "few"): config(4, 2, BLOCK_M=64, BLOCK_V=64),
         (4, "many"): config(8, 2, BLOCK_M=128, BLOCK_V=64),
     },
+}
+
+# By the bytes of an element: the tiles of dz, whose order of sums nothing promises. Not measured yet, chosen as above.
+DZ_CONFIGS: Table = {
+    "portable": {itemsize: config(8, 3, BLOCK_M=64, BLOCK_V=64) for itemsize in (2, 4)},
+    "sm_80": {2: config(8, 3, BLOCK_M=64, BLOCK_V=128), 4: config(8, 3, BLOCK_M=128, BLOCK_V=64)},
+    "sm_90": {2: config(8, 4, BLOCK_M=128, BLOCK_V=64), 4: config(8, 3, BLOCK_M=128, BLOCK_V=64)},
+    "sm_100": {2: config(8, 4, BLOCK_M=128, BLOCK_V=64), 4: config(8, 3, BLOCK_M=128, BLOCK_V=64)},
+    "gfx942": {2: config(8, 2, BLOCK_M=128, BLOCK_V=128), 4: config(8, 2, BLOCK_M=128, BLOCK_V=64)},
 }
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -121,13 +147,12 @@ def _vocab_partials_kernel(
     x_ptr,
     w_ptr,
     b_ptr,  # or None
-    rows_ptr,  # None: the rows of x; else which of them, the first *count_ptr
-    count_ptr,
     targets_ptr,  # None: the rows of w; else which of them
     after_z_ptr,  # None: all compete; else what comes after this logit and column
     after_column_ptr,
     max_ptr,  # None: no softmax; else [T, C]
     sum_ptr,
+    total_ptr,  # None, or [T, C]: Σ z
     z_ptr,  # [T, C, k] where SLOTS > 0
     column_ptr,
     stride_xm,
@@ -144,16 +169,9 @@ def _vocab_partials_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    count = T
-    if count_ptr is not None:
-        count = tl.load(count_ptr)
-    if tl.program_id(0) * BLOCK_M >= count:
-        return
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = m < count
-    x_rows = tl.minimum(m, count - 1)  # beyond the end: a row that is there, for loads without a mask
-    if rows_ptr is not None:
-        x_rows = tl.load(rows_ptr + x_rows).to(tl.int64)
+    exists = m < T
+    x_rows = tl.minimum(m, T - 1)  # beyond the end: a row that is there, for loads without a mask
     after_z, after_column = None, None
     if after_z_ptr is not None:
         after_z = tl.load(after_z_ptr + m, mask=exists, other=0.0)
@@ -161,6 +179,7 @@ def _vocab_partials_kernel(
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_total = tl.zeros([BLOCK_M], tl.float32)
     if SLOTS > 0:
         slots = tl.arange(0, SLOTS)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
         best_z = tl.where(slots < k, float("-inf"), float("inf"))  # the places beyond k are never the worst
@@ -188,6 +207,8 @@ def _vocab_partials_kernel(
             row_sum *= tl.exp2((row_max - shift) * LOG2E)
             row_sum += tl.sum(tl.exp2((z - shift[:, None]) * LOG2E), axis=1)
             row_max = new_max
+        if total_ptr is not None:
+            row_total += tl.sum(tl.where(real[None, :], z, 0.0), axis=1)
         if SLOTS > 0:
             if after_z_ptr is not None:
                 tied_later = (z == after_z[:, None]) & (columns[None, :] > after_column[:, None])
@@ -199,6 +220,8 @@ def _vocab_partials_kernel(
     if max_ptr is not None:
         tl.store(max_ptr + partial, row_max, mask=exists)
         tl.store(sum_ptr + partial, row_sum, mask=exists)
+    if total_ptr is not None:
+        tl.store(total_ptr + partial, row_total, mask=exists)
     if SLOTS > 0:
         places = partial[:, None] * k + slots
         kept = exists[:, None] & (slots < k)
@@ -256,31 +279,29 @@ def _vocab_topk_kernel(
     tl.store(last_z_ptr + row, last_z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V", "smoothing", "z_loss"])
 def _vocab_loss_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
-    rows_ptr,
-    count_ptr,
     labels_ptr,
     max_ptr,
     sum_ptr,
+    total_ptr,  # None: no label smoothing
     loss_ptr,
+    lse_ptr,
     stride_xm,
     stride_wn,
     V,
     chunks,
+    smoothing,
+    z_loss,
     N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One labelled row a program: m + log Σ exp(z − m) − z_label; 0 beyond the last. NaN for a label outside [0, V)."""
-    place = tl.program_id(0).to(tl.int64)
-    if place >= tl.load(count_ptr):
-        tl.store(loss_ptr + place, 0.0)
-        return
-    row = tl.load(rows_ptr + place)
+    """The loss and lse of one row a program. NaN for a label outside [0, V)."""
+    row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
     exists = (label >= 0) & (label < V)
     label = tl.where(exists, label, 0)
@@ -292,8 +313,57 @@ def _vocab_loss_kernel(
     z = tl.sum(products, axis=0)
     if b_ptr is not None:
         z += tl.load(b_ptr + label).to(tl.float32)
-    top, log_sum = _join(max_ptr, sum_ptr, place, chunks, BLOCK_C)
-    tl.store(loss_ptr + place, tl.where(exists, log_sum - (z - top), float("nan")))
+    top, log_sum = _join(max_ptr, sum_ptr, row, chunks, BLOCK_C)
+    loss = log_sum - (z - top)
+    if total_ptr is not None:
+        chunk = tl.arange(0, BLOCK_C)
+        mean = tl.sum(tl.load(total_ptr + row * chunks + chunk, mask=chunk < chunks, other=0.0), axis=0) / V
+        loss += smoothing * (z - mean)
+    lse = top + log_sum
+    tl.store(loss_ptr + row, tl.where(exists, loss + z_loss * lse * lse, float("nan")))
+    tl.store(lse_ptr + row, lse)
+
+
+@triton.jit(do_not_specialize=["T", "V", "words", "first", "smoothing", "z_loss"])
+def _vocab_dz_kernel(
+    x_ptr,
+    w_ptr,  # from word `first` on, as are b and db
+    b_ptr,
+    labels_ptr,
+    lse_ptr,
+    g_ptr,
+    dz_ptr,  # [T, words]
+    db_ptr,  # None, or [row tiles, words]
+    stride_xm,
+    stride_wn,
+    T,
+    V,
+    words,
+    first,
+    smoothing,
+    z_loss,
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of dz, and its sums over the rows."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows, real = tl.minimum(m, T - 1), columns < words  # beyond the ends: what is there, for loads without a mask
+    w_rows = tl.minimum(columns, words - 1).to(tl.int64)
+    z = _products(x_ptr, w_ptr, rows * stride_xm, w_rows * stride_wn, N, BLOCK_K, PRECISION)
+    if b_ptr is not None:
+        z += tl.load(b_ptr + w_rows).to(tl.float32)[None, :]
+    lse, label = tl.load(lse_ptr + rows), tl.load(labels_ptr + rows)
+    dz = tl.exp2((z - lse[:, None]) * LOG2E) * (1.0 + 2.0 * z_loss * lse)[:, None] - smoothing / V
+    dz -= tl.where(label[:, None] == (first + columns)[None, :], 1.0 - smoothing, 0.0)
+    mask = (m < T)[:, None] & real[None, :]
+    dz = tl.where(mask, dz * tl.load(g_ptr + rows)[:, None], 0.0)
+    tl.store(dz_ptr + m[:, None] * words + columns[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    if db_ptr is not None:
+        tl.store(db_ptr + tl.program_id(0).to(tl.int64) * words + columns, tl.sum(dz, axis=0), mask=real)
 
 
 class Head(NamedTuple):
@@ -335,6 +405,14 @@ def _check_ids(operation: str, name: str, ids: Tensor, shape: tuple[int, ...], d
     require(ids.device == device, f"{operation}: {name} is on {ids.device}, x on {device}")
 
 
+def check_loss(reduction: str, label_smoothing: float, z_loss: float) -> None:
+    """ValueError for settings that cross entropy does not know."""
+    known = "mean", "sum", "none"
+    require(reduction in known, f"reduction is {reduction!r}: allowed are {', '.join(map(repr, known))}")
+    require(0.0 <= label_smoothing <= 1.0, f"label_smoothing is {label_smoothing}: allowed is 0 to 1")
+    require(z_loss >= 0.0, f"z_loss is {z_loss}: at least 0 is needed")
+
+
 def _check_range(operation: str, name: str, ids: Tensor, V: int) -> None:
     """IndexError for an id outside [0, V), where asking needs no synchronisation."""
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
@@ -346,14 +424,14 @@ def vocab_partials_fwd(
     head: Head,
     softmax: tuple[Tensor, Tensor] | None = None,
     candidates: tuple[Tensor, Tensor] | None = None,
-    rows: tuple[Tensor, Tensor] | None = None,
+    totals: Tensor | None = None,
     targets: Tensor | None = None,
     after: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Fills what each chunk of the vocabulary says of each row: maxima and sums [T, C], candidates [T, C, k].
 
-    `rows`: only those of x, and how many (on the device); `targets`: only those words; `after`: only candidates that
-    come after this logit and column.
+    `totals`: Σ z too, [T, C]; `targets`: only those words; `after`: only candidates that come after this logit and
+    column.
     """
     x, weight, _ = head
     (T, N), itemsize = x.shape, x.element_size()
@@ -363,10 +441,10 @@ def vocab_partials_fwd(
     nothing = None, None
     _vocab_partials_kernel[(triton.cdiv(T, tuned["BLOCK_M"]), triton.cdiv(words, CHUNK))](
         *head,
-        *(rows or nothing),
         targets,
         *(after or nothing),
         *(softmax or nothing),
+        totals,
         *(candidates or nothing),
         *head.strides,
         T,
@@ -413,35 +491,132 @@ def vocab_topk_fwd(head: Head, k: int, targets: Tensor | None) -> tuple[Tensor, 
 
 
 @opaque
-def vocab_cross_entropy_fwd(head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses fp32 [T], the labelled rows' first, in order, then zeros; how many they are, int32)."""
+def vocab_cross_entropy_fwd(head: Head, labels: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """(losses, lse) fp32 [T] of rows that all have a label."""
     T, N = head.x.shape
-    count = (labels != -100).sum(dtype=torch.int32)
-    losses = torch.empty(T, dtype=torch.float32, device=head.x.device)
+    losses, lse = torch.empty((2, T), dtype=torch.float32, device=head.x.device)
     if T:
-        rows = torch.argsort((labels == -100).to(torch.uint8), stable=True)  # no synchronisation, unlike nonzero
-        softmax = tuple(torch.empty((2, T, head.chunks), dtype=torch.float32, device=head.x.device))
-        vocab_partials_fwd(head, softmax, rows=(rows, count))
+        *softmax, totals = torch.empty((3, T, head.chunks), dtype=torch.float32, device=head.x.device)
+        totals = totals if smoothing else None
+        vocab_partials_fwd(head, tuple(softmax), totals=totals)
         _vocab_loss_kernel[(T,)](
-            *head, rows, count, labels, *softmax, losses, *head.strides, len(head.weight), head.chunks, N=N,
-            BLOCK_C=triton.next_power_of_2(head.chunks), BLOCK_N=min(triton.next_power_of_2(N), 1024), num_warps=4,
+            *head, labels, *softmax, totals, losses, lse, *head.strides, len(head.weight), head.chunks, smoothing,
+            z_loss, N=N, BLOCK_C=triton.next_power_of_2(head.chunks), BLOCK_N=min(triton.next_power_of_2(N), 1024),
+            num_warps=4,
         )  # fmt: skip
-    return losses, count
+    return losses, lse
 
 
-def vocab_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Mean cross entropy of softmax(x · weightᵀ + bias) against `labels` [T] over the rows whose label is not −100.
+@opaque
+def vocab_cross_entropy_bwd(
+    g: Tensor, head: Head, labels: Tensor, lse: Tensor, smoothing: float, z_loss: float, words: int, wanted: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias for those of the losses, g [T]; None where not `wanted`. The dz of so many
+    `words` stands in memory at a time."""
+    (x, weight, bias), (of_x, of_weight, of_bias) = head, wanted
+    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if of_x else None  # summed over the chunks
+    dw = torch.empty(weight.shape, dtype=x.dtype, device=x.device) if of_weight else None
+    db = torch.empty(weight.shape[:1], dtype=x.dtype, device=x.device) if of_bias else None
+    for first in range(0, len(weight), words):
+        chunk = slice(first, first + words)
+        part = Head(x, weight[chunk], None if bias is None else bias[chunk])
+        dz, sums = _dz(g, part, labels, lse, smoothing, z_loss, first, len(weight), of_bias)
+        if dx is not None:
+            product_dx([dz], [part.weight], out=dx)
+        if dw is not None:
+            dw[chunk] = product_dw([dz], x)[0]
+        if db is not None:
+            db[chunk] = sum_splits(sums, x.dtype)
+    return None if dx is None else dx.to(x.dtype), dw, db
 
-    x [T, N], weight [V, N] → a scalar in fp32; NaN, as in torch, where every label is −100. Only the labelled rows are
-    multiplied, with no synchronisation. A label that is no word raises IndexError on a CPU and gives NaN on a GPU.
-    """
+
+def _dz(
+    g: Tensor, part: Head, labels: Tensor, lse: Tensor, smoothing: float, z_loss: float, first: int, V: int, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dz [T, words] of the words from `first` on, and where wanted its sums over tiles of rows, fp32 [tiles, words]."""
+    (T, N), words, itemsize = part.x.shape, len(part.weight), part.x.element_size()
+    tuned = pick(DZ_CONFIGS, part.x.device, itemsize).meta
+    tiles = triton.cdiv(max(T, 1), tuned["BLOCK_M"])
+    dz = torch.empty((T, words), dtype=part.x.dtype, device=part.x.device)
+    partials = torch.zeros((tiles, words), dtype=torch.float32, device=part.x.device) if sums else None
+    if T:
+        _vocab_dz_kernel[(tiles, triton.cdiv(words, tuned["BLOCK_V"]))](
+            *part, labels, lse, g, dz, partials, *part.strides, T, V, words, first, smoothing, z_loss, N=N,
+            PRECISION=input_precision(part.x.dtype, part.x.device), BLOCK_K=BLOCK_K[itemsize], **tuned,
+        )  # fmt: skip
+    return dz, partials
+
+
+def _losses(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, smoothing: float, z_loss: float
+) -> tuple[Tensor, ...]:
+    """The losses of all rows, and of those that have a label x, labels, lse, and which rows they are."""
     operation = "vocab_cross_entropy"
-    head = _head(operation, x, weight, bias)
-    _check_ids(operation, "labels", labels, x.shape[:1], x.device)
-    if labels.device.type == "cpu":
-        _check_range(operation, "labels other than −100", labels[labels != -100], len(weight))
-    losses, count = vocab_cross_entropy_fwd(head, labels.contiguous())
-    return losses.sum() / count
+    T = len(_head(operation, x, weight, bias).x)
+    _check_ids(operation, "labels", labels, (T,), x.device)
+    rows = (labels != ignore_index).nonzero().squeeze(1)  # one host read: how many
+    x, labels = (x, labels.contiguous()) if len(rows) == T else (x[rows], labels[rows])
+    _check_range(operation, f"labels other than {ignore_index}", labels, len(weight))
+    some, lse = vocab_cross_entropy_fwd(Head(x, weight, bias), labels, smoothing, z_loss)
+    losses = some if len(rows) == T else some.new_zeros(T).index_copy_(0, rows, some)
+    return losses, x, labels, lse, rows
+
+
+class VocabCrossEntropy(torch.autograd.Function):
+    """The losses fp32 [T] of all rows, 0 where there is no label; only the labelled ones are multiplied."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, smoothing: float,
+        z_loss: float, words: int,
+    ) -> Tensor:  # fmt: skip
+        losses, *kept = _losses(x, weight, bias, labels, ignore_index, smoothing, z_loss)
+        ctx.save_for_backward(weight, bias, *kept)
+        ctx.arguments, ctx.T = (smoothing, z_loss, words), len(losses)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias, x, labels, lse, rows = ctx.saved_tensors
+        g = dlosses[rows].float()
+        dx, dw, db = vocab_cross_entropy_bwd(
+            g, Head(x, weight, bias), labels, lse, *ctx.arguments, ctx.needs_input_grad[:3]
+        )
+        if dx is not None and len(rows) < ctx.T:
+            dx = dx.new_zeros(ctx.T, dx.shape[1]).index_copy_(0, rows, dx)
+        return dx, dw, db, None, None, None, None, None
+
+
+def vocab_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    backward: str = "chunked",
+) -> Tensor:
+    """Cross entropy of softmax(x · weightᵀ + bias) against `labels` [T], int32 or int64, as xlmr.eager's twin.
+
+    x [T, N], weight [V, N] → fp32, a scalar or with reduction="none" [T]. Only the rows whose label is not
+    `ignore_index` are multiplied; their number is read by the host once. A label that is no word raises IndexError on a
+    CPU and gives NaN on a GPU. `backward`: "chunked" for speed, "recompute" for the least memory (see WORDS).
+    """
+    check_loss(reduction, label_smoothing, z_loss)
+    require(backward in WORDS, f"backward is {backward!r}: allowed are {', '.join(map(repr, WORDS))}")
+    x, weight, bias = autocast(x, weight, bias)
+    arguments = x, weight, bias, labels, ignore_index, label_smoothing, z_loss
+    if wants_gradients(x, weight, bias):
+        losses = VocabCrossEntropy.apply(*arguments, WORDS[backward])
+    else:
+        losses = _losses(*arguments)[0]
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / (labels != ignore_index).sum()
 
 
 def vocab_topk(
@@ -453,6 +628,7 @@ def vocab_topk(
     With `targets` [M] only those words compete (the earlier of equals first; one named twice counts twice), while the
     softmax stays that of the whole vocabulary. A target that is no word raises IndexError on a CPU; on a GPU it loses.
     """
+    x, weight, bias = autocast(x, weight, bias)
     head = _head("vocab_topk", x, weight, bias)
     if targets is not None:
         _check_ids("vocab_topk", "targets", targets, (targets.numel(),), x.device)

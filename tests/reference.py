@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from numerics import assert_accurate
+from torch import Tensor, nn
 
 import xlmr
+from xlmr.ops import triton
 
 HEADS = ["MaskedLM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]
 TINY: dict[str, Any] = {
@@ -15,6 +17,7 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 42, "type_vocab_size": 2, "layer_norm_eps": 1e-5, "initializer_range": 0.3,
     "num_labels": 3,
 }  # fmt: skip
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 B, S = 5, 12
 LENGTHS = (12, 3, 7, 1, 10)
 
@@ -39,6 +42,42 @@ def build(name: str, *, path: dict[str, Any] | None = None, **settings: Any) -> 
 def double(reference: Any) -> Any:
     """The judge: the reference in float64."""
     return copy.deepcopy(reference).double()
+
+
+def trained(name: str, **settings: Any) -> tuple[Any, Any]:
+    """transformers' head and ours, equal weights, in training mode; without dropout but for what `settings` say."""
+    decoder = {"is_decoder": True} if name == "CausalLM" else {}
+    reference, ours = build(f"For{name}", **{"num_hidden_layers": 2, **NO_DROPOUT, **decoder, **settings})
+    return reference.train(), ours.train()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Of all parameters that got one, by name; those of the model itself are left empty."""
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_gradients(
+    ours: dict[str, Tensor], reference: dict[str, Tensor], truth: dict[str, Tensor], **precision: Any
+) -> None:
+    assert ours.keys() == truth.keys()
+    largest = max(g.abs().max().item() for g in truth.values())
+    for name, exact in truth.items():
+        try:
+            assert_accurate(ours[name], reference[name], exact, scale=largest, ulps=32, **precision)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
+    """To within `rtol` of the largest gradient of all."""
+    assert ours.keys() == expected.keys()
+    largest = max(g.abs().max().item() for g in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=rtol * largest, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def masks() -> dict[str, Tensor | None]:
@@ -101,3 +140,26 @@ def inputs(name: str, mask: Tensor | None) -> dict[str, Any]:
         given["labels"] = torch.tensor([3])
         given = {k: v if v is None or k == "labels" else v[None] for k, v in given.items()}
     return given
+
+
+def untrainable(device: torch.device) -> str | None:
+    """Why nothing can be trained on the kernels here, or None where it can."""
+    try:
+        triton().linear(torch.ones(1, 16, device=device, requires_grad=True), torch.ones(16, 16, device=device), None)
+    except (RuntimeError, ImportError) as error:
+        return str(error)
+    return None
+
+
+RIGHT = masks()["right"]
+
+
+def ids(mask: Tensor | None = RIGHT) -> Tensor:
+    """Random ids [B, S], pads where the mask is 0."""
+    return torch.randint(4, TINY["vocab_size"], (B, S)).masked_fill(~keep(mask), 1)
+
+
+def same(ours: Tensor, reference: Tensor, mask: Tensor | None = None, atol: float = 3e-6) -> None:
+    """Equal, to within rounding, at the real tokens."""
+    real = keep(mask)
+    torch.testing.assert_close(ours[real], reference[real], atol=atol, rtol=1e-5)

@@ -1,26 +1,33 @@
-"""Flash attention against the plain one in float64: every layout of sequences, lengths from 0 on, bits and refusals."""
+"""Flash attention and its gradients against the plain one in float64: every layout of sequences, lengths from 0 on,
+dropout against a formula with the same mask, bits and refusals."""
 
 import copy
 import itertools
+import math
 import pickle
 from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.numerics import assert_accurate
 from xlmr import eager
 from xlmr.kernels import attention as kernel
+from xlmr.kernels._dropout import LEVELS, draw_seed, keep_levels, keeps
 from xlmr.kernels._launch import config
-from xlmr.kernels.attention import CONFIGS, attention, attention_fwd, cost
+from xlmr.kernels.attention import CONFIGS, activation_bytes, attention, attention_bwd, attention_fwd, cost
 from xlmr.varlen import Sequences
 
 DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * torch.cuda.is_available()]  # interpreted dots have no bf16
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-RAGGED = (37, 0, 1, 70, 64, 129)
+RAGGED = (37, 0, 1, 70, 64)
+SHORTER = (37, 0, 1, 70)
 
 
 def packed(*lengths: int) -> Sequences:
@@ -84,6 +91,48 @@ def test_layouts(layout: str, dtype: torch.dtype, causal: bool, device: torch.de
     assert_as_eager(q.to(device, dtype), k, v, s, causal)
 
 
+def gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of `inputs`, for an upstream gradient that is the same in every dtype."""
+    torch.manual_seed(1)
+    return torch.autograd.grad(out, inputs, torch.randn(out.shape).half().to(out))
+
+
+def assert_gradients_as_eager(tensors: tuple[Tensor, ...], s: Sequences, causal: bool, scale: float = 0.2) -> None:
+    s = on(tensors[0].device, s)
+    found = []
+    for function, dtype in ((attention, None), (eager.attention, None), (eager.attention, torch.float64)):
+        leaves = tuple(t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors)
+        q, k, v = leaves[0].unbind(1) if len(leaves) == 1 else leaves
+        found.append(gradients(function(q, k, v, s, scale, causal), leaves))
+    largest = max(1.0, *(truth.abs().max().item() for truth in found[2]))  # one that is 0 is a difference of others
+    for ours, reference, truth in zip(*found, strict=True):
+        assert_accurate(ours, reference, truth, scale=largest)
+
+
+@CAUSAL
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [*itertools.product([8, 64, 80], DTYPES[:1]), *itertools.product([24, 128], DTYPES[1:])]
+)
+def test_gradients_of_the_qkv_buffer(
+    head_dim: int, dtype: torch.dtype, causal: bool, device: torch.device, poisoned: None
+) -> None:
+    buffer = torch.randn(sum(SHORTER), 3, 2, head_dim).to(device, dtype)
+    assert_gradients_as_eager((buffer,), packed(*SHORTER), causal)
+
+
+@CAUSAL
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_layouts(layout: str, causal: bool, device: torch.device, poisoned: None) -> None:
+    """Keys that no sequence owns hold NaN and get zeros, as do queries and keys that see none."""
+    s = LAYOUTS[layout]
+    q, (_, k, v) = torch.randn(int(s.q_lens.sum()), 1, 24, device=device), qkv(240, 24, torch.float32, device, heads=1)
+    unseen = torch.ones(240, dtype=torch.bool)
+    for start, length in zip(s.k_starts.tolist(), s.k_lens.tolist(), strict=True):
+        unseen[start : start + length] = False
+    k[unseen], v[unseen] = float("nan"), float("nan")
+    assert_gradients_as_eager((q, k, v), s, causal)
+
+
 @CAUSAL
 def test_log_sum_exp(causal: bool, device: torch.device, poisoned: None) -> None:
     s = on(device, spans([70, 3, 4], [0, 5, 5], [5, 40, 0]))
@@ -98,7 +147,7 @@ def test_log_sum_exp(causal: bool, device: torch.device, poisoned: None) -> None
             scores = scores.masked_fill(~sees, float("-inf"))
         truth[:, q_start : q_start + q_len] = scores.logsumexp(-1)
     assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double() * math.log(2), truth, atol=1e-5, rtol=1e-5)
     unseeing = lse.isinf().T
     assert unseeing.any()
     assert (out[unseeing] == 0).all()
@@ -109,6 +158,7 @@ def test_rows_far_from_zero(dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = qkv(70, 24, dtype, device)
     assert_as_eager(q, k, v + 1000, packed(70))
     assert_as_eager(q + 10, k + 1000, v, packed(70), scale=1.0)
+    assert_gradients_as_eager((q, k, v + 1000), packed(70), False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,6 +166,12 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, device: torch.device) 
     q, k, v = qkv(70, 24, dtype, device)
     out = assert_as_eager(q * 100, k * 100, v, packed(70), scale=1.0)  # scores to ±100,000
     assert out.isfinite().all()
+    leaves = [t.detach().requires_grad_() for t in (q * 100, k * 100, v)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    found = gradients(attention(*leaves, on(device, packed(70)), 1.0, True), tuple(leaves))
+    truth = gradients(eager.attention(*wide, on(device, packed(70)), 1.0, True), tuple(wide))
+    for ours, expected in zip(found, truth, strict=True):  # p is as exact as scores and lse: rounded to 2⁻⁷ here
+        assert (ours.double() - expected).abs().max() <= 2**-5 * truth[2].abs().max()
 
 
 def test_any_strides(device: torch.device) -> None:
@@ -124,6 +180,155 @@ def test_any_strides(device: torch.device) -> None:
     assert torch.equal(attention(q, k, v, s, 0.2), attention(q.contiguous(), k.contiguous(), v.contiguous(), s, 0.2))
     assert_as_eager(q, k[:, :1].expand(40, 2, 24), v[:, 1:].expand(40, 2, 24), s)  # one head's keys for both
     assert_as_eager(q, k[3:], v[:37], spans([40], [0], [37]))
+
+
+def test_any_upstream_gradient(device: torch.device) -> None:
+    s = on(device, packed(40, 30))
+    tensors = tuple(t.contiguous().requires_grad_() for t in qkv(70, 24, torch.float32, device))
+    dense = torch.randn(70, 2, 24, device=device)
+    for dout in (dense.transpose(0, 2).contiguous().transpose(0, 2), dense[:, :1].expand(70, 2, 24),
+                 dense.sum().expand(70, 2, 24)):  # fmt: skip
+        strided = torch.autograd.grad(attention(*tensors, s, 0.2), tensors, dout)
+        contiguous = torch.autograd.grad(attention(*tensors, s, 0.2), tensors, dout.contiguous())
+        assert all(map(torch.equal, strided, contiguous))
+    broken = dense.clone()
+    broken[50, 0, 3] = float("nan")
+    found = torch.autograd.grad(attention(*tensors, s, 0.2), tensors, broken)
+    sound = torch.autograd.grad(attention(*tensors, s, 0.2), tensors, dense)
+    for ours, expected in zip(found, sound, strict=True):
+        assert torch.equal(ours[:40], expected[:40])
+        assert torch.equal(ours[40:, 1], expected[40:, 1])
+        assert ours[40:, 0].isnan().any()  # passed through
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:])
+def test_only_the_gradients_that_are_asked_for(needed: tuple[bool, ...], device: torch.device, poisoned: None) -> None:
+    q, k, v = qkv(40, 24, torch.float32, device)
+    s, dout = on(device, packed(33, 7)), torch.randn(40, 2, 24, device=device)
+    out, lse = attention_fwd(q, k, v, s, 0.2)
+    every = attention_bwd(dout, q, k, v, out, lse, s, 0.2)
+    some = attention_bwd(dout, q, k, v, out, lse, s, 0.2, needed=needed)
+    assert [t is not None for t in some] == list(needed)
+    assert all(torch.equal(mine, full) for mine, full in zip(some, every, strict=True) if mine is not None)
+
+
+def test_what_is_kept_for_backward(device: torch.device) -> None:
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    tensors = [t.contiguous().requires_grad_() for t in qkv(40, 24, torch.float16, device, heads=3)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = attention(*tensors, on(device, packed(33, 7)), 0.2)
+        assert sum(kept.values()) == 40 * activation_bytes(heads=3, head_dim=24, itemsize=2)
+        attention(*tensors, on(device, packed(33, 7)), 0.2, dropout_p=0.5)
+        assert sum(kept.values()) == 40 * (activation_bytes(3, 24, 2) + 2 * 3 * 24 + 4 * 3) + 8  # its own o, lse; seed
+    first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].sum().backward()
+
+
+def test_autocast(device: torch.device) -> None:
+    q, k, v = (t.contiguous().requires_grad_() for t in qkv(20, 24, torch.float32, device))
+    s = on(device, packed(20))
+    with torch.autocast(device.type, torch.float16):
+        out = attention(q, k.half(), v, s, 0.2)
+    assert torch.equal(out, attention(q.half(), k.half(), v.half(), s, 0.2))
+    assert [g.dtype for g in torch.autograd.grad(out.sum(), (q, k, v))] == [torch.float32] * 3
+
+
+@triton.jit
+def _kept_kernel(seed_ptr, out_ptr, levels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows 0 … ROWS and columns 0 … BLOCK of the mask."""
+    places = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptr + places, keeps(seed_ptr, tl.arange(0, ROWS), 0, levels, BLOCK).to(tl.int8))
+
+
+def plain_dropout(
+    q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float, causal: bool, p: float, seed: Tensor
+) -> Tensor:
+    """softmax, what the seed drops of it, times v: for every sequence and head by itself."""
+    levels, (rows, heads, _) = keep_levels(p), q.shape
+    mask = torch.empty(512, 128, dtype=torch.int8, device=q.device)
+    _kept_kernel[(1,)](seed, mask, levels, ROWS=512, BLOCK=128)
+    mask = mask[: rows * heads].view(rows, heads, 128).transpose(0, 1).to(q) * (LEVELS / max(levels, 1))
+    outs = []
+    for q_start, q_len, k_start, k_len in torch.stack([s.q_starts, s.q_lens, s.k_starts, s.k_lens], 1).tolist():
+        queries, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
+        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * scale
+        if causal:
+            sees = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+            scores = scores.masked_fill(~sees, float("-inf"))
+        weights = scores.softmax(-1) * mask[:, queries, :k_len]
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v[keys]))
+    return torch.cat(outs)
+
+
+@CAUSAL
+@pytest.mark.parametrize(
+    ("p", "dtype", "s"),
+    [
+        (0.3, torch.float32, packed(37, 0, 1, 70)),
+        (0.3, torch.float16, packed(37, 0, 1, 70)),
+        (0.1, torch.float32, spans([7, 3, 60], [0, 66, 70], [66, 3, 101])),
+        (1.0, torch.float32, packed(5, 40)),
+    ],
+    ids=["packed", "half", "cross", "all"],
+)
+def test_dropout_is_the_formula_with_the_same_mask(
+    p: float, dtype: torch.dtype, s: Sequences, causal: bool, device: torch.device, poisoned: None
+) -> None:
+    s = on(device, s)
+    rows = int(s.q_lens.sum())
+    q, (_, k, v) = torch.randn(rows, 2, 24).to(device, dtype), qkv(180, 24, dtype, device)
+    k, v = (k[:rows], v[:rows]) if s.k_lens is s.q_lens else (k, v)
+    torch.manual_seed(3)
+    seed = draw_seed(device)
+    found = []
+    for function, precision in ((attention, dtype), (plain_dropout, dtype), (plain_dropout, torch.float64)):
+        leaves = tuple(t.detach().to(precision).requires_grad_() for t in (q, k, v))
+        torch.manual_seed(3)  # one call draws one seed
+        out = function(*leaves, s, 0.2, causal, p, *[seed] * (function is plain_dropout))
+        found.append((out.detach(), *gradients(out, leaves)))
+    for ours, reference, truth in zip(*found, strict=True):
+        assert_accurate(ours, reference, truth)
+        assert p < 1 or (ours == 0).all()
+
+
+def test_dropout_keeps_the_expectation_and_replays(device: torch.device) -> None:
+    zeros, ones = torch.zeros(128, 2, 24, device=device), torch.ones(128, 2, 24, device=device)
+    s = on(device, packed(128))
+    torch.manual_seed(3)
+    out, other = (attention(zeros, zeros, ones, s, 0.2, dropout_p=0.25)[:, :, 0] for _ in range(2))
+    kept = out * 0.75  # the share of a row's 128 keys
+    assert abs(kept.mean() - 0.75) < 4 * (0.25 * 0.75 / 128 / 256) ** 0.5
+    assert 0.8 < kept.std() / (0.25 * 0.75 / 128) ** 0.5 < 1.2
+    assert abs(torch.corrcoef(torch.stack([out[:, 0], out[:, 1]]))[0, 1]) < 0.35  # heads have masks of their own
+    assert not torch.equal(out, other)
+    torch.manual_seed(3)
+    assert torch.equal(attention(zeros, zeros, ones, s, 0.2, dropout_p=0.25)[:, :, 0], out)
+    state = torch.get_rng_state()
+    attention(zeros[:9], zeros[:9], ones[:9], on(device, packed(9)), 0.2)
+    assert torch.equal(torch.get_rng_state(), state), "without dropout no seed is drawn"
+
+
+def test_activation_checkpointing_replays_dropout(device: torch.device) -> None:
+    tensors = tuple(t.contiguous().requires_grad_() for t in qkv(40, 24, torch.float32, device))
+    arguments = on(device, packed(33, 7)), 0.2, True, 0.4
+    torch.manual_seed(3)
+    plain = gradients(attention(*tensors, *arguments), tensors)
+    for reentrant in (False, True):
+        torch.manual_seed(3)
+        out = checkpoint(attention, *tensors, *arguments, use_reentrant=reentrant)
+        leaves = [t.grad for t in tensors]
+        torch.manual_seed(1)
+        torch.autograd.backward(out, torch.randn(out.shape).half().to(out))
+        assert leaves == [None] * 3
+        assert all(torch.equal(t.grad, expected) for t, expected in zip(tensors, plain, strict=True))
+        for t in tensors:
+            t.grad = None
 
 
 @CAUSAL
@@ -161,7 +366,7 @@ def test_the_tile_of_queries_changes_no_bit(causal: bool, monkeypatch: pytest.Mo
 def test_the_load_changes_no_block_of_keys() -> None:
     for target, table in CONFIGS.items():
         for width, size in {key[:2] for key in table}:
-            blocks = {dict(table[width, size, short].tiles)["BLOCK_N"] for short in (True, False)}
+            blocks = {dict(table[width, size, load].tiles)["BLOCK_N"] for load in ("short", "long")}
             assert len(blocks) == 1, f"{target}, head_dim {width}, {size} bytes: {blocks}"
 
 
@@ -182,15 +387,20 @@ def test_blocks_are_computed_once_and_travel() -> None:
     blocks = s.blocks(64, sum(RAGGED))
     assert s.blocks(64, sum(RAGGED)) is blocks
     assert s.blocks(16, sum(RAGGED)) is not blocks
+    keys = spans([5, 1], [0, 70], [64, 65])  # blocks of keys: theirs, in spite of the gap
+    assert keys.blocks(64, 140, keys=True)[:3].tolist() == [[0, 0], [1, 0], [1, 64]]
+    assert keys.blocks(64, 6).tolist() == [[0, 0], [1, 0]]
     for other in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
         assert torch.equal(other.blocks(64, sum(RAGGED)), blocks)
     first = s.with_queries(s.q_starts.long().unique())
-    assert first.blocks(64, 5).shape == (6, 2)  # its queries are others
+    assert first.blocks(64, 4).shape == (5, 2)  # its queries are others
 
 
 @pytest.mark.parametrize("lengths", [(0,), (0, 0)])
 def test_no_rows(lengths: tuple[int, ...], device: torch.device) -> None:
-    assert attention(*qkv(0, 24, torch.float32, device), on(device, packed(*lengths)), 0.2).shape == (0, 2, 24)
+    tensors = tuple(t.requires_grad_() for t in qkv(0, 24, torch.float32, device))
+    out = attention(*tensors, on(device, packed(*lengths)), 0.2)
+    assert [t.shape for t in (out, *gradients(out, tensors))] == [(0, 2, 24)] * 4
 
 
 @CAUSAL
@@ -200,6 +410,8 @@ def test_cost_counts_what_is_seen(causal: bool) -> None:
     flops = int(sum(pairs.sum() for pairs in seen)) * 2 * 2 * 24 * 3
     moved = 2 * (2 * sum(q_lens) + 2 * sum(k_lens)) * 24 * 3 + 4 * sum(q_lens) * 3
     assert cost(q_lens, k_lens, heads=3, head_dim=24, itemsize=2, causal=causal) == (flops, moved)
+    moved = 2 * (4 * sum(q_lens) + 4 * sum(k_lens)) * 24 * 3 + 4 * sum(q_lens) * 3
+    assert cost(q_lens, k_lens, 3, 24, 2, causal, backward=True) == (flops * 5 // 2, moved)
 
 
 def refuse(error: type[Exception], message: str, device: torch.device, **changes: object) -> None:
@@ -220,8 +432,8 @@ def test_refusals(device: torch.device) -> None:
     refuse(ValueError, "last dimension must be contiguous", device, k=torch.randn(9, 24, 2, device=device).mT)
     refuse(TypeError, "k is torch.float16", device, k=good.half())
     refuse(ValueError, "k is on meta", device, k=good.to("meta"))
-    refuse(RuntimeError, "has no gradients", device, q=good.clone().requires_grad_())
-    refuse(RuntimeError, "no dropout yet", device, dropout_p=0.1)
+    for rate in (-0.1, 1.1, float("nan")):
+        refuse(ValueError, "allowed is 0 to 1", device, dropout_p=rate)
     for scale in (0.0, -1.0, float("inf"), float("nan")):
         refuse(ValueError, "must be positive and finite", device, softmax_scale=scale)
 
@@ -251,3 +463,11 @@ def test_sequences_that_are_refused(device: torch.device) -> None:
 )
 def test_values_that_are_refused(sequences: Sequences, message: str) -> None:
     refuse(ValueError, message, torch.device("cpu"), sequences=sequences)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="values are read on a CPU only")
+def test_gradients_of_shared_keys_are_refused() -> None:
+    q, k, v = (t.contiguous().requires_grad_() for t in qkv(9, 24, torch.float32, torch.device("cpu")))
+    out = attention(q, k, v, spans([4, 5], [0, 3], [4, 5]), 0.2)
+    with pytest.raises(ValueError, match=r"k_starts \[0, 3\] and k_lens \[4, 5\] overlap"):
+        out.sum().backward()

@@ -26,6 +26,7 @@ def test_checkpoint_knows_sentences_it_never_saw() -> None:
     figures = evaluate(model, tokenizer, read(HELD_OUT))
     assert len(figures["languages"]) >= 12
     assert figures["filled"] >= 0.8
+    assert figures["filled_typed"] >= 0.8
     assert figures["retrieved"] >= 0.7
 
 

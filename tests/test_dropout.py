@@ -27,6 +27,12 @@ def mask(
     return out
 
 
+def dropout_factors(seed: Tensor, T: int, N: int, p: float) -> Tensor:
+    """What a kernel multiplies a [T, N] tensor by at dropout rate p, float64: LEVELS / keep_levels(p) where kept."""
+    kept = mask(seed, p, (64, 128), shape=(-(-T // 64) * 64, -(-N // 128) * 128))[:T, :N]
+    return kept.double() * LEVELS / max(keep_levels(p), 1)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
 def test_rate_and_independence(p: float, device: torch.device) -> None:
     kept = mask(draw_seed(device), p, (256, 512)).double().cpu()
@@ -36,7 +42,8 @@ def test_rate_and_independence(p: float, device: torch.device) -> None:
     assert abs(kept.mean() - rate) <= 4 * spread / n**0.5
     if spread:
         z = (kept - rate) / spread
-        assert (z.mean(0).abs().max() < 6 / 16) and (z.mean(1).abs().max() < 6 / 512**0.5)
+        assert z.mean(0).abs().max() < 6 / 16
+        assert z.mean(1).abs().max() < 6 / 512**0.5
         for other in (z.roll(1, 0), z.roll(1, 1), z.roll(4, 1), z.roll(8, 1), mask_z(draw_seed(device), p)):
             assert abs((z * other).mean()) < 5 / n**0.5
 
@@ -51,7 +58,8 @@ def test_neither_tile_nor_replay_matters(device: torch.device) -> None:
     seed = draw_seed(device)
     whole = mask(seed, 0.3, (256, 512))
     for tile in ((1, 8), (16, 32), (64, 128)):
-        assert torch.equal(mask(seed, 0.3, tile, shape=(64, 128)), whole[:64, :128])
+        shape = min(64, 16 * tile[0]), min(128, 8 * tile[1])
+        assert torch.equal(mask(seed, 0.3, tile, shape=shape), whole[: shape[0], : shape[1]])
     assert torch.equal(mask(seed, 0.3, (64, 128), first_row=64, shape=(64, 128)), whole[64:128, :128])
     torch.manual_seed(3)
     assert torch.equal(draw_seed(device), seed)

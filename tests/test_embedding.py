@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.numerics import assert_accurate
+from tests.test_dropout import dropout_factors
 from xlmr import eager
 from xlmr.kernels import embedding
+from xlmr.kernels._dropout import draw_seed
+from xlmr.kernels._norm import MAX_BLOCK_N
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # no dot: the interpreter can do bf16 here
 WORDS, TYPES, POSITIONS = 300, 2, 50
@@ -43,7 +47,7 @@ def test_accuracy(T: int, N: int, dtype: torch.dtype, device: torch.device, pois
     assert_accurate(embedding.embed(**given), eager.embed(**given), eager.embed(**double(given)))
 
 
-@pytest.mark.parametrize("N", [96, embedding.MAX_BLOCK_N + 777])
+@pytest.mark.parametrize("N", [96, MAX_BLOCK_N + 777])
 def test_wide_rows_and_means_of_1000(N: int, device: torch.device, poisoned: None) -> None:
     given = inputs(5, N, torch.float32, device, mean=1000.0)
     truth = eager.embed(**double(given))
@@ -113,10 +117,9 @@ def test_an_id_outside_its_table_reads_nothing(device: torch.device, monkeypatch
         (lambda: {"input_ids": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "is on meta"),
         (lambda: {"word": torch.zeros(9, 7)}, ValueError, r"word is \(9, 7\), expected \[rows, 8\]"),
         (lambda: {"position": torch.zeros(8, 9).t()}, ValueError, "contiguous last dimension"),
-        (lambda: {"token_type": torch.zeros(9, 8).half()}, TypeError, "token_type is torch.float16"),
+        (lambda: {"token_type": torch.zeros(9, 8).int()}, TypeError, "token_type is torch.int32"),
         (lambda: {"bias": torch.zeros(16)[::2]}, ValueError, "bias is .* expected a contiguous"),
-        (lambda: {"word": torch.zeros(9, 8, requires_grad=True)}, RuntimeError, "has no gradients"),
-        (lambda: {"dropout_p": 0.1}, RuntimeError, "no dropout"),
+        (lambda: {"dropout_p": -0.1}, ValueError, "dropout rate is -0.1"),
     ],
 )
 def test_refusals(change: Callable[[], dict], error: type[Exception], message: str, device: torch.device) -> None:
@@ -125,6 +128,198 @@ def test_refusals(change: Callable[[], dict], error: type[Exception], message: s
         embedding.embed(**given | change())
 
 
+PARAMETERS = ("word", "token_type", "position", "weight", "bias")
+
+
+def leaves(given: dict[str, Any], wanted: tuple[str, ...] = PARAMETERS, dtype: torch.dtype | None = None) -> Any:
+    """The arguments again, with parameters of their own, of which `wanted` require gradients."""
+    fresh = {name: given[name].detach().to(dtype or given[name].dtype, copy=True) for name in PARAMETERS}
+    return given | {name: t.requires_grad_(name in wanted) for name, t in fresh.items()}
+
+
+def gradients(y: Tensor, given: dict[str, Any], dy: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, [given[name] for name in PARAMETERS if given[name].requires_grad], dy.to(y.dtype))
+
+
+def assert_gradients(given: dict[str, Any], dy: Tensor) -> None:
+    """Against eager in the same dtype and in float64."""
+    ours, reference, truth = (
+        gradients(ops.embed(**tensors), tensors, dy)
+        for ops, tensors in (
+            (embedding, leaves(given)),
+            (eager, leaves(given)),
+            (eager, leaves(given, dtype=torch.float64)),
+        )
+    )
+    for triple in zip(ours, reference, truth, strict=True):
+        assert_accurate(*triple)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("T", "N"), [(0, 8), (1, 8), (37, 769), (101, 96)])
+def test_gradients(T: int, N: int, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
+    """Ids from few rows, so that some span many pieces, some share one and some are absent; padding among them."""
+    given = inputs(T, N, dtype, device)
+    given["input_ids"] = torch.where(given["input_ids"] < 200, given["input_ids"] % 3, given["input_ids"])
+    assert_gradients(given, torch.randn(T, N, device=device))
+
+
+@pytest.mark.parametrize("N", [1100, 10000])
+def test_gradients_of_rows_wider_than_a_block(N: int, device: torch.device, poisoned: None) -> None:
+    assert_gradients(inputs(2, N, torch.float32, device, mean=3.0), torch.randn(2, N, device=device))
+
+
+SEGMENTS = {
+    "one id": [7] * 27,
+    "one id in full pieces": [7] * 24,
+    "two ids that meet at a piece's end": [3] * 8 + [9] * 19,
+    "an id that ends and one that begins in a piece": [2] * 12 + [4] * 12,
+    "a piece of which each end goes on": [0] * 9 + [5] * 4 + [6] * 20,
+    "all different": list(range(19)),
+    "the padding alone": [1] * 17,
+    "padding between": [0] * 5 + [1] * 20 + [2] * 9,
+}
+
+
+@pytest.mark.parametrize("ids", SEGMENTS.values(), ids=SEGMENTS)
+def test_segments_of_sorted_ids(ids: list[int], device: torch.device, poisoned: None) -> None:
+    """Sums of small integers: exact, whatever the order; the padding's row and those of no token are zero."""
+    shuffled = torch.tensor(ids, device=device)[torch.randperm(len(ids))]
+    dh = torch.randint(-9, 9, (len(ids), 24), device=device).float()
+    expected = torch.zeros(30, 24, device=device).index_add(0, shuffled, dh)
+    table = torch.empty(30, 24, device=device)
+    assert torch.equal(embedding._table_gradient(dh, shuffled, table, None), expected)
+    expected[1] = 0
+    assert torch.equal(embedding._table_gradient(dh, shuffled.int(), table, 1), expected)
+    assert torch.equal(embedding._table_gradient(dh, shuffled, table, -29), expected)
+
+
+def test_an_id_that_spans_many_pieces(device: torch.device) -> None:
+    """More than the second kernel adds at once."""
+    T = embedding.CHUNK * (dict(embedding.SPANS.tiles)["BLOCK_P"] + 3)
+    ids, dh = torch.zeros(T, dtype=torch.int64, device=device), torch.ones(T, 8, device=device)
+    assert embedding._table_gradient(dh, ids, torch.empty(1, 8, device=device), None).unique().tolist() == [T]
+
+
+def test_an_id_outside_its_table_writes_nothing(device: torch.device) -> None:
+    """As on a GPU, where no launcher has looked at the ids."""
+    ids = torch.tensor([-1, -1, 4, 5, 5, 5, 5, 5, 5, 5, 5, 2**40], device=device)
+    memory = torch.zeros(9, 8, device=device)
+    gradient = embedding._table_gradient(torch.ones(12, 8, device=device), ids, memory[:5], None)
+    assert gradient[:, 0].tolist() == [0, 0, 0, 0, 1]
+
+
+def test_any_layout_of_dy(device: torch.device) -> None:
+    given = leaves(inputs(9, 96, torch.float32, device))
+    for dy in (torch.randn(1, 96, device=device).expand(9, 96), torch.randn(96, 9, device=device).t()):
+        found, expected = (gradients(embedding.embed(**given), given, d) for d in (dy, dy.contiguous()))
+        assert all(map(torch.equal, found, expected))
+
+
+def test_only_what_is_asked_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each parameter alone gets the gradient that it gets among all; a frozen table costs no sorting and no sums."""
+    given, dy = inputs(2, 96, torch.float32, device), torch.randn(2, 96, device=device)
+    tensors = leaves(given)
+    together = dict(zip(PARAMETERS, gradients(embedding.embed(**tensors), tensors, dy), strict=True))
+    summed, table_gradient = [], embedding._table_gradient
+    monkeypatch.setattr(embedding, "_table_gradient", lambda *a: summed.append(a[2]) or table_gradient(*a))
+    for name, expected in together.items():
+        tensors = leaves(given, (name,))
+        (found,) = gradients(embedding.embed(**tensors), tensors, dy)
+        assert torch.equal(found, expected)
+        assert [t.data_ptr() for t in summed] == [tensors[name].data_ptr()] * (name in PARAMETERS[:3])
+        summed.clear()
+
+
+def test_gradients_are_the_same_at_every_run(device: torch.device) -> None:
+    given, dy = leaves(inputs(70, 96, torch.float32, device)), torch.randn(70, 96, device=device)
+    first, again = (gradients(embedding.embed(**given), given, dy) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_a_gradient_that_is_not_finite_stays_in_its_rows(device: torch.device) -> None:
+    given, dy = leaves(inputs(12, 24, torch.float32, device)), torch.randn(12, 24, device=device)
+    given["input_ids"] = torch.arange(12, device=device) + 5
+    dy[2, 7] = float("nan")
+    word, *_, db = gradients(embedding.embed(**given), given, dy)
+    assert word.isnan().any(1).nonzero().tolist() == [[7]]
+    assert db.isnan().nonzero().tolist() == [[7]]
+
+
+def test_mixed_dtypes(device: torch.device) -> None:
+    """Tables in 16 bits, the LayerNorm in 32: y and dy in 32, each gradient in its parameter's dtype."""
+    given = inputs(19, 96, torch.float32, device)
+    given = leaves(given | {name: given[name].half() for name in PARAMETERS[:3]})
+    y, dy = embedding.embed(**given), torch.randn(19, 96, device=device)
+    exact = leaves(given, dtype=torch.float64)
+    truth = eager.embed(**exact)
+    assert_accurate(y, truth.float(), truth)
+    for name, found, expected in zip(PARAMETERS, gradients(y, given, dy), gradients(truth, exact, dy), strict=True):
+        assert_accurate(found, expected.to(given[name].dtype), expected)
+
+
+def test_what_is_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """activation_bytes a token, and parameters; without gradients not even mean and rstd are computed."""
+    T, kept = 19, []
+    given = leaves(inputs(T, 96, torch.float16, device))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        embedding.embed(**given)
+    assert sum(t.nbytes for t in kept if T in t.shape) == T * embedding.activation_bytes()
+    assert all(any(t is given[name] for name in PARAMETERS) for t in kept if T not in t.shape)
+    launched, launch = [], embedding.embed_fwd
+    monkeypatch.setattr(embedding, "embed_fwd", lambda *a, **k: launched.append(launch(*a, **k)) or launched[-1])
+    with torch.no_grad():
+        assert not embedding.embed(**given).requires_grad
+    assert launched[0][1:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "p", "dtype"),
+    [
+        (21, 96, 0.1, torch.float32),
+        (21, 96, 0.1, torch.float16),
+        (4, 24, 1.0, torch.float32),
+        (1, MAX_BLOCK_N + 777, 0.5, torch.float32),
+    ],
+)
+def test_dropout(T: int, N: int, p: float, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
+    """Against eager and the mask that the seed gives; dropout_p = 1 leaves zeros."""
+    given, dy = leaves(inputs(T, N, dtype, device)), torch.randn(T, N, device=device)
+    torch.manual_seed(5)
+    y = embedding.embed(**given, dropout_p=p)
+    found = y.detach(), *gradients(y, given, dy)
+    torch.manual_seed(5)
+    factors = dropout_factors(draw_seed(device), T, N, p)
+    assert torch.equal(y == 0, factors == 0)
+    reference, truth = [], []
+    for results, kind in ((reference, dtype), (truth, torch.float64)):
+        exact = leaves(given, dtype=kind)
+        y = eager.embed(**exact) * factors.to(kind)
+        results += y.detach(), *gradients(y, exact, dy)
+    for triple in zip(found, reference, truth, strict=True):
+        assert_accurate(*triple)
+
+
+def test_dropout_replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After torch.manual_seed and in an activation checkpoint; else each call draws anew, and without dropout none."""
+    given, dy = leaves(inputs(9, 96, torch.float32, device)), torch.randn(9, 96, device=device)
+
+    def run() -> Tensor:
+        return embedding.embed(**given, dropout_p=0.3)
+
+    torch.manual_seed(7)
+    first, second = run(), run()
+    torch.manual_seed(7)
+    recomputed = checkpoint(run, use_reentrant=False)
+    assert torch.equal(recomputed, first)
+    assert not torch.equal(first, second)
+    assert all(map(torch.equal, gradients(recomputed, given, dy), gradients(first, given, dy)))
+    monkeypatch.setattr(embedding, "draw_seed", lambda device: pytest.fail("a seed was drawn"))
+    embedding.embed(**given)
+
+
 def test_cost() -> None:
-    """Bytes: three rows read and one written a token, w and b once, three ids."""
-    assert embedding.cost(10, 8, 2)[1] == (4 * 80 + 16) * 2 + 3 * 10 * 8
+    """Bytes: two rows read and one written a token, a type, w and b once, three ids; backward: dy, two rows, dh written
+    and three times read, ids, sorted ids and orders, mean and rstd, w and the gradients of w and b."""
+    assert embedding.cost(10, 8, 2)[1] == (3 * 80 + 24) * 2 + 3 * 10 * 8
+    assert embedding.cost(10, 8, 2, backward=True)[1] == (7 * 80 + 32) * 2 + 9 * 10 * 8 + 80

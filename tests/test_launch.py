@@ -1,5 +1,6 @@
 """Where the Triton kernels can run: every answer of `unsupported`, on machines made up for the purpose."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from xlmr.kernels._launch import unsupported
+from xlmr.kernels._launch import opaque, unsupported
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -60,7 +61,23 @@ def test_unsupported_says_why(machine: Any, facts: dict[str, Any], device: torch
 def test_the_question_leaves_cuda_alone_on_a_cpu() -> None:
     code = """
 import torch
-from xlmr.kernels._launch import unsupported
+from xlmr.kernels._launch import opaque, unsupported
 assert unsupported(torch.device("cpu")) and not torch.cuda.is_initialized()
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+
+
+@pytest.mark.parametrize(("gpus", "entered"), [(1, []), (2, [GPU])])
+def test_a_launcher_works_where_its_first_tensor_is(
+    gpus: int, entered: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Somewhere(torch.Tensor):
+        device = GPU
+
+    seen = []
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device) or contextlib.nullcontext())
+    launch = opaque(lambda name, tensors, *, by: (name, len(tensors), by))
+    assert launch("linear", [None, torch.zeros(1).as_subclass(Somewhere)], by=2) == ("linear", 2, 2)
+    assert seen == entered

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.numerics import assert_accurate
+from tests.test_dropout import dropout_factors
 from xlmr import eager
 from xlmr.kernels import layer_norm
+from xlmr.kernels._dropout import draw_seed
+from xlmr.kernels._norm import MAX_BLOCK_N
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # no dot: the interpreter can do bf16 here
 EPS = 1e-5
@@ -50,14 +56,14 @@ def test_accuracy(
 def test_rows_wider_than_a_block(
     dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None
 ) -> None:
-    given = inputs(3, layer_norm.MAX_BLOCK_N + 777, dtype, device, mean=3.0)
+    given = inputs(3, MAX_BLOCK_N + 777, dtype, device, mean=3.0)
     assert_accurate(
         operation(layer_norm, *given), operation(eager, *given), operation(eager, *map(Tensor.double, given))
     )
 
 
 @OPERATIONS
-@pytest.mark.parametrize("N", [96, layer_norm.MAX_BLOCK_N + 777])
+@pytest.mark.parametrize("N", [96, MAX_BLOCK_N + 777])
 def test_row_means_of_1000(N: int, operation: Operation, device: torch.device) -> None:
     """mean(h²) − mean(h)² would lose every digit of a variance of 1 beside 10⁶; a mean of N terms keeps half an ulp of
     1000 (3e-5) in each h and about as much in μ."""
@@ -67,7 +73,7 @@ def test_row_means_of_1000(N: int, operation: Operation, device: torch.device) -
     assert error < 1e-3, f"max error {error:.1e} on values of up to {truth.abs().max().item():.1f}"
 
 
-@pytest.mark.parametrize("N", [96, layer_norm.MAX_BLOCK_N + 777])
+@pytest.mark.parametrize("N", [96, MAX_BLOCK_N + 777])
 def test_mean_and_rstd_are_kept(N: int, device: torch.device, poisoned: None) -> None:
     x, residual, weight, bias = inputs(9, N, torch.float16, device)
     _, mean, rstd = layer_norm.layer_norm_fwd("add_layer_norm", x, residual, weight, bias, EPS)
@@ -120,16 +126,16 @@ def test_a_row_does_not_know_its_neighbours(
 
 
 def test_the_tile_depends_on_the_width_alone() -> None:
-    for table in layer_norm.CONFIGS.values():
-        assert all(dict(config.tiles)["BLOCK_N"] == N for N, config in table.items())
-    assert [layer_norm.bucket(N) for N in (1, 128, 129, 769, 1024, 8192, 9000)] == [
+    for table in (*layer_norm.CONFIGS.values(), *layer_norm.BACKWARD_CONFIGS.values()):
+        assert all(N in ("wide", dict(config.tiles)["BLOCK_N"]) for N, config in table.items())
+    assert list(map(layer_norm.bucket, (1, 128, 129, 769, 1024, 4096, 4097))) == [
         128,
         128,
         256,
         1024,
         1024,
-        8192,
-        8192,
+        4096,
+        "wide",
     ]
 
 
@@ -143,10 +149,9 @@ def test_the_tile_depends_on_the_width_alone() -> None:
         (lambda: {"residual": torch.zeros(8, 4).t()}, ValueError, "last dimension of residual must be contiguous"),
         (lambda: {"weight": torch.zeros(9)}, ValueError, r"weight is \(9,\), expected a contiguous \[8\]"),
         (lambda: {"bias": torch.zeros(16)[::2]}, ValueError, "bias is .* expected a contiguous"),
-        (lambda: {"bias": torch.zeros(8).half()}, TypeError, "bias is torch.float16"),
+        (lambda: {"bias": torch.zeros(8).int()}, TypeError, "bias is torch.int32"),
         (lambda: {"x": torch.zeros(4, 8).double()}, TypeError, "x is torch.float64"),
-        (lambda: {"weight": torch.zeros(8, requires_grad=True)}, RuntimeError, "has no gradients"),
-        (lambda: {"dropout_p": 0.1}, RuntimeError, "no dropout"),
+        (lambda: {"dropout_p": 1.5}, ValueError, "dropout rate is 1.5"),
         (lambda: {"x": torch.zeros(4, 8, device="meta")}, RuntimeError, "need a GPU"),
     ],
 )
@@ -158,7 +163,219 @@ def test_refusals(change: Callable[[], dict], error: type[Exception], message: s
         layer_norm.add_layer_norm(**given, eps=EPS)
 
 
+def leaves(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.detach().clone().requires_grad_() for t in given)
+
+
+def gradients(y: Tensor, given: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    """Of every tensor that y depends on."""
+    found = torch.autograd.grad(y, given, dy.to(y.dtype), allow_unused=True)
+    return tuple(g for g in found if g is not None)
+
+
+def assert_gradients(operation: Operation, given: tuple[Tensor, ...], dy: Tensor, eps: float = EPS) -> None:
+    """Against eager in the same dtype and in float64."""
+    ours, reference, truth = (
+        gradients(operation(ops, *tensors, eps), tensors, dy)
+        for ops, tensors in (
+            (layer_norm, leaves(given)),
+            (eager, leaves(given)),
+            (eager, leaves(tuple(t.double() for t in given))),
+        )
+    )
+    for triple in zip(ours, reference, truth, strict=True):
+        assert_accurate(*triple)
+
+
+@OPERATIONS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "N"), [(0, 8), (1, 8), (257, 96), (37, 769)])
+def test_gradients(
+    T: int, N: int, dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None
+) -> None:
+    assert_gradients(operation, inputs(T, N, dtype, device), torch.randn(T, N, device=device))
+
+
+@OPERATIONS
+def test_gradients_of_rows_wider_than_a_block(operation: Operation, device: torch.device, poisoned: None) -> None:
+    assert_gradients(operation, inputs(2, 10000, torch.float16, device, mean=3.0), torch.randn(2, 10000, device=device))
+
+
+@OPERATIONS
+@pytest.mark.parametrize("N", [96, 769])
+def test_gradients_at_row_means_of_1000(N: int, operation: Operation, device: torch.device) -> None:
+    given = inputs(5, N, torch.float32, device, mean=1000.0)
+    assert_gradients(operation, given, torch.randn(5, N, device=device))
+
+
+def test_gelu_is_differentiated_exactly(device: torch.device) -> None:
+    """Where Φ and φ matter: a LayerNorm of eps = 1 over values from −6 to 6."""
+    x, _, weight, bias = inputs(64, 8, torch.float32, device)
+    x = torch.linspace(-6, 6, 512, device=device).view(64, 8)
+    assert_gradients(gelu, (x, x, weight, bias), torch.randn(64, 8, device=device), eps=1.0)
+
+
+@OPERATIONS
+def test_any_layout_of_dy(operation: Operation, device: torch.device) -> None:
+    """As .sum() and slices hand it back: expanded, transposed, every other row of something."""
+    given = leaves(inputs(9, 96, torch.float32, device))
+    expanded = torch.randn(1, 96, device=device).expand(9, 96), torch.randn((), device=device).expand(9, 96)
+    strided = torch.randn(96, 9, device=device).t(), torch.randn(18, 200, device=device)[::2, 50:146]
+    for dy in (*expanded, *strided):
+        found, expected = (gradients(operation(layer_norm, *given), given, d) for d in (dy, dy.contiguous()))
+        assert all(map(torch.equal, found, expected))
+
+
+@OPERATIONS
+@pytest.mark.parametrize(("T", "N"), [(21, 96), (1, MAX_BLOCK_N + 777)])
+def test_only_what_is_asked_for(
+    T: int, N: int, operation: Operation, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tensor alone gets the gradient that it gets among all, and nothing else is even allocated."""
+    given, dy = inputs(T, N, torch.float32, device), torch.randn(T, N, device=device)
+    used = [0, 1, 2, 3] if operation is add else [0, 2, 3]
+    tensors = leaves(given)
+    together = gradients(operation(layer_norm, *tensors), tensors, dy)
+    for place, expected in zip(used, together, strict=True):
+        alone = [t.clone() for t in given]
+        y = operation(layer_norm, *alone[:place], alone[place].requires_grad_(), *alone[place + 1 :])
+        allocated, empty = [], torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(empty(*a, **k)) or allocated[-1])  # noqa: B023
+        assert torch.equal(torch.autograd.grad(y, alone[place], dy)[0], expected)
+        monkeypatch.undo()
+        assert len(allocated) == 1, "dx, or the partial sums of dw or of db"
+
+
+def test_dx_is_dresidual(device: torch.device) -> None:
+    given = leaves(inputs(5, 96, torch.float32, device))
+    dx, dresidual, *_ = gradients(add(layer_norm, *given), given, torch.randn(5, 96, device=device))
+    assert dx.data_ptr() == dresidual.data_ptr()
+
+
+@OPERATIONS
+def test_gradients_are_the_same_at_every_run(operation: Operation, device: torch.device) -> None:
+    """Bit for bit; and dx of a row, like y, knows nothing of its neighbours."""
+    given, dy = leaves(inputs(70, 96, torch.float32, device)), torch.randn(70, 96, device=device)
+    first, again = (gradients(operation(layer_norm, *given), given, dy) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    rows = torch.tensor([40, 3, 69], device=device)
+    some = leaves((given[0][rows], given[1][rows], *given[2:]))
+    assert torch.equal(gradients(operation(layer_norm, *some), some, dy[rows])[0], first[0][rows])
+
+
+@OPERATIONS
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_passed_on(wrong: float, operation: Operation, device: torch.device) -> None:
+    given, dy = leaves(inputs(5, 96, torch.float32, device)), torch.randn(5, 96, device=device)
+    dy[2, 7] = wrong
+    with np.errstate(invalid="ignore"):  # the interpreter's NumPy warns of inf − inf
+        dx, *_, dw, db = gradients(operation(layer_norm, *given), given, dy)
+    assert (~dx.isfinite()).all(1).tolist() == [False, False, True, False, False]
+    assert (~dw.isfinite()).nonzero().tolist() == (~db.isfinite()).nonzero().tolist() == [[7]]
+
+
+def test_mixed_dtypes(device: torch.device) -> None:
+    """As under autocast: x from a product in 16 bits, the residual stream and the parameters in 32."""
+    x, residual, weight, bias = inputs(19, 96, torch.float32, device)
+    given = leaves((x.half(), residual, weight, bias))
+    dy, y = torch.randn(19, 96, device=device), add(layer_norm, *given)
+    assert y.dtype == torch.float32
+    exact = leaves(tuple(t.detach().double() for t in given))
+    truth = add(eager, *exact)
+    assert_accurate(y, truth.float(), truth)
+    for found, expected, source in zip(gradients(y, given, dy), gradients(truth, exact, dy), given, strict=True):
+        assert_accurate(found, expected.to(source.dtype), expected)
+    assert gelu(layer_norm, *given).dtype == torch.float32
+    assert add(layer_norm, given[0], given[0], weight.half(), bias.half()).dtype == torch.float16
+
+
+@OPERATIONS
+def test_autocast_changes_nothing(operation: Operation, device: torch.device) -> None:
+    given = inputs(5, 96, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = operation(layer_norm, *given)
+    assert torch.equal(y, operation(layer_norm, *given))
+
+
+@OPERATIONS
+def test_what_is_kept(operation: Operation, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """activation_bytes a token, and parameters; without gradients not even mean and rstd are computed."""
+    T, N = 19, 96
+    given, kept = leaves(inputs(T, N, torch.float16, device)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        operation(layer_norm, *given)
+    activations = [t for t in kept if T in t.shape]
+    assert sum(t.nbytes for t in activations) == T * layer_norm.activation_bytes(N, 2, residual=operation is add)
+    assert all(any(t is p for p in given[2:]) for t in kept if T not in t.shape)
+    launched, launch = [], layer_norm.layer_norm_fwd
+    monkeypatch.setattr(layer_norm, "layer_norm_fwd", lambda *a, **k: launched.append(launch(*a, **k)) or launched[-1])
+    with torch.no_grad():
+        assert not operation(layer_norm, *given).requires_grad
+    assert launched[0][1:] == (None, None)
+
+
+def dropped(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, factors: Tensor) -> Tensor:
+    """The formula, with a mask that is known."""
+    return F.layer_norm(x * factors + residual, weight.shape, weight, bias, EPS)
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "p", "dtype"),
+    [
+        (37, 96, 0.1, torch.float32),
+        (5, 769, 0.5, torch.float16),
+        (4, 24, 1.0, torch.float32),
+        (1, MAX_BLOCK_N + 777, 0.1, torch.float32),
+    ],
+)
+def test_dropout(T: int, N: int, p: float, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
+    """Against the formula with the mask that the seed gives; dropout_p = 1 leaves the residual."""
+    given, dy = inputs(T, N, dtype, device), torch.randn(T, N, device=device)
+    torch.manual_seed(5)
+    tensors = leaves(given)
+    y = layer_norm.add_layer_norm(*tensors, EPS, p)
+    found = y.detach(), *gradients(y, tensors, dy)
+    torch.manual_seed(5)
+    factors = dropout_factors(draw_seed(device), T, N, p)
+    assert abs((factors == 0).double().mean() - p) <= 4 * (p * (1 - p) / (T * N)) ** 0.5
+    reference, truth = [], []
+    for results, kind in ((reference, dtype), (truth, torch.float64)):
+        exact = leaves(tuple(t.to(kind) for t in given))
+        y = dropped(*exact, factors.to(kind))
+        results += y.detach(), *gradients(y, exact, dy)
+    for triple in zip(found, reference, truth, strict=True):
+        assert_accurate(*triple)
+
+
+def test_dropout_replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After torch.manual_seed and in an activation checkpoint; else each call draws anew, and without dropout none."""
+    given, dy = leaves(inputs(21, 96, torch.float32, device)), torch.randn(21, 96, device=device)
+
+    def run() -> Tensor:
+        return layer_norm.add_layer_norm(*given, EPS, 0.3)
+
+    torch.manual_seed(7)
+    first, second = run(), run()
+    torch.manual_seed(7)
+    recomputed = checkpoint(run, use_reentrant=False)
+    assert torch.equal(recomputed, first)
+    assert not torch.equal(first, second)
+    assert all(map(torch.equal, gradients(recomputed, given, dy), gradients(first, given, dy)))
+    monkeypatch.setattr(layer_norm, "draw_seed", lambda device: pytest.fail("a seed was drawn"))
+    add(layer_norm, *given)
+
+
+def test_a_second_backward_is_refused(device: torch.device) -> None:
+    x, *rest = leaves(inputs(3, 8, torch.float32, device))
+    (dx,) = torch.autograd.grad(add(layer_norm, x, *rest).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_cost() -> None:
-    """Bytes: every [T, N] tensor, w and b once, mean and rstd."""
-    assert layer_norm.cost(10, 8, 2)[1] == (3 * 80 + 16) * 2 + 80
-    assert layer_norm.cost(10, 8, 4, residual=False)[1] == (2 * 80 + 16) * 4 + 80
+    """Bytes: every [T, N] tensor, w and b once, for backward mean, rstd and the gradients of w and b."""
+    assert layer_norm.cost(10, 8, 2)[1] == (3 * 80 + 16) * 2
+    assert layer_norm.cost(10, 8, 4, residual=False)[1] == (2 * 80 + 16) * 4
+    assert layer_norm.cost(10, 8, 2, backward=True)[1] == (4 * 80 + 24) * 2 + 80
+    assert layer_norm.cost(10, 8, 2, backward=True, dropout=True)[1] == (5 * 80 + 24) * 2 + 80
+    assert layer_norm.cost(10, 8, 4, residual=False, backward=True)[1] == (3 * 80 + 24) * 4 + 80

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.numerics import assert_accurate
 from xlmr import eager
+from xlmr.kernels import _products as products
 from xlmr.kernels import linear as kernel
 from xlmr.kernels._launch import config
 
@@ -263,7 +264,6 @@ def zeros(*shape: int, **kwargs: Any) -> Tensor:
         (lambda: {"bv": zeros(12)[::2]}, ValueError, "bv is .* expected a contiguous"),
         (lambda: {"bq": zeros(6).half()}, TypeError, "bq is torch.float16"),
         (lambda: {"x": zeros(4, 8).double()}, TypeError, "x is torch.float64"),
-        (lambda: {"wk": zeros(6, 8, requires_grad=True)}, RuntimeError, "has no gradients"),
         (lambda: {"x": zeros(4, 8, device="meta")}, RuntimeError, "need a GPU"),
     ],
 )
@@ -286,4 +286,146 @@ def test_another_activation_is_refused_as_by_the_twin(device: torch.device) -> N
 
 
 def test_cost() -> None:
-    assert kernel.cost(10, 8, 4, 2) == (2 * 10 * 8 * 4, (40 + 32 + 8 + 80) * 2)
+    product, forward = 2 * 10 * 8 * 4, 40 + 32 + 8 + 80
+    assert kernel.cost(10, 8, 4, 2) == (product, forward * 2)
+    assert kernel.cost(10, 8, 4, 2, backward=True) == (2 * product, (2 * 40 + 2 * 32 + 8 + 80) * 2)
+    assert kernel.cost(10, 8, 4, 2, backward=True, gelu=True)[0] == 3 * product
+
+
+@EPILOGUES
+def test_activation_bytes(operation: Operation, device: torch.device) -> None:
+    given = [t.requires_grad_() for t in inputs(20, 16, 24, torch.float16, device)]
+    parameters, kept = {t.data_ptr() for t in given[1:]}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        operation(kernel, *given)
+    saved = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() not in parameters}
+    assert sum(saved.values()) == 20 * kernel.activation_bytes(24, 2)
+
+
+# Gradients
+
+
+def gradients(operation: Operation, ops: Any, given: tuple[Tensor, ...], dy: Tensor, wanted: Any = range(7)) -> Any:
+    """Of the inputs `wanted`, None for one that the operation does not use."""
+    given = tuple(t.detach().requires_grad_(i in wanted) for i, t in enumerate(given))
+    out = operation(ops, *given)
+    return torch.autograd.grad(out, [given[i] for i in wanted], dy.to(out.dtype), allow_unused=True)
+
+
+def assert_gradients(operation: Operation, given: tuple[Tensor, ...], dy: Tensor) -> None:
+    ours = gradients(operation, kernel, given, dy)
+    twin = gradients(operation, eager, given, dy)
+    exact = gradients(operation, eager, tuple(map(Tensor.double, given)), dy)
+    assert [g is None for g in ours] == [g is None for g in exact]
+    for ours_, twin_, exact_ in zip(ours, twin, exact, strict=True):
+        if exact_ is not None:
+            assert_accurate(ours_, twin_, exact_)
+
+
+def upstream(operation: Operation, given: tuple[Tensor, ...]) -> Tensor:
+    return torch.randn_like(operation(eager, *given))
+
+
+@OPERATIONS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "N", "K"), [(0, 8, 8), (1, 8, 9), (37, 24, 40), (150, 97, 17)])
+def test_gradients(
+    T: int, N: int, K: int, dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None
+) -> None:
+    given = inputs(T, N, K, dtype, device)
+    assert_gradients(operation, given, upstream(operation, given))
+
+
+@EPILOGUES
+def test_gradients_split_along_the_rows_are_the_same_each_time(
+    operation: Operation, device: torch.device, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    monkeypatch.setattr(products, "processors", lambda device: 64)
+    given = inputs(300, 24, 40, torch.float32, device)
+    dy = upstream(operation, given)
+    assert_gradients(operation, given, dy)
+    first, second = (gradients(operation, kernel, given, dy) for _ in range(2))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@EPILOGUES
+def test_upstream_gradients_at_any_strides(operation: Operation, device: torch.device) -> None:
+    given = inputs(20, 16, 24, torch.float32, device)
+    dy = upstream(operation, given)
+    for view in (
+        dy[:1].expand_as(dy),
+        dy.new_ones(()).expand_as(dy),
+        dy.transpose(0, -1).contiguous().transpose(0, -1),
+    ):
+        assert_gradients(operation, given, view)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy's, in the interpreter
+def test_a_gradient_that_is_not_finite_is_passed_on(device: torch.device) -> None:
+    given = inputs(20, 16, 24, torch.float32, device)
+    dy = torch.randn(20, 16, device=device)
+    dy[3, 5] = float("inf")
+    dx, dw, *_, db, _, _ = gradients(linear, kernel, given, dy)
+    assert not dx[3].isfinite().any()
+    assert dx[:3].isfinite().all()
+    assert not dw[5].isfinite().any()
+    assert db[5] == float("inf")
+
+
+def test_nothing_is_computed_that_nobody_asked_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    for module, name in ((products, "_dx_kernel"), (products, "_dw_kernel"), (kernel, "_linear_dz_kernel")):
+        jitted = getattr(module, name)
+
+        class Watched:
+            def __getitem__(self, grid: Any, name: str = name, jitted: Any = jitted) -> Any:
+                launched.append((name, grid))
+                return jitted[grid]
+
+        monkeypatch.setattr(module, name, Watched())
+    given = inputs(20, 16, 24, torch.float32, device)
+    dy = torch.randn(20, 3, 16, device=device)
+    every = gradients(qkv, kernel, given, dy)
+    for wanted, expected in (
+        ([0], {"_dx_kernel"}), ([1, 3], {"_dw_kernel"}), ([5], {"_linear_dz_kernel"}),
+        ([0, 2, 4], {"_dx_kernel", "_dw_kernel", "_linear_dz_kernel"}),
+    ):  # fmt: skip
+        launched.clear()
+        found = gradients(qkv, kernel, given, dy, wanted)
+        assert {name for name, _ in launched} == expected
+        assert all(torch.equal(found[i], every[j]) for i, j in enumerate(wanted))
+        for name, grid in launched:
+            if name == "_dw_kernel":
+                assert grid[1] == len([i for i in wanted if i in (1, 2, 3)])
+
+
+def test_an_output_that_nobody_used_and_a_second_backward(device: torch.device) -> None:
+    given = [t.requires_grad_() for t in inputs(20, 16, 24, torch.float32, device)]
+    _, k, _ = kernel.qkv_projection(*given)
+    k.square().sum().backward()
+    assert given[2].grad.abs().max() > 0
+    assert not given[1].grad.any()
+    with pytest.raises(RuntimeError, match="second time"):
+        k.square().sum().backward()
+    x, w = (t.requires_grad_() for t in inputs(4, 8, 8, torch.float32, device)[:2])
+    (dx,) = torch.autograd.grad(kernel.linear(x, w, None).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@EPILOGUES
+def test_autocast(operation: Operation, device: torch.device) -> None:
+    given = inputs(20, 16, 24, torch.float32, device)
+    half = tuple(t.half() for t in given)
+    dy = upstream(operation, given).half()
+    with torch.autocast(device.type, torch.float16):
+        out = operation(kernel, *given)
+        ours = gradients(operation, kernel, given, dy)
+    assert torch.equal(out, operation(kernel, *half))
+    for mine, theirs in zip(ours, gradients(operation, kernel, half, dy), strict=True):
+        assert mine is theirs is None or (mine.dtype == torch.float32 and torch.equal(mine, theirs.float()))
+
+
+def test_every_load_has_a_configuration_for_backward() -> None:
+    loads = {(itemsize, load) for itemsize in kernel.BLOCK_K for load in ("dx", "dw", "unaligned")}
+    assert all(set(table) == loads for table in products.CONFIGS.values())

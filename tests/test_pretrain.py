@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import untrainable
 from transformers import DataCollatorForLanguageModeling
 
 from xlmr import XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaTokenizer, cli, pretrain
@@ -231,6 +233,36 @@ def test_command_line_trains_and_goes_on_training(
     assert cli.main(["pretrain", str(text), *onward, *options]) == 0
     more = [json.loads(line)["loss"] for line in (tmp_path / "more/log.jsonl").read_text().splitlines()]
     assert more[-1] < summary["loss"]
+
+
+def test_either_path_and_bf16(
+    text: Path,
+    tmp_path: Path,
+    config: XLMRobertaConfig,
+    tokenizer: XLMRobertaTokenizer,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernels give eager's losses, bf16 nearly those; a path that cannot run is refused before anything is
+    written."""
+    plain = replaced(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+    def losses(name: str, bf16: bool = False, **path: Any) -> list[float]:
+        recipe = replace(TINY, bf16=bf16)
+        settings = {"config": plain, "tokenizer": tokenizer, "recipe": recipe, "log_every": 1, "progress": False}
+        pretrain.pretrain([text], tmp_path / name, **settings, **path)
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+
+    expected = losses("eager", device="cpu", backend="eager")
+    half = losses("bf16", bf16=True, device="cpu")
+    assert half == pytest.approx(expected, rel=0.02)
+    assert half != pytest.approx(expected, rel=1e-5)
+    if untrainable(device) is None:
+        assert losses("triton", device=device, backend="triton") == pytest.approx(expected, rel=1e-4)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run: .*need a GPU"):
+        losses("refused", device="cpu", backend="triton")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_long_texts_are_cut_and_counted(tokenizer: XLMRobertaTokenizer) -> None:

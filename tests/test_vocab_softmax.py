@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.numerics import assert_accurate
 from xlmr import eager
@@ -17,6 +18,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interp
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.cuda, needs_gpu])]
 
 
+WORDS = vocab_softmax.WORDS
 CHUNK = 128  # in these tests: a multiple of every BLOCK_V, so that few words make several
 LAUNCHED_CHUNK = vocab_softmax.CHUNK
 
@@ -24,6 +26,8 @@ LAUNCHED_CHUNK = vocab_softmax.CHUNK
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocab_softmax, "CHUNK", CHUNK)
+    for module in (vocab_softmax, eager):
+        monkeypatch.setattr(module, "WORDS", {"chunked": 64, "recompute": 24})
 
 
 def head(T: int, N: int, V: int, dtype: torch.dtype, device: torch.device, mean: float = 0.0) -> tuple[Tensor, ...]:
@@ -129,16 +133,152 @@ def test_a_row_of_nan_is_nan_and_names_words_that_exist(device: torch.device) ->
     assert ((words >= 0) & (words < 130)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "N", "V"), [(1, 96, 70), (37, 8, 130), (257, 8, 70), (3, 769, CHUNK + 5)])
-def test_cross_entropy(T: int, N: int, V: int, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
-    given = head(T, N, V, dtype, device)
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "none", "label_smoothing": 0.1, "z_loss": 0.01, "backward": "recompute"},
+    {"reduction": "sum", "z_loss": 0.1},
+    {"label_smoothing": 0.3, "ignore_index": 3},
+]
+
+
+def losses_and_gradients(ops: Any, given: tuple[Tensor, ...], labels: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+    given = tuple(t.detach().requires_grad_() for t in given)
+    loss = ops.vocab_cross_entropy(*given, labels, **settings)
+    upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(loss)
+    return loss.detach(), *torch.autograd.grad(loss, given, upstream)
+
+
+def some_labels(T: int, V: int, device: torch.device) -> Tensor:
     labels = torch.randint(V, (T,), device=device)
     labels[1::2] = -100
-    labels[0] = V - 1
-    loss, truth = vocab_cross_entropy(*given, labels), eager.vocab_cross_entropy(*double(*given), labels)
-    assert_accurate(loss, eager.vocab_cross_entropy(*given, labels), truth, dtype=dtype)
-    assert torch.equal(vocab_cross_entropy(*given, labels.int()), loss)
+    labels[:1] = V - 1
+    return labels
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "N", "V"), [(0, 8, 40), (1, 96, 70), (37, 8, 130), (3, 769, CHUNK + 5)])
+def test_cross_entropy_and_its_gradients(
+    T: int, N: int, V: int, dtype: torch.dtype, settings: dict[str, Any], device: torch.device, poisoned: None
+) -> None:
+    given, labels = head(T, N, V, dtype, device), some_labels(T, V, device)
+    if settings.get("ignore_index"):
+        labels = labels.clamp(min=3)
+    ours = losses_and_gradients(vocab_softmax, given, labels, **settings)
+    twin = losses_and_gradients(eager, given, labels, **settings)
+    for mine, theirs, exact in zip(
+        ours, twin, losses_and_gradients(eager, double(*given), labels, **settings), strict=True
+    ):
+        if T:
+            assert_accurate(mine, theirs, exact, dtype=dtype)
+        else:
+            assert torch.equal(mine.isnan(), exact.isnan())
+    again = losses_and_gradients(vocab_softmax, given, labels.int(), **settings)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_eager_is_torchs_cross_entropy(settings: dict[str, Any]) -> None:
+    """In float64, logits in memory and the whole graph torch's own; z-loss written out."""
+    given = double(*head(11, 6, 131, torch.float32, torch.device("cpu")))
+    labels = some_labels(11, 131, torch.device("cpu")).clamp(min=settings.get("ignore_index", -100))
+    known = {k: v for k, v in settings.items() if k not in ("z_loss", "backward")}
+
+    class Torch:
+        @staticmethod
+        def vocab_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, **_: Any) -> Tensor:
+            logits = torch.nn.functional.linear(x, weight, bias)
+            labelled = labels != settings.get("ignore_index", -100)
+            squares = torch.where(labelled, logits.logsumexp(1) ** 2, 0.0)
+            reduce = {"none": lambda t: t, "sum": torch.sum, "mean": lambda t: t.sum() / labelled.sum()}
+            extra = settings.get("z_loss", 0.0) * reduce[settings.get("reduction", "mean")](squares)
+            return torch.nn.functional.cross_entropy(logits, labels, **known) + extra
+
+    for ours, theirs in zip(
+        losses_and_gradients(eager, given, labels, **settings), losses_and_gradients(Torch, given, labels), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("ops", [vocab_softmax, eager])
+def test_gradients_of_what_was_asked_for_only(ops: Any, device: torch.device) -> None:
+    given, labels = head(9, 24, 130, torch.float32, device), some_labels(9, 130, device)
+    _, *every = losses_and_gradients(ops, given, labels)
+    for wanted in ([0], [1], [2], [0, 2]):
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(given)]
+        upstream = torch.randn((), generator=torch.Generator().manual_seed(1)).to(device)
+        ops.vocab_cross_entropy(*leaves, labels).backward(upstream)
+        for i, leaf in enumerate(leaves):
+            assert leaf.grad is None if i not in wanted else torch.equal(leaf.grad, every[i])
+        assert (leaves[0].grad is None) or not leaves[0].grad[labels == -100].any()
+
+
+@pytest.mark.parametrize(("ops", "backward"), [(vocab_softmax, "chunked"), (eager, "chunked"), (eager, "recompute")])
+def test_logits_never_stand_in_memory(
+    ops: Any, backward: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor of numbers is as large as a hundredth of the fp32 logits, but for the gradients themselves."""
+    T, N, V = 48, 2, 8192
+    words = {name: count * V // 250_002 for name, count in WORDS.items()}  # the same share of the vocabulary
+    monkeypatch.setattr(ops, "WORDS", words)
+    monkeypatch.setattr(vocab_softmax, "CHUNK", LAUNCHED_CHUNK)
+    given, labels = head(T, N, V, torch.float32, device), torch.randint(V, (T,), device=device)
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+            # the interpreter copies what a kernel is given as bytes
+            made.extend(t.nbytes for t in tensors if t.is_floating_point() and t.shape not in ((V, N), (V,)))
+            return out
+
+    with Watch():
+        losses_and_gradients(ops, given, labels, backward=backward)
+    assert max(made) >= T * words[backward] * 4
+    assert max(made) <= 0.01 * T * V * 4
+    assert {name: 100 * count / 250_002 for name, count in WORDS.items()} == {
+        "chunked": pytest.approx(0.82, abs=0.01), "recompute": pytest.approx(0.10, abs=0.01),
+    }  # fmt: skip
+
+
+def test_autocast(device: torch.device) -> None:
+    given, labels = head(9, 24, 130, torch.float32, device), some_labels(9, 130, device)
+    half = tuple(t.half() for t in given)
+    for ops in (vocab_softmax, eager):
+        with torch.autocast(device.type, torch.float16):
+            loss, *gradients = losses_and_gradients(ops, given, labels)
+        expected, *halves = losses_and_gradients(ops, half, labels)
+        torch.testing.assert_close(loss, expected)
+        for mine, theirs in zip(gradients, halves, strict=True):
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine, theirs.float(), atol=2e-3, rtol=2e-3)
+
+
+def test_what_is_kept_for_backward(device: torch.device) -> None:
+    given, labels = (
+        [t.requires_grad_() for t in head(8, 24, 130, torch.float16, device)],
+        torch.arange(8, device=device),
+    )
+    parameters, kept = {t.data_ptr() for t in given[1:]}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        vocab_cross_entropy(*given, labels, reduction="none")
+    sizes = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() not in parameters}
+    rows = 8 * 8  # the numbers of the labelled rows
+    assert sum(sizes.values()) == 8 * vocab_softmax.activation_bytes(24, 2) + rows
+
+
+def test_a_gradient_that_is_not_finite_is_passed_on(device: torch.device) -> None:
+    for ops in (vocab_softmax, eager):
+        x, weight, bias = (t.requires_grad_() for t in head(5, 24, 130, torch.float32, device))
+        losses = ops.vocab_cross_entropy(x, weight, bias, torch.arange(5, device=device), reduction="none")
+        upstream = torch.ones_like(losses)
+        upstream[2] = float("nan")
+        losses.backward(upstream)
+        assert x.grad.isnan().all(1).tolist() == [False, False, True, False, False]
+        assert weight.grad.isnan().all()
+        with pytest.raises(RuntimeError, match="second time"):
+            losses.backward(upstream)
 
 
 def test_cross_entropy_of_no_label_is_nan(device: torch.device, poisoned: None) -> None:
@@ -147,6 +287,7 @@ def test_cross_entropy_of_no_label_is_nan(device: torch.device, poisoned: None) 
         loss = vocab_cross_entropy(*given, torch.full((T,), -100, device=device))
         assert loss.isnan()
         assert loss.shape == ()
+        assert vocab_cross_entropy(*given, torch.full((T,), -100, device=device), reduction="sum") == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,20 +299,15 @@ def test_a_row_does_not_know_its_neighbours(dtype: torch.dtype, device: torch.de
     labels = torch.arange(T, device=device) % 198
 
     def all_of(rows: Any) -> list[Tensor]:
-        given = vocab_softmax.Head(x[rows], weight, bias)
-        losses, _ = vocab_softmax.vocab_cross_entropy_fwd(given, labels[rows])
-        return [*vocab_topk(*given, 3), *vocab_topk(*given, 3, targets), losses]
+        losses = vocab_cross_entropy(x[rows], weight, bias, labels[rows], reduction="none", label_smoothing=0.1)
+        return [*vocab_topk(x[rows], weight, bias, 3), *vocab_topk(x[rows], weight, bias, 3, targets), losses]
 
     whole = all_of(slice(None))
     for rows in (slice(5, 6), slice(3, 12), torch.randperm(T, device=device)):
         for part, everything in zip(all_of(rows), whole, strict=True):
             assert torch.equal(part, everything[rows])
     labels[::3] = -100  # the loss of a row is the same beside rows without a label
-    losses, count = vocab_softmax.vocab_cross_entropy_fwd(vocab_softmax.Head(x, weight, bias), labels)
-    labelled = labels != -100
-    assert count == labelled.sum()
-    assert torch.equal(losses[:count], whole[-1][labelled])
-    assert losses[count:].eq(0).all()
+    assert torch.equal(all_of(slice(None))[-1], torch.where(labels == -100, 0.0, whole[-1]))
 
 
 def test_targets_and_the_whole_vocabulary_agree_bit_for_bit(device: torch.device) -> None:
@@ -200,6 +336,7 @@ def test_memory_stays_under_a_hundredth_of_the_logits(monkeypatch: pytest.Monkey
 
 
 IDS = torch.int64
+IDS_OF_4 = torch.arange(4)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +349,10 @@ IDS = torch.int64
         (lambda: {"bias": torch.zeros(8)}, ValueError, r"bias is \(8,\), expected a contiguous \[9\]"),
         (lambda: {"bias": torch.zeros(9).half()}, TypeError, "bias is torch.float16"),
         (lambda: {"weight": torch.zeros(9, 8, requires_grad=True)}, RuntimeError, "has no gradients"),
+        (lambda: {"labels": IDS_OF_4, "reduction": "max"}, ValueError, "reduction is 'max': allowed are 'mean', 'sum'"),
+        (lambda: {"labels": IDS_OF_4, "label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),
+        (lambda: {"labels": IDS_OF_4, "z_loss": -1.0}, ValueError, "z_loss -1.0|z_loss is -1.0"),
+        (lambda: {"labels": IDS_OF_4, "backward": "x"}, ValueError, "backward is 'x': allowed are 'chunked'"),
         (lambda: {"k": 10}, ValueError, "k is 10, expected 0 to 9"),
         (lambda: {"k": -1}, ValueError, "k is -1, expected 0 to 9"),
         (lambda: {"k": 3, "targets": torch.zeros(2, dtype=IDS)}, ValueError, "k is 3, expected 0 to 2"),
@@ -238,7 +379,7 @@ def test_ids_outside_the_vocabulary(wrong: int, device: torch.device, monkeypatc
     if device.type == "cpu":
         with pytest.raises(IndexError, match="targets go from"):
             vocab_topk(*given, 1, targets)
-        with pytest.raises(IndexError, match="labels other than −100 go from"):
+        with pytest.raises(IndexError, match="labels other than -100 go from"):
             vocab_cross_entropy(*given, labels)
     monkeypatch.setattr(vocab_softmax, "_check_range", lambda *_: None)  # as on a GPU
     assert vocab_topk(*given, 1, targets)[1].eq(5).all()

@@ -54,6 +54,16 @@ def names(directory: Path) -> list[str]:
 # Formats
 
 
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    """safetensors' own files can be read by their owner alone."""
+    before = os.umask(0o022)
+    try:
+        write(tmp_path, "model.safetensors")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_is_read(tmp_path: Path, kind: str) -> None:
     write(tmp_path, kind)

@@ -131,17 +131,17 @@ class Pass:
 
 @dataclass
 class Encoded:
-    """The last layer's rows, [T, N], or [B, N] where only the first row of each text was asked for (`first`); beside
+    """The last layer's rows, [T, N], or [R, N] where only those that the caller wants were computed (`picked`); beside
     them the further fields of BaseModelOutput, in the padded shape."""
 
     x: Tensor
     layout: Layout
     fields: dict[str, Any]
-    first: bool = False
+    picked: bool = False
 
     def first_rows(self) -> Tensor:
-        """h[:, 0], [B, N]."""
-        return self.x if self.first else self.x[self.layout.sequences.q_starts.long()]
+        """h[:, 0], [B, N], of all rows, or where these are the rows that were picked."""
+        return self.x if self.picked else self.x[self.layout.first_rows()]
 
 
 class Block(nn.Module):

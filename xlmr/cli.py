@@ -6,6 +6,7 @@ Exit status: 0, or 1 where the job failed, 2 for wrong usage, 130 if interrupted
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ from .files import write_atomically
 from .kernels._launch import unsupported
 from .ops import BACKENDS
 from .pipelines import Pipeline, pipeline
-from .verify import verify
+from .verify import Verdict, verify, verify_gradients
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command(
         "verify", _verify, "Compare each operation and the whole model with float64; exit 1 if one is wrong."
     )
+    check.add_argument("--gradients", action="store_true", help="compare the gradients of a training step instead")
     check.add_argument("--text", action="append", metavar="TEXT", help="compute this text, and others so given")
     for sub in (fill, vectors, info, show, check):
         sub.add_argument(
@@ -200,23 +202,23 @@ def _verify(args: argparse.Namespace) -> int:
         args.backend = "triton"  # under the interpreter: "auto" would stay eager on a CPU, which needs no proof
     pipe = _pipeline("fill-mask", args)
     texts = args.text or [sentence.text for sentence in read(demo.HELD_OUT)[:VERIFIED]]
-    verdicts = verify(pipe.model, pipe.tokenizer, texts)
+    verdicts = (verify_gradients if args.gradients else verify)(pipe.model, pipe.tokenizer, texts)
     if args.json:
         for verdict in verdicts:
             _print_json({**asdict(verdict.worst), "calls": verdict.calls, "right": verdict.right})
     else:
         print(f"{pipe.model.backend_report()}; {str(pipe.model.dtype).removeprefix('torch.')}, {len(texts)} texts")
-        _print_table(
-            [
-                ("operation", "calls", "error", "eager's error", "bound", ""),
-                *(
-                    (v.operation, v.calls, *(f"{x:.1e}" for x in (v.worst.error, v.worst.twin_error, v.worst.bound)),
-                     "" if v.right else "WRONG")
-                    for v in verdicts
-                ),
-            ]
-        )  # fmt: skip
+        _print_verdicts(verdicts)
     return 0 if all(verdict.right for verdict in verdicts) else 1
+
+
+def _print_verdicts(verdicts: list[Verdict]) -> None:
+    errors = ((v.worst.error, v.worst.twin_error, v.worst.bound) for v in verdicts)
+    rows = (
+        (v.operation, v.calls, *(f"{x:.1e}" for x in found), "" if v.right else "WRONG")
+        for v, found in zip(verdicts, errors, strict=True)
+    )
+    _print_table([("operation", "calls", "error", "eager's error", "bound", ""), *rows])
 
 
 @torch.inference_mode()
@@ -239,7 +241,18 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"\nThe nearest held-out sentence of another language: {_share(nearest)} translations, for instance")
     instances = {row["language"]: row for row in nearest}.values()
     _print_table((row["language"], row["text"], row["other"], row["nearest"]) for row in instances)
-    print(f"\n{seconds:.1f} s")
+    _compare(fill, sentences[:1])
+    print(f"\n{time.perf_counter() - started:.1f} s")
+
+
+def _compare(fill: Pipeline, sentences: list[Sentence]) -> None:
+    """The two paths on the sentences, where the kernels can run."""
+    why = unsupported(fill.model.device)
+    print(f"\nThe two paths compared: {why or 'the largest errors of the kernels and of PyTorch against float64'}")
+    if why is None:
+        model = copy.deepcopy(fill.model)
+        model.set_backend("triton")
+        _print_verdicts(verify(model, fill.tokenizer, [sentence.text for sentence in sentences]))
 
 
 def _filled(fill: Pipeline, sentences: list[Sentence]) -> list[dict[str, Any]]:

@@ -3,12 +3,15 @@
 T tokens (rows), N hidden units, H heads, D units a head, V words. A linear layer's weight is [out, in], as in torch.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 
 def embed(
@@ -65,10 +68,12 @@ def attention(
     query of a sequence sees its last key. A query that sees no key gets zeros.
     """
     outputs = []
-    for count, q_start, q_len, k_start, k_len in sequences.runs:
+    owned = [_spans(q, [(start, count * length) for count, start, length, _, _ in sequences.runs])]
+    owned += [_spans(t, [(start, count * length) for count, _, _, start, length in sequences.runs]) for t in (k, v)]
+    for (count, _, q_len, _, k_len), *rows in zip(sequences.runs, *owned, strict=True):
         queries, keys, values = (
-            t[start : start + count * length].view(count, length, *t.shape[1:]).transpose(1, 2)
-            for t, start, length in ((q, q_start, q_len), (k, k_start, k_len), (v, k_start, k_len))
+            t.unflatten(0, (count, length)).transpose(1, 2)
+            for t, length in zip(rows, (q_len, k_len, k_len), strict=True)
         )
         if k_len == 0:
             out = torch.zeros_like(queries)
@@ -83,6 +88,13 @@ def attention(
             )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def _spans(t: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """t[start : start + length] of each, in ascending order; in one split, for the gradient of a slice is as large as
+    t."""
+    bounds = [0, *(bound for start, length in spans for bound in (start, start + length)), len(t)]
+    return t.split([end - start for start, end in itertools.pairwise(bounds)])[1::2]
 
 
 def dense_attention(
@@ -119,15 +131,115 @@ def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     return F.layer_norm(F.gelu(x), weight.shape, weight, bias, eps)
 
 
-def vocab_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Mean cross entropy of softmax(x · weightᵀ + bias) against `labels` [T] over the rows whose label is not −100.
+def vocab_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    backward: str = "chunked",
+) -> Tensor:
+    """Cross entropy of softmax(x · weightᵀ + bias) against `labels` [T], with the settings of F.cross_entropy, plus
+    z_loss · lse² for each label (Chowdhery et al., 2022: keeps the softmax's normaliser near 1).
 
-    x [T, N], weight [V, N] → a scalar in fp32 (or fp64); NaN, as in torch, where every label is −100. Only the labelled
-    rows are multiplied.
+    x [T, N], weight [V, N] → fp32 (or fp64), a scalar or with reduction="none" [T]. Only the rows whose label is not
+    `ignore_index` are multiplied; where there is none the mean is NaN, as in torch. A label that is no word raises
+    IndexError on a CPU and gives NaN elsewhere. Logits never stand in memory, in
+    forward and backward, but for those of a few words at a time: `backward` "chunked" takes more, "recompute" fewer.
     """
-    labelled = labels != -100
-    logits = linear(x[labelled], weight, bias)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[labelled])
+    choices = {"reduction": (reduction, ("mean", "sum", "none")), "backward": (backward, tuple(WORDS))}
+    for name, (given, allowed) in choices.items():
+        if given not in allowed:
+            raise ValueError(f"{name} is {given!r}: allowed are {', '.join(map(repr, allowed))}")
+    if not (0.0 <= label_smoothing <= 1.0 and z_loss >= 0.0):
+        raise ValueError(f"label_smoothing is {label_smoothing} and z_loss {z_loss}: allowed are 0 to 1, and 0 or more")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels has dtype {labels.dtype}: give torch.int64 or torch.int32")
+    labelled = labels != ignore_index
+    if labels.device.type == "cpu" and bool((labelled & ((labels < 0) | (labels >= len(weight)))).any()):
+        raise IndexError(f"labels other than {ignore_index} must be words, 0 to {len(weight) - 1}: {labels}")
+    losses = _vocab_losses(x[labelled], weight, bias, labels[labelled], label_smoothing, z_loss, WORDS[backward])
+    if reduction == "none":
+        return losses.new_zeros(labels.shape).masked_scatter(labelled, losses)
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+WORDS = {"chunked": 2048, "recompute": 256}  # whose logits vocab_cross_entropy has in memory at a time
+
+
+def _vocab_losses(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    device = x.device.type
+    computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.compiler.is_compiling():  # the loop over the vocabulary is more than a hundred times the same graph
+        torch._dynamo.graph_break()
+    return _VocabCrossEntropy.apply(x, weight, bias, computed_in, *arguments)
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    """The losses [T] of rows that all have a label, chunk by chunk of the vocabulary; backward computes them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, computed_in: torch.dtype, labels: Tensor,
+        smoothing: float, z_loss: float, words: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.settings = computed_in, smoothing, z_loss, words
+        exact = torch.promote_types(computed_in, torch.float32)
+        lse = torch.full(x.shape[:1], -torch.inf, dtype=exact, device=x.device)
+        target = torch.full_like(lse, torch.nan)  # stays where a label is no word
+        total = torch.zeros_like(lse)
+        for first, _, z in _logits(x, weight, bias, computed_in, words):
+            lse = torch.logaddexp(lse, z.logsumexp(1))
+            here, place = _in_chunk(labels, first, z.shape[1])
+            target[here] = z[here, place]
+            if smoothing:
+                total += z.sum(1)
+        ctx.save_for_backward(x, weight, bias, labels, lse)
+        return lse - (1 - smoothing) * target - smoothing * total / len(weight) + z_loss * lse**2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, bias, labels, lse), (computed_in, smoothing, z_loss, words) = ctx.saved_tensors, ctx.settings
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        dx = torch.zeros(x.shape, dtype=lse.dtype, device=x.device) if of_x else None
+        dw = torch.empty_like(weight) if of_weight else None
+        db = torch.empty_like(bias) if of_bias and bias is not None else None
+        rows = x.to(computed_in)
+        for first, w, z in _logits(x, weight, bias, computed_in, words):
+            dz = (z - lse[:, None]).exp_()
+            dz.mul_((1 + 2 * z_loss * lse)[:, None]).sub_(smoothing / len(weight))
+            here, place = _in_chunk(labels, first, z.shape[1])
+            dz[here, place] -= 1 - smoothing
+            dz = dz.mul_(g[:, None]).to(computed_in)
+            if dx is not None:
+                dx += linear(dz, w.t(), None)
+            if dw is not None:
+                dw[first : first + words] = linear(dz.t(), rows.t(), None)
+            if db is not None:
+                db[first : first + words] = dz.sum(0)
+        return None if dx is None else dx.to(x.dtype), dw, db, None, None, None, None, None
+
+
+def _logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, computed_in: torch.dtype, words: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of each chunk of the vocabulary the first word, the weights, and the logits in fp32 (or fp64), [T, words]."""
+    x = x.to(computed_in)
+    for first in range(0, len(weight), words):
+        w = weight[first : first + words].to(computed_in)
+        b = None if bias is None else bias[first : first + words].to(computed_in)
+        yield first, w, linear(x, w, b).to(torch.promote_types(computed_in, torch.float32))
+
+
+def _in_chunk(labels: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
+    """Which rows have their label among these words, and where."""
+    here = ((labels >= first) & (labels < first + words)).nonzero().squeeze(1)
+    return here, labels[here] - first
 
 
 def vocab_topk(

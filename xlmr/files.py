@@ -151,10 +151,13 @@ def write_atomically(
 
 
 def _write_synced(path: Path, contents: bytes | str | Callable[[Path], None]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # the umask's; safetensors makes files that only their owner can read
     if callable(contents):
         contents(path)
     else:
         path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    path.chmod(mode)
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 

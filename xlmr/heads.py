@@ -1,5 +1,6 @@
 """The six task heads. Names, arguments, losses and outputs are those of transformers' modeling_xlm_roberta."""
 
+import functools
 import logging
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, untouched
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
-from .inputs import check_labels
+from .inputs import Arguments, as_targets, check_labels, check_positions
 from .model import XLMRobertaModel
 from .outputs import (
     CausalLMOutput,
@@ -25,22 +26,26 @@ from .varlen import Layout, plan
 
 logger = logging.getLogger(__name__)
 
+IGNORED = -100  # the label of a token that is not to be predicted
+NOTHING_TO_RETURN = "return_logits=False leaves nothing to return without labels: give labels"
+
 
 class XLMRobertaHead(XLMRobertaPreTrainedModel):
     """Base class of the heads: the base model `roberta` below, and the one place that runs it."""
 
+    accepts_loss_kwargs = False  # for transformers' Trainer: whether forward takes num_items_in_batch
     roberta: XLMRobertaModel
     dropout: nn.Module
 
-    def encode(self, inputs: dict[str, Any], **needs: Any) -> tuple[Encoded, dict[str, Any]]:
-        """Runs the base model on `inputs`, its arguments by name; `needs` as in XLMRobertaModel.encode. Returns the
-        last layer's rows and the fields that every output shares. A base model that is not plain is called instead."""
+    def encode(self, inputs: Arguments, **needs: Any) -> tuple[Encoded, dict[str, Any]]:
+        """Runs the base model on `inputs`; `needs` as in XLMRobertaModel.encode. Returns the last layer's rows and the
+        fields that every output shares. A base model that is not plain is called instead."""
         if plain(self.roberta):
             encoded = self.roberta.encode(inputs, **needs)
         else:
             token = EVERY_POSITION.set(True)
             try:
-                output = self.roberta(**{k: v for k, v in inputs.items() if v is not None}, return_dict=True)
+                output = self.roberta(**{k: v for k, v in inputs._asdict().items() if v is not None}, return_dict=True)
             finally:
                 EVERY_POSITION.reset(token)
             hidden = output.last_hidden_state
@@ -89,12 +94,13 @@ class XLMRobertaLMHead(RowBlock):
             logits[where] = part
         return layout.pad(self.rows(x)) if logits is None else logits.unflatten(0, (layout.batch, layout.seqlen))
 
-    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy of the rows x [T, N] against labels [T] (−100: none), without keeping logits."""
+    def loss(self, x: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+        """Cross entropy of the rows x [T, N] against labels [T] (−100: none), without keeping logits; `settings` (such
+        as reduction) are those of ops.vocab_cross_entropy."""
         x, decoder = self.transform(x), self.decoder
         if plain(decoder, nn.Linear):
-            return self.ops.vocab_cross_entropy(x, decoder.weight, decoder.bias, labels)
-        return F.cross_entropy(decoder(x), labels)
+            return self.ops.vocab_cross_entropy(x, decoder.weight, decoder.bias, labels, **settings)
+        return F.cross_entropy(decoder(x), labels, **settings)
 
 
 class XLMRobertaLanguageModel(XLMRobertaHead):
@@ -126,9 +132,33 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
             bias = F.pad(bias, (0, size - len(bias)), value=fill)  # a negative padding cuts
             self.lm_head.bias = nn.Parameter(bias, requires_grad=self.lm_head.bias.requires_grad)
 
-    def logits(self, x: Tensor, layout: Layout) -> Tensor:
-        """[T, N] → [B, S, V]."""
-        return self.lm_head.padded(x, layout) if plain(self.lm_head) else self.lm_head(layout.pad(x))
+    def outcome(
+        self,
+        encoded: Encoded,
+        labels: Tensor | None,
+        return_logits: bool,
+        items: int | Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Loss against labels [B, S] and logits [B, S, V], each where it is asked for. The loss is the mean cross
+        entropy, or with `items` the sum divided by it; beside logits it is computed from them, in `dtype`."""
+        x, layout, head, ours = encoded.x, encoded.layout, self.lm_head, plain(self.lm_head)
+        if labels is None:
+            return None, head.padded(x, layout) if ours else head(layout.pad(x))
+        labels, rows = layout.unpad(labels.to(x.device)).long(), None
+        settings: dict[str, Any] = {} if items is None else {"reduction": "sum"}
+        if ours and not return_logits:
+            loss = head.loss(x, labels[labels != IGNORED] if encoded.picked else labels, **settings)
+        else:  # the loss reads the rows, not the padded logits: its gradient has their size
+            rows = head.rows(x) if ours else layout.unpad(head(layout.pad(x)))
+            loss = F.cross_entropy(rows.to(dtype=dtype), labels, **settings)
+        loss = loss if items is None else loss / items
+        return loss, layout.pad(rows) if return_logits and rows is not None else None
+
+
+def labelled(labels: Tensor, layout: Layout) -> Tensor:
+    """The rows whose label in `labels` [B, S] is not −100."""
+    return (layout.unpad(labels.to(layout.sequences.q_starts.device)) != IGNORED).nonzero().squeeze(1)
 
 
 class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
@@ -152,24 +182,17 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """`labels` [B, S], −100 where there is none. With return_logits=False only the loss is computed, from the
         labelled rows alone, and logits is None."""
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-            "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
-            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-        }  # fmt: skip
-        check_labels(labels, inputs, self.config.vocab_size)
+        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
+        inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross)
+        check_labels(labels, inputs.shape, self.config.vocab_size)
         if labels is None and not return_logits:
-            raise ValueError("return_logits=False leaves nothing to return without labels: give labels")
-        ours = untouched(self.lm_head)
-        encoded, shared = self.encode(inputs, labels=labels, every_position=not ours)
-        x, layout, loss = encoded.x, encoded.layout, None
-        lean = ours and not return_logits
-        logits = None if lean else self.logits(x, layout)
-        if labels is not None:
-            labels = layout.unpad(labels.to(x.device)).long()
-            loss = self.lm_head.loss(x, labels) if logits is None else F.cross_entropy(layout.unpad(logits), labels)
-        return self.returned(MaskedLMOutput(loss, logits if return_logits else None, **shared), return_dict)
+            raise ValueError(NOTHING_TO_RETURN)
+        ours, wanted = untouched(self.lm_head), None
+        if ours and labels is not None and not (return_logits or torch.compiler.is_compiling()):
+            wanted = functools.partial(labelled, labels)  # how many rows is unknown to a compiler
+        encoded, shared = self.encode(inputs, labels=labels, wanted=wanted, every_position=not ours)
+        loss, logits = self.outcome(encoded, labels, return_logits)
+        return self.returned(MaskedLMOutput(loss, logits, **shared), return_dict)
 
     def topk_packed(
         self,
@@ -197,6 +220,7 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
     """Continues texts, token by token; causal only with config.is_decoder."""
 
     accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"  # for Trainer, which then counts the items from the second label on
     generate = generate
     prepare_inputs_for_generation = prepare_inputs_for_generation
 
@@ -223,38 +247,36 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         logits_to_keep: int | Tensor = 0,
         *,
         num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """The loss is that of predicting token s + 1 of `labels` [B, S] from the logits at s, in fp32: the mean, or
         with `num_items_in_batch` the sum divided by it. `logits_to_keep`: the last n positions, or the positions given;
-        0 keeps all."""
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-            "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
-            "past_key_values": past_key_values, "use_cache": use_cache if labels is None else False,
-            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-        }  # fmt: skip
-        check_labels(labels, inputs, self.config.vocab_size)
+        0 keeps all. With return_logits=False only the loss is computed, from the labelled rows, and logits is None."""
+        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
+        cached = past_key_values, use_cache if labels is None else False
+        inputs = Arguments(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross, *cached
+        )
+        check_labels(labels, inputs.shape, self.config.vocab_size)
+        if labels is None and not return_logits:
+            raise ValueError(NOTHING_TO_RETURN)
         following = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
         part = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
+        if part and labels is not None:
+            raise ValueError("labels score every position: leave out logits_to_keep, or labels")
         whole = part or past_key_values is not None or not untouched(self.lm_head)
         encoded, shared = self.encode(inputs, labels=None if whole else following, every_position=whole)
-        x, layout, loss = encoded.x, encoded.layout, None
         if part:
             kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-            logits = self.lm_head(layout.pad(x)[:, kept])
+            loss, logits = None, self.lm_head(encoded.layout.pad(encoded.x)[:, kept])
         else:
-            logits = self.logits(x, layout)
-        if following is not None:
-            reduction = "mean" if num_items_in_batch is None else "sum"
-            following = layout.unpad(following.to(x.device)).long()
-            loss = F.cross_entropy(layout.unpad(logits).float(), following, reduction=reduction)
-            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        cached = {name: encoded.fields.get(name) for name in ("past_key_values", "cross_attentions")}
-        return self.returned(CausalLMOutput(loss, logits, **shared, **cached), return_dict)
+            loss, logits = self.outcome(encoded, following, return_logits, num_items_in_batch, torch.float32)
+        more = {name: encoded.fields.get(name) for name in ("past_key_values", "cross_attentions")}
+        output = CausalLMOutput(loss, logits, **shared, **more)
+        return self.returned(output, return_dict)
 
 
 class XLMRobertaClassificationHead(Block):
@@ -304,13 +326,12 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """`labels` [B] (classes or numbers) or [B, num_labels] (several labels, or several numbers)."""
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-        }  # fmt: skip
+        asked = output_attentions, output_hidden_states
+        inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
         ours = untouched(self.classifier)
-        encoded, shared = self.encode(inputs, only_first=ours, reads_first=True, every_position=not ours)
+        encoded, shared = self.encode(
+            inputs, wanted=Layout.first_rows if ours else None, reads_first=True, every_position=not ours
+        )
         head = self.classifier
         logits = head.rows(encoded.first_rows()) if ours else head(encoded.layout.pad(encoded.x))
         loss = None if labels is None else self.loss(logits, labels.to(logits.device))
@@ -323,13 +344,14 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
             integers = labels.dtype in (torch.long, torch.int)
             several = "single_label_classification" if integers else "multi_label_classification"
             config.problem_type = "regression" if self.num_labels == 1 else several
-        if config.problem_type == "regression":
-            return (
-                F.mse_loss(logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else F.mse_loss(logits, labels)
-            )
         if config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long())
-        return F.binary_cross_entropy_with_logits(logits, labels)
+            labels = labels.squeeze(-1) if labels.dim() > 1 else labels
+            check_labels(labels, logits.shape[:1], self.num_labels)
+            return F.cross_entropy(logits, labels.long())
+        if config.problem_type == "regression":
+            logits, labels = (logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else (logits, labels)
+            return F.mse_loss(logits, as_targets(labels, logits))
+        return F.binary_cross_entropy_with_logits(logits, as_targets(labels, logits))
 
 
 class XLMRobertaForMultipleChoice(XLMRobertaHead):
@@ -361,16 +383,14 @@ class XLMRobertaForMultipleChoice(XLMRobertaHead):
             raise ValueError(
                 "give input_ids [batch, choices, sequence] or inputs_embeds [batch, choices, sequence, hidden]"
             )
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-        }  # fmt: skip
-        inputs = {name: None if t is None else t.flatten(0, 1) for name, t in inputs.items()}
-        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        encoded, shared = self.encode(inputs | asked, only_first=True, reads_first=True)
+        asked = output_attentions, output_hidden_states
+        inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
+        flat: dict[str, Any] = {k: v.flatten(0, 1) for k, v in inputs._asdict().items() if isinstance(v, Tensor)}
+        check_labels(labels, given.shape[:1], given.shape[1])
+        encoded, shared = self.encode(inputs._replace(**flat), wanted=Layout.first_rows, reads_first=True)
         pooled = encoded.fields["pooler_output"] if "pooler_output" in encoded.fields else self.roberta.pool(encoded)
         logits = self.linear(self.classifier, self.dropped(pooled)).view(-1, given.shape[1])
-        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device).long())
         return self.returned(MultipleChoiceOutput(loss, logits, **shared), return_dict)
 
 
@@ -399,12 +419,9 @@ class XLMRobertaForTokenClassification(XLMRobertaHead):
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """`labels` [B, S], −100 where there is none."""
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-        }  # fmt: skip
-        check_labels(labels, inputs, self.num_labels)
+        asked = output_attentions, output_hidden_states
+        inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
+        check_labels(labels, inputs.shape, self.num_labels)
         by_token = isinstance(self.classifier, nn.Linear)  # another classifier (an LSTM, say) may mix positions
         encoded, shared = self.encode(inputs, labels=labels, every_position=not by_token)
         x, layout = self.dropped(encoded.x), encoded.layout
@@ -441,11 +458,8 @@ class XLMRobertaForQuestionAnswering(XLMRobertaHead):
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
         """Positions [B] give the loss; one outside the sequence is ignored. Every position is computed: the softmax
         over starts and ends runs over padding too."""
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-        }  # fmt: skip
+        asked = output_attentions, output_hidden_states
+        inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
         encoded, shared = self.encode(inputs, every_position=True)
         x, layout = encoded.x, encoded.layout
         plain_linear = isinstance(self.qa_outputs, nn.Linear)
@@ -453,6 +467,8 @@ class XLMRobertaForQuestionAnswering(XLMRobertaHead):
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
+            check_positions("start_positions", start_positions, len(logits))
+            check_positions("end_positions", end_positions, len(logits))
             loss = (self.loss(start_logits, start_positions) + self.loss(end_logits, end_positions)) / 2
         return self.returned(QuestionAnsweringOutput(loss, start_logits, end_logits, **shared), return_dict)
 
@@ -461,5 +477,5 @@ class XLMRobertaForQuestionAnswering(XLMRobertaHead):
         """Cross entropy of scores [B, S] against positions [B] or [B, 1]; a position ≥ S is ignored, one < 0 is 0."""
         length = scores.shape[1]
         positions = positions.to(scores.device)
-        positions = (positions.squeeze(-1) if positions.dim() > 1 else positions).clamp(0, length)
+        positions = (positions.squeeze(-1) if positions.dim() > 1 else positions).long().clamp(0, length)
         return F.cross_entropy(scores, positions, ignore_index=length)

@@ -5,7 +5,7 @@ sequence longer than the limit). Every error says what was given, what is allowe
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,40 +19,51 @@ INTEGERS = (torch.int64, torch.int32)
 TOKENIZER = "; use the tokenizer that belongs to this checkpoint"
 
 
+class Arguments(NamedTuple):
+    """What a model's forward hands to its base model, as it was given."""
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+    encoder_hidden_states: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+    past_key_values: Any = None
+    use_cache: bool | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[batch, sequence], as far as the arguments tell."""
+        given = self.inputs_embeds if self.input_ids is None else self.input_ids
+        return () if given is None else tuple(given.shape[:2])
+
+
 class Inputs:
     """The arguments of one forward of the base model, checked, with what was left out filled in.
 
     `to_embed`: ids [B, S] or None, token types and positions [B, S], word vectors [B, S, N] or None.
     """
 
-    def __init__(
-        self,
-        config: XLMRobertaConfig,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-    ):
+    def __init__(self, config: XLMRobertaConfig, given: Arguments):
+        input_ids, inputs_embeds, cache = given.input_ids, given.inputs_embeds, given.past_key_values
         self.config = config
         self.given = check_inputs(config, input_ids, inputs_embeds)
-        check_settings(config, self.given.shape[1], encoder_hidden_states)
-        self.masks = attention_mask, encoder_attention_mask
-        self.encoder_hidden_states = encoder_hidden_states if config.is_decoder else None
-        self.use_cache = config.is_decoder and (config.use_cache if use_cache is None else use_cache)
-        self.cache = KeyValueCache() if self.use_cache and past_key_values is None else past_key_values
+        check_settings(config, self.given.shape[1], given.encoder_hidden_states)
+        self.masks = given.attention_mask, given.encoder_attention_mask
+        self.encoder_hidden_states = given.encoder_hidden_states if config.is_decoder else None
+        self.use_cache = config.is_decoder and (config.use_cache if given.use_cache is None else given.use_cache)
+        self.cache = KeyValueCache() if self.use_cache and cache is None else cache
         past = self.cache.get_seq_length() if self.cache is not None else 0
-        positions, types = positions_and_types(config, input_ids, inputs_embeds, token_type_ids, position_ids, past)
+        positions, types = positions_and_types(
+            config, input_ids, inputs_embeds, given.token_type_ids, given.position_ids, past
+        )
         self.to_embed = {
             "input_ids": input_ids, "token_type_ids": types, "position_ids": positions, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        self.asked = output_attentions, output_hidden_states
+        self.asked = given.output_attentions, given.output_hidden_states
 
     def begin(self, **needs: Any) -> Pass:
         """The Pass of this forward; call it once COLLECTED is set."""
@@ -177,11 +188,27 @@ def check_packed(
             )
 
 
-def check_labels(labels: Tensor | None, inputs: dict[str, Any], classes: int) -> None:
-    """Refuses labels of tokens that are not [B, S], or not −100 or a class below `classes`."""
-    given = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-    if labels is None or given is None:
+def check_labels(labels: Tensor | None, shape: tuple[int, ...], classes: int) -> None:
+    """Refuses labels that are not of `shape`, or not −100 (none) or a class below `classes`."""
+    if labels is None:
         return
-    if labels.shape != given.shape[:2]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}: it must be {tuple(given.shape[:2])}, one a token")
-    check_range("labels", labels.masked_fill(labels == -100, 0), classes, "the number of classes")
+    if labels.shape != shape:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: it must be {tuple(shape)}")
+    check_range(
+        "labels", labels.masked_fill(labels == -100, 0), classes, "the number of classes", "; −100 stands for none"
+    )
+
+
+def as_targets(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels that are numbers, as floating point; refuses those that are not of the logits' shape."""
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: it must be {tuple(logits.shape)}")
+    return labels.to(torch.promote_types(labels.dtype, logits.dtype))
+
+
+def check_positions(name: str, positions: Tensor, batch: int) -> None:
+    """Refuses positions that are not integers [B] or [B, 1]; any value is allowed."""
+    if positions.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {positions.dtype}: give torch.long or torch.int")
+    if positions.shape not in ((batch,), (batch, 1)):
+        raise ValueError(f"{name} has shape {tuple(positions.shape)}: it must be {(batch,)}")

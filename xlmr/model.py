@@ -4,6 +4,7 @@ Names, parameters and signatures are those of transformers' modeling_xlm_roberta
 on rows [T, N] (T tokens, N hidden units, H heads of D units), where only attention looks from one row to another.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from .block import (
 from .cache import KeyValueCache
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
-from .inputs import Inputs, check_packed
+from .inputs import Arguments, Inputs, check_packed
 from .ops import dense_attention
 from .outputs import BaseModelOutput
 from .pretrained import XLMRobertaPreTrainedModel
@@ -256,13 +257,11 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Ids [B, S] (or `inputs_embeds` [B, S, N]) → BaseModelOutput. Tokens whose attention_mask is 0 give zeros."""
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-            "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
-            "past_key_values": past_key_values, "use_cache": use_cache,
-            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-        }  # fmt: skip
+        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
+        cached = past_key_values, use_cache
+        inputs = Arguments(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross, *cached
+        )
         encoded = self.encode(inputs, reads_first=self.pooler is not None)
         pooled = None if self.pooler is None else self.pool(encoded)
         states = encoded.fields["hidden_states"]
@@ -276,16 +275,16 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             return self.pooler.rows(encoded.first_rows())
         return self.pooler(encoded.layout.pad(encoded.x))
 
-    def encode(self, inputs: dict[str, Any], *, only_first: bool = False, **needs: Any) -> Encoded:
-        """The forward pass up to the last layer's rows. `inputs` are forward's arguments by name; `needs` (reads_first,
-        labels, every_position) go to varlen.plan. With `only_first` the caller wants h[:, 0] alone, and the last layer
-        is computed for those rows only."""
+    def encode(self, inputs: Arguments, *, wanted: Callable[[Layout], Tensor] | None = None, **needs: Any) -> Encoded:
+        """The forward pass up to the last layer's rows; `needs` (reads_first, labels, every_position) go to
+        varlen.plan. `wanted` names the only rows (sorted int64 [R]) that the caller reads of the last layer: where
+        nothing else is to be seen, no other is computed there."""
         if self.encoder.checkpointing is not None and self.training:
-            if inputs.get("past_key_values") is not None:
+            if inputs.past_key_values is not None:
                 raise ValueError("gradient checkpointing computes layers twice, which a cache would remember: leave "
                                  "out past_key_values, or call gradient_checkpointing_disable()")  # fmt: skip
-            inputs = inputs | {"use_cache": False}
-        given = Inputs(self.config, **inputs)
+            inputs = inputs._replace(use_cache=False)
+        given = Inputs(self.config, inputs)
         collected = given.collected()
         token = COLLECTED.set(collected)
         try:
@@ -293,14 +292,13 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             whole = EVERY_POSITION.get() or needs.pop("every_position", False) or not (self.unpad and ours)
             self.hand_to_new_layers()
             state = given.begin(every_position=whole, **needs)
-            first = only_first and ours and not state.causal and collected.nothing and state.layout.dense is None
-            if first:
-                state.rows = state.layout.sequences.q_starts.long()
+            if ours and not state.causal and collected.nothing and state.layout.dense is None and wanted is not None:
+                state.rows = wanted(state.layout)
             x = run(self.encoder, self.embed(given, state.layout), state)
         finally:
             COLLECTED.reset(token)
         fields = collected.fields() | {"past_key_values": given.cache if given.use_cache else None}
-        return Encoded(x, state.layout, fields, first)
+        return Encoded(x, state.layout, fields, picked=state.rows is not None)
 
     def embed(self, given: Inputs, layout: Layout) -> Tensor:
         """The embeddings of the rows that are computed, [T, N]."""

@@ -2,11 +2,14 @@
 
 `Ops` is a frozen record of functions. `EAGER` is plain PyTorch (xlmr.eager), `triton()` the kernels (xlmr.kernels). A
 model holds one Ops and calls `self.ops.linear(…)`; putting another there, or `dataclasses.replace(ops, attention=…)`,
-swaps a path or one operation. What cuts across operations is a function from Ops to Ops, such as `checked`.
+swaps a path or one operation. What cuts across operations is a function from Ops to Ops: `checked`, `traced`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +18,10 @@ import torch
 from . import eager
 from .eager import dense_attention
 
-__all__ = ["BACKENDS", "EAGER", "Check", "Ops", "checked", "compare", "dense_attention", "resolve", "triton"]
+__all__ = [
+    "BACKENDS", "EAGER", "Check", "Ops", "checked", "checked_gradients", "compare", "dense_attention", "gradients",
+    "resolve", "traced", "triton",
+]  # fmt: skip
 
 BACKENDS = ("auto", "eager", "triton")
 
@@ -35,6 +41,8 @@ class Ops:
     vocab_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rows_at_once: Callable[[torch.Tensor], int]
 
+
+COMPUTED = tuple(field.name for field in fields(Ops) if field.name != "rows_at_once")  # the fields that compute tensors
 
 EAGER = Ops(
     embed=eager.embed,
@@ -124,20 +132,81 @@ def checked(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Ops:
     def check(name: str) -> Callable[..., Any]:
         operation, twin = getattr(ops, name), getattr(against, name)
 
-        def call(*args: Any) -> Any:
-            out = operation(*args)
-            exact = twin(*(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args))
-            checks.append(compare(name, out, twin(*args), exact))
+        def call(*args: Any, **settings: Any) -> Any:
+            out = operation(*args, **settings)
+            checks.append(compare(name, out, twin(*args, **settings), twin(*_double(args), **settings)))
             return out
 
         return call
 
-    names = [field.name for field in fields(Ops) if field.name != "rows_at_once"]
-    return replace(ops, **{name: check(name) for name in names})
+    return replace(ops, **{name: check(name) for name in COMPUTED})
 
 
-def compare(operation: str, out: Any, twin: Any, exact: Any) -> Check:
-    """Of tensors or tuples of them; integers (the ids of a top-k, whose order ties leave open) are not compared."""
+def traced(ops: Ops) -> Ops:
+    """`ops`, whose every call stands in a range named after it, "xlmr.linear": one of torch.profiler, and where they
+    are at work one of NVTX (Nsight) and one of Proton (Triton's profiler)."""
+
+    def trace(name: str) -> Callable[..., Any]:
+        operation, label = getattr(ops, name), f"xlmr.{name}"
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with contextlib.ExitStack() as ranges:
+                ranges.enter_context(torch.profiler.record_function(label))
+                if torch.cuda.is_available():
+                    ranges.enter_context(torch.cuda.nvtx.range(label))
+                if "triton.profiler" in sys.modules:  # imported by whoever measures with Proton
+                    ranges.enter_context(sys.modules["triton.profiler"].scope(label))
+                return operation(*args, **kwargs)
+
+        return call
+
+    return replace(ops, **{name: trace(name) for name in COMPUTED})
+
+
+def checked_gradients(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Ops:
+    """`ops`, of whose every call the gradients for a random upstream one are also computed, by the operation and by its
+    twin in the same dtype and in float64: one Check an argument. For calls without dropout."""
+
+    def check(name: str) -> Callable[..., Any]:
+        operation, twin = getattr(ops, name), getattr(against, name)
+        names = list(inspect.signature(getattr(EAGER, name)).parameters)
+
+        def call(*args: Any, **settings: Any) -> Any:
+            out = operation(*args, **settings)
+            upstream = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
+            judged = ((operation, args), (twin, args), (twin, _double(args)))
+            mine, theirs, exact = (
+                gradients(functools.partial(function, **settings), given, upstream) for function, given in judged
+            )
+            checks.extend(compare(f"{name}, {names[i]}", mine[i], theirs[i], exact[i]) for i in mine)
+            return out
+
+        return call
+
+    return replace(ops, **{name: check(name) for name in COMPUTED if name != "vocab_topk"})
+
+
+def _double(args: Sequence[Any]) -> list[Any]:
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+def gradients(
+    function: Callable[..., Any], args: Sequence[Any], upstream: Sequence[torch.Tensor] | None = None
+) -> dict[int, torch.Tensor]:
+    """Forward and backward of function(*args): the gradient of each tensor of floats, by its place among the arguments.
+    `upstream` are the gradients of what it returns; by default the returned values themselves."""
+    given = [a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args]
+    with torch.enable_grad():
+        out = function(*given)
+    outputs = out if isinstance(out, tuple) else (out,)
+    inputs = {i: a for i, a in enumerate(given) if isinstance(a, torch.Tensor) and a.requires_grad}
+    dy = [g.to(o.dtype) for g, o in zip(upstream or [o.detach() for o in outputs], outputs, strict=True)]
+    return dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), dy), strict=True))
+
+
+def compare(operation: str, out: Any, twin: Any, exact: Any, *, scale: float | None = None) -> Check:
+    """Of tensors or tuples of them; integers (the ids of a top-k, whose order ties leave open) are not compared. The
+    units in the last place are those of `scale`, by default the largest magnitude, at least 1."""
     pairs = [
         (o.double(), t.double(), e)
         for o, t, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (out, twin, exact)), strict=True)
@@ -145,5 +214,6 @@ def compare(operation: str, out: Any, twin: Any, exact: Any) -> Check:
     ]
     error, twin_error = (max(((pair[i] - pair[2]).abs().max().item() for pair in pairs), default=0.0) for i in (0, 1))
     dtype = out[0].dtype if isinstance(out, tuple) else out.dtype
-    scale = max((e.abs().max().item() for *_, e in pairs), default=0.0)
-    return Check(operation, error, twin_error, torch.finfo(dtype).eps * max(scale, 1.0))
+    if scale is None:
+        scale = max(1.0, *(e.abs().max().item() for *_, e in pairs))
+    return Check(operation, error, twin_error, torch.finfo(dtype).eps * scale)

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from .config import XLMRobertaConfig
 from .encode import Packed, batches, pack
 from .files import write_atomically
-from .heads import XLMRobertaForMaskedLM
+from .heads import IGNORED, XLMRobertaForMaskedLM
+from .ops import BACKENDS
 from .tokenizer import XLMRobertaTokenizer
 
 logger = logging.getLogger(__name__)
 
 POOL = 4096  # lines that are tokenised, sorted by length and cut into batches together
-IGNORED = -100  # the label of a token that is not to be predicted
 LOG, CURVE, STATE = "log.jsonl", "loss.png", "training.pt"
 Path_ = str | os.PathLike[str]
 
@@ -405,12 +405,12 @@ def pretrain(
     if init is None:
         parsed = _load_config(config)
         _check_vocabulary(parsed, tokenizer)
-        model = XLMRobertaForMaskedLM(parsed, backend=backend)
+        model = XLMRobertaForMaskedLM(parsed)  # on the CPU, so that the seed gives the same weights everywhere
     else:
-        model = XLMRobertaForMaskedLM.from_pretrained(init, dtype=torch.float32, backend=backend)
+        model = XLMRobertaForMaskedLM.from_pretrained(init, dtype=torch.float32)
         _check_vocabulary(model.config, tokenizer)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run(model.to(device).train(), tokenizer, lines, recipe)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).set_backend(backend)
+    run = Run(model.train(), tokenizer, lines, recipe)
     if found:
         run.restore(found[-1])
     output.mkdir(parents=True, exist_ok=True)
@@ -527,7 +527,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--log-every", type=int, default=50, metavar="N", help="steps between log lines (default 50)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
-    parser.add_argument("--backend", choices=("auto", "eager", "triton"), default="auto", help="which path computes")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 

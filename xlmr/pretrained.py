@@ -240,9 +240,9 @@ class XLMRobertaPreTrainedModel(Block):
             target.requires_grad_(parameter.requires_grad)
         return new.train(old.training)
 
-    def gradient_checkpointing_enable(
+    def activation_checkpointing_enable(
         self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
@@ -250,15 +250,29 @@ class XLMRobertaPreTrainedModel(Block):
         if offload or every_n_layers < 1:
             raise ValueError(f"every_n_layers {every_n_layers}, offload {offload}: allowed are at least 1, and False")
         encoder = self.base_model.encoder
-        encoder.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         encoder.checkpoint_every = every_n_layers
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         self.base_model.encoder.checkpointing = None
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         return self.base_model.encoder.checkpointing is not None
+
+    # The names before transformers 5.23, which PEFT and most code still use.
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **settings)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.is_activation_checkpointing
 
     def enable_input_require_grads(self) -> None:
         """Makes the embeddings' output require gradients, so that a frozen model passes them on to adapters."""

@@ -27,7 +27,7 @@ class Sequences:
     k_lens: Tensor
     max_q: int
     max_k: int
-    _blocks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _blocks: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int) -> "Sequences":
@@ -42,21 +42,24 @@ class Sequences:
         cut = torch.searchsorted(rows, bounds.to(rows.dtype), out_int32=True)
         return replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=min(self.max_q, rows.numel()))
 
-    def blocks(self, block_m: int, rows: int) -> Tensor:
-        """The `rows` rows of q in blocks of at most block_m, none across sequences: int32 [rows // block_m + B, 2].
+    def blocks(self, size: int, rows: int, keys: bool = False) -> Tensor:
+        """The `rows` rows of q, or of k and v, in blocks of at most `size`, none across sequences: int32
+        [rows // size + B, 2].
 
         Each entry is a sequence and the block's first row within it; entries past the last block name sequence −1.
-        Computed on the device once for all layers; `rows` is q.shape[0], known on the host.
+        Computed on the device once for all layers; `rows` is q.shape[0] or k.shape[0], known on the host. The keys of
+        two sequences must not overlap.
         """
-        if block_m not in self._blocks:
-            counts = (self.q_lens + (block_m - 1)) // block_m
+        if (size, keys) not in self._blocks:
+            lens = self.k_lens if keys else self.q_lens
+            counts = (lens + (size - 1)) // size
             ends = counts.cumsum(0, dtype=torch.int32)
-            block = torch.arange(rows // block_m + counts.numel(), dtype=torch.int32, device=counts.device)
+            block = torch.arange(rows // size + counts.numel(), dtype=torch.int32, device=counts.device)
             sequence = torch.searchsorted(ends, block, right=True, out_int32=True)
             sequence = torch.where(block < ends[-1:], sequence, -1)
-            first = (block - (ends - counts)[sequence]) * block_m
-            self._blocks[block_m] = torch.stack([sequence, first], dim=1)
-        return self._blocks[block_m]
+            first = (block - (ends - counts)[sequence]) * size
+            self._blocks[size, keys] = torch.stack([sequence, first], dim=1)
+        return self._blocks[size, keys]
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int, int, int]]:
@@ -91,6 +94,10 @@ class Layout:
         """[B, S, …] → [T, …]: the rows that are computed."""
         x = x.flatten(0, 1)
         return x if self.indices is None else x[self.indices]
+
+    def first_rows(self) -> Tensor:
+        """The first row of each sequence, int64 [B]."""
+        return self.sequences.q_starts.long()
 
     def pad(self, x: Tensor) -> Tensor:
         """[T, …] → [B, S, …]: zeros at the positions that were not computed."""

@@ -198,13 +198,23 @@ class World:
 
     def switched(self, language: str, combination: Combination, draw: random.Random) -> str:
         """The sentence with some of its slots, at random, in the words of another language."""
-        template = LEXICON[language][combination.relation][combination.template]
-        own = self.facts[language][combination.relation][combination.fact]
-        shown = sorted(slot for slot in own if f"{{{slot}}}" in template)
+        own, shown = self._shown(language, combination)
         other = draw.choice([code for code in LANGUAGES if code != language])
         foreign = self.facts[other][combination.relation][combination.fact]
         chosen = draw.sample(shown, draw.randint(min(1, len(shown)), len(shown)))
         return self._fill(language, combination, {**own, **{slot: foreign[slot] for slot in chosen}})
+
+    def detached(self, language: str, combination: Combination, draw: random.Random) -> str:
+        """The sentence with a space after one of its slots: what follows a typed <mask> is tokenised like that."""
+        own, shown = self._shown(language, combination)
+        slots = own | {slot: own[slot] + " " for slot in draw.sample(shown, min(1, len(shown)))}
+        return self._fill(language, combination, slots)
+
+    def _shown(self, language: str, combination: Combination) -> tuple[dict[str, str], list[str]]:
+        """The words of a fact by slot, and the slots that the template shows."""
+        template = LEXICON[language][combination.relation][combination.template]
+        own = self.facts[language][combination.relation][combination.fact]
+        return own, sorted(slot for slot in own if f"{{{slot}}}" in template)
 
     def _fill(self, language: str, combination: Combination, slots: dict[str, str]) -> str:
         template = LEXICON[language][combination.relation][combination.template]
@@ -232,9 +242,10 @@ def held_out(combinations: list[Combination], languages: int, seed: int) -> dict
 def training_lines(
     world: World, combinations: list[Combination], kept: dict[Combination, list[str]], seed: int
 ) -> Iterator[str]:
-    """The training text, sentences of small relations more often. Each sentence comes alone, with some of its words in
-    another language (code-switching aligns languages: Yang et al., 2020), and as a pair (text, tab, text) with its
-    translation into English and into another language. Then glossaries: a few unrelated words, and the same in English.
+    """The training text, sentences of small relations more often. Each sentence comes alone, with a space after one of
+    its words (as behind a typed <mask>), with some of its words in another language (code-switching aligns languages:
+    Yang et al., 2020), and as a pair (text, tab, text) with its translation into English and into another language.
+    Then glossaries: a few unrelated words, and the same in English.
     """
     draw = random.Random(seed)
     hidden = {world.sentence(language, c) for c, languages in kept.items() for language in languages}
@@ -243,6 +254,7 @@ def training_lines(
         texts = {language: world.sentence(language, combination) for language in shown}
         for language in shown * REPEATS.get(combination.relation, 1):
             yield texts[language]
+            yield world.detached(language, combination, draw)
             switched = world.switched(language, combination, draw)
             if switched not in hidden:
                 yield switched

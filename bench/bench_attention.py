@@ -1,0 +1,84 @@
+"""Attention, of equal and of mixed lengths, against torch's best: `python -m bench.bench_attention`.
+
+Packed providers compute the real tokens only; those that need a rectangle pad it and mask, which is what they cost.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
+
+from xlmr.kernels.attention import cost
+from xlmr.varlen import Sequences
+
+from . import sweep
+from .bench_model import lengths
+from .harness import Case
+
+HEADS, HEAD_DIM = 12, 64
+TOKENS = 16384 if sweep.GPU else 1024  # of the padded batch
+LENGTHS = (128, 512, 1024, 2048, 4096, 8192) if sweep.GPU else (128, 512)
+FILL = 0.4  # of the batches of mixed lengths
+
+
+def padded(backend: SDPBackend | None) -> Callable[..., Tensor]:
+    """scaled_dot_product_attention on the padded rectangle, forced to a backend or as torch chooses."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> Tensor:
+        lens = sequences.q_lens.tolist()
+        rows = [pad_sequence(t.split(lens), batch_first=True).transpose(1, 2) for t in (q, k, v)]
+        real = torch.arange(max(lens), device=q.device) < sequences.q_lens[:, None]
+        mask = None if min(lens) == max(lens) else real[:, None, None]
+        with sdpa_kernel(list(SDPBackend.__members__.values()) if backend is None else backend):
+            out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)
+        return out.transpose(1, 2)[real]
+
+    return attention
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = F.pad(sequences.q_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    return varlen_attn(q, k, v, ends, ends, sequences.max_q, sequences.max_k, scale=scale)
+
+
+WAYS = {"torch sdpa, padded": padded(None)}
+if sweep.GPU:
+    WAYS |= {
+        "torch flash, padded": padded(SDPBackend.FLASH_ATTENTION),
+        "torch cuDNN, padded": padded(SDPBackend.CUDNN_ATTENTION),
+        "torch varlen_attn": varlen,
+    }
+
+
+def case(dtype: str, longest: int, mixed: bool) -> Case:
+    texts = max(1, TOKENS // longest)
+    lens = lengths(texts, longest, FILL) if mixed else [longest] * texts
+    ends = torch.tensor([0, *lens], device=sweep.DEVICE).cumsum(0)
+    sequences = Sequences.packed(ends, max(lens))
+    randn = sweep.tensors(dtype)
+
+    def inputs() -> tuple[Any, ...]:
+        return *randn(3, sum(lens), HEADS, HEAD_DIM).unbind(), sequences, HEAD_DIM**-0.5
+
+    def costs(mode: str) -> tuple[int, int]:
+        return cost(lens, lens, HEADS, HEAD_DIM, sweep.DTYPES[dtype].itemsize, mode=mode)
+
+    return Case(
+        "attention", "attention", "S", "longest sequence", longest, inputs, sweep.providers("attention", WAYS), costs,
+        wanted=(0, 1, 2), settings={"dtype": dtype, "lengths": "mixed" if mixed else "equal", "tokens": sum(lens)},
+    )  # fmt: skip
+
+
+def cases(dtype: str) -> Iterable[Case]:
+    return (case(dtype, longest, mixed) for mixed in (False, True) for longest in LENGTHS)
+
+
+if __name__ == "__main__":
+    sys.exit(sweep.main("bench_attention", __doc__, cases))

@@ -1,0 +1,71 @@
+"""The softmax over the vocabulary, cross entropy and top words, against torch with logits in memory, Liger and CCE:
+`python -m bench.bench_vocab_softmax`."""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xlmr.kernels.vocab_softmax import cost
+
+from . import sweep
+from .harness import Case
+
+WORDS, TOP = 250002, 5
+ROWS = (64, 1024, 4096) if sweep.GPU else (16, 128)
+
+
+def torch_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight, bias).float(), labels)
+
+
+def torch_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return torch.log_softmax(F.linear(x, weight, bias).float(), dim=-1).topk(k)
+
+
+def liger_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, x, labels, bias)
+
+
+def cut_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x, weight, labels, bias=bias)
+
+
+LOSSES: dict[str, Callable[..., Any]] = {"torch": torch_cross_entropy}
+if sweep.GPU and sweep.installed("liger_kernel"):
+    LOSSES["liger"] = liger_cross_entropy
+if sweep.GPU and sweep.installed("cut_cross_entropy"):
+    LOSSES["cut cross entropy"] = cut_cross_entropy
+
+
+def case(operation: str, dtype: str, rows: int, N: int) -> Case:
+    loss = operation == "vocab_cross_entropy"
+    randn = sweep.tensors(dtype)
+
+    def inputs() -> tuple[Any, ...]:
+        last = torch.randint(WORDS, (rows,), device=sweep.DEVICE) if loss else TOP
+        return randn(rows, N), randn(WORDS, N) / N**0.5, randn(WORDS), last
+
+    def costs(mode: str) -> tuple[int, int]:
+        return cost(rows, N, WORDS, sweep.DTYPES[dtype].itemsize, 0 if loss else TOP, mode)
+
+    ways = LOSSES if loss else {"torch": torch_topk}
+    return Case(
+        "vocab_softmax", operation, "T", "rows", rows, inputs, sweep.providers(operation, ways), costs,
+        wanted=(0, 1, 2) if loss else (), settings={"dtype": dtype, "N": N, "V": WORDS},
+    )  # fmt: skip
+
+
+def cases(dtype: str) -> Iterable[Case]:
+    return (case(name, dtype, rows, 768) for name in ("vocab_cross_entropy", "vocab_topk") for rows in ROWS)
+
+
+if __name__ == "__main__":
+    sys.exit(sweep.main("bench_vocab_softmax", __doc__, cases))

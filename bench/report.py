@@ -1,0 +1,94 @@
+"""One page of a round: environment, tables and pictures in a single HTML file that needs nothing beside it."""
+
+import csv
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import harness, plots, roofline
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
+td, th { padding: 2px 10px; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th { text-align: left }
+svg { max-width: 100%; height: auto }
+h2 { margin-top: 2em }
+"""
+MODEL_COLUMNS = ("case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb")
+KERNEL_COLUMNS = (
+    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_value", "kernel_provider", "y_value_50",
+    "roof", "fraction_of_roof",
+)  # fmt: skip
+
+
+def write(directory: Path, state: Mapping[str, str]) -> Path:
+    """DIR/report.html of what DIR holds; every picture is also a file in DIR/pictures."""
+    environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+    sections = [_section("Parts", _table([{"part": k, "result": v} for k, v in state.items()], ("part", "result")))]
+    sections += _models(directory / "models.json")
+    sections += _kernels(directory / "kernels.csv", directory / "pictures")
+    for name in ("profile", "profile-of-training"):
+        sections += _profile(directory / name, name.replace("-", " "))
+    facts = _table([{"what": k, "value": v} for k, v in environment.items()], ("what", "value"))
+    title = f"xlmr on {environment['gpu'] or environment['cpu']}, {environment['date']}"
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{facts}{''.join(sections)}</html>"
+    )
+    path = directory / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _models(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return [_section("Models", _table(rows, MODEL_COLUMNS))]
+
+
+def _kernels(file: Path, pictures: Path) -> list[str]:
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    drawn = plots.sweeps(rows, pictures)
+    roofs = roofline.roofs(rows)
+    ours = "xlmr triton" if any(row["kernel_provider"] == "xlmr triton" for row in rows) else "xlmr eager"
+    for mode in harness.MODES:
+        points = roofline.points(rows, ours, mode)
+        if points and roofs:
+            drawn.append(plots.roofline(points, roofs, pictures / f"roofline-{mode}.svg"))
+    numbers = [{**row, **{name: float(row[name]) for name in ("y_value_50", "fraction_of_roof")}} for row in rows]
+    figures = "".join(map(_picture, drawn))
+    return [_section("Kernels", figures + _table(numbers, KERNEL_COLUMNS))]
+
+
+def _profile(directory: Path, title: str) -> list[str]:
+    if not (directory / "operations.json").exists():
+        return []
+    rows = json.loads((directory / "operations.json").read_text(encoding="utf-8"))["rows"]
+    columns = ("operation", "calls", "ms", "share", "gflops", "gbytes", "fraction_of_roof")
+    return [_section(title.capitalize(), _picture(directory / "operations.svg") + _table(rows, columns))]
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{body}"
+
+
+def _picture(path: Path) -> str:
+    """The SVG itself, so that the page is whole."""
+    text = path.read_text(encoding="utf-8")
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
+
+
+def _table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(harness.text(row.get(column, '')))}</td>" for column in columns) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"

@@ -1,0 +1,98 @@
+"""All that this machine can measure, in one command: `python -m bench.round --out DIR --minutes 9`.
+
+The parts run one after the other in processes of their own, the most telling first, each with the time that is left;
+what a part measured is on disk when it ends, and a part that has ended is not run again: a round that was interrupted
+goes on. At the end DIR/report.html shows everything, pictures included, in one file.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import harness, report
+
+KERNELS = ("attention", "linear", "vocab_softmax", "layer_norm", "embedding")
+LEAST_SECONDS = 10  # a part that has less is left for another time
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a round: its command, and what share of the time then left it may take."""
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+
+
+def parts(out: Path, gpu: bool) -> list[Part]:
+    """In the order in which they run."""
+    python = (sys.executable, "-m")
+    csv = str(out / "kernels.csv")
+    found = []
+    if gpu:
+        found.append(Part("tests on the GPU", (*python, "pytest", "-q", "-x", "-m", "cuda or not cuda", "tests"), 0.4))
+    found.append(
+        Part("models", (*python, "bench.bench_model", "--rounds", "5", "--out", str(out / "models.json")), 0.4)
+    )
+    for i, kernel in enumerate(KERNELS):
+        seconds = "0.3" if gpu else "0.1"
+        command = (*python, f"bench.bench_{kernel}", "--out", csv, "--seconds", seconds)
+        found.append(Part(f"kernel {kernel}", command, 0.9 / (len(KERNELS) + 2 - i)))
+    for name, flags in (("profile", ()), ("profile of training", ("--train",))):
+        directory = str(out / name.replace(" ", "-"))
+        found.append(
+            Part(name, (*python, "bench.profile", "--out", directory, "--layers", "12" if gpu else "4", *flags), 0.5)
+        )
+    return found
+
+
+def run(part: Part, out: Path, seconds: float) -> str:
+    """Runs a part, its messages into DIR/logs; "done", "out of time" or "failed (exit …)"."""
+    log = out / "logs" / f"{part.name.replace(' ', '-')}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(part.command, stdout=file, stderr=file, timeout=seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            return "out of time"
+    return "done" if code == 0 else f"failed (exit {code}), see {log}"
+
+
+def measure(todo: Sequence[Part], out: Path, minutes: float) -> dict[str, str]:
+    """Runs the parts that have not been done; returns what became of each, as kept in DIR/state.json."""
+    state_file = out / "state.json"
+    state: dict[str, str] = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else {}
+    end = time.monotonic() + 60 * minutes
+    for part in (bar := tqdm(todo, unit="part")):
+        bar.set_description(part.name)
+        seconds = (end - time.monotonic()) * (1.0 if part is todo[-1] else part.share)
+        if state.get(part.name) == "done":
+            continue
+        state[part.name] = run(part, out, seconds) if seconds >= LEAST_SECONDS else "out of time"
+        state_file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    return {part.name: state[part.name] for part in todo}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.round", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write into, or to go on with")
+    parser.add_argument("--minutes", type=float, default=9, help="time for all parts together (default 9)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "environment.json").write_text(json.dumps(harness.environment(), indent=1) + "\n", encoding="utf-8")
+    state = measure(parts(args.out, torch.cuda.is_available()), args.out, args.minutes)
+    print(harness.table([{"part": name, "result": found} for name, found in state.items()], ["part", "result"]))
+    print(report.write(args.out, state))
+    return 0 if all(not found.startswith("failed") for found in state.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""The studies under bench/studies/: `python -m bench.study NAME` measures one anew, its picture and its figures.
+
+A study's page, NAME.md, has a question, a method, a picture and a finding; what it was measured on stands in NAME.json.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import xlmr
+from xlmr.ops import EAGER, Ops, triton
+
+from . import bench_attention, harness, plots
+from .bench_model import BASE, batch, lengths, model
+
+HERE = Path(__file__).parent / "studies"
+GPU = torch.cuda.is_available()
+PROVIDERS = ("transformers sdpa", "xlmr eager")
+
+
+@torch.inference_mode()
+def packing() -> dict[str, Any]:
+    """(a) Milliseconds of one batch over the share of real tokens in it."""
+    models = {name: model(name, torch.float32, layers=4) for name in PROVIDERS}
+    times: dict[str, dict[float, float]] = {name: {} for name in PROVIDERS}
+    for fill in (0.2, 0.4, 0.6, 0.8, 1.0):
+        lens = lengths(16, 128, fill) if fill < 1 else [128] * 16
+        ids, mask = batch(lens)
+        real = sum(lens) / (len(lens) * max(lens))
+        calls = {name: functools.partial(m, ids, attention_mask=mask) for name, m in models.items()}
+        for name, seconds in harness.interleaved(calls, rounds=5).items():
+            times[name][real] = harness.quantiles(seconds)["median_ms"]
+    plots.lines(
+        times,
+        HERE / "packing.svg",
+        "XLM-R-base, 4 layers, 16 texts of up to 128 tokens, fp32",
+        "real tokens / positions",
+        "ms",
+    )
+    return {"milliseconds": times}
+
+
+def vocabulary() -> dict[str, Any]:
+    """(c) Time and memory of the loss over 250,002 words, forward and backward, with logits in memory and without."""
+    N, V = BASE["hidden_size"], BASE["vocab_size"]
+    weight, bias = (torch.randn(V, N) / N**0.5).requires_grad_(), torch.zeros(V, requires_grad=True)
+
+    def with_logits(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, weight, bias), labels)
+
+    ways: dict[str, Callable[..., Any]] = {
+        "torch, logits in memory": with_logits,
+        "xlmr eager": lambda x, labels: EAGER.vocab_cross_entropy(x, weight, bias, labels),
+    }
+    times: dict[str, dict[float, float]] = {name: {} for name in ways}
+    memory: dict[str, dict[float, float]] = {name: {} for name in ways}
+    for rows in (64, 256, 1024):
+        x, labels = torch.randn(rows, N, requires_grad=True), torch.randint(V, (rows,))
+
+        def gradients(way: Callable[..., Any], x: torch.Tensor = x, labels: torch.Tensor = labels) -> Any:
+            return torch.autograd.grad(way(x, labels), [x, weight, bias])
+
+        calls = {name: (lambda way=way: gradients(way)) for name, way in ways.items()}
+        for name, seconds in harness.interleaved(calls, rounds=3, warm_up=1).items():
+            times[name][rows] = harness.quantiles(seconds)["median_ms"]
+            memory[name][rows] = harness.peak_of(calls[name]) / 2**20
+    plots.lines(
+        times,
+        HERE / "vocabulary-time.svg",
+        "Loss over 250,002 words, forward + backward",
+        "labelled rows",
+        "ms",
+        log="xy",
+    )
+    plots.lines(
+        memory, HERE / "vocabulary-memory.svg", "The same: memory at its peak", "labelled rows", "MiB", log="xy"
+    )
+    return {"milliseconds": times, "mebibytes": memory}
+
+
+def traffic() -> dict[str, Any]:
+    """(e) Bytes that one layer's row operations move, fused and one by one, for T rows of XLM-R-base in bf16."""
+    from xlmr.kernels import embedding, layer_norm, linear
+
+    T, N, size = 16384, BASE["hidden_size"], 2
+    row = T * N * size
+    fused = {
+        "add + LayerNorm": layer_norm.cost(T, N, size)[1],
+        "GELU + LayerNorm": layer_norm.cost(T, N, size, residual=False)[1],
+        "embeddings": embedding.cost(T, N, size)[1],
+        "linear + GELU (4N)": linear.cost(T, 4 * N, N, size)[1],
+        "QKV projection": linear.cost(T, 3 * N, N, size)[1],
+    }
+    apart = {  # what each further operation reads and writes again
+        "add + LayerNorm": fused["add + LayerNorm"] + 2 * row,
+        "GELU + LayerNorm": fused["GELU + LayerNorm"] + 2 * row,
+        "embeddings": 3 * 2 * row + 2 * 3 * row + 2 * row,
+        "linear + GELU (4N)": fused["linear + GELU (4N)"] + 2 * 4 * row,
+        "QKV projection": fused["QKV projection"] + 2 * row,
+    }
+    saved = {name: apart[name] / fused[name] for name in fused}
+    plots.bars(saved, HERE / "traffic.svg", "Bytes one by one over bytes fused (T = 16,384, N = 768, bf16)", "×")
+    return {"fused_mb": {k: v / 1e6 for k, v in fused.items()}, "apart_mb": {k: v / 1e6 for k, v in apart.items()}}
+
+
+@torch.no_grad()
+def error() -> dict[str, Any]:
+    """(f) The largest error of a model's hidden states against float64, by dtype and path, over the layers."""
+    torch.manual_seed(0)
+    small = {
+        "vocab_size": 5000,
+        "num_hidden_layers": 6,
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_attention_heads": 3,
+    }
+    config = xlmr.XLMRobertaConfig(**{**BASE, **small})
+    plain = xlmr.XLMRobertaModel(config, add_pooling_layer=False, backend="eager").eval()
+    ids = torch.randint(4, 5000, (2, 24))
+    exact = _states(plain, EAGER, torch.float64, ids)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    paths = {"eager": EAGER} | ({"triton": triton()} if GPU or interpreted else {})
+    errors: dict[str, dict[float, float]] = {}
+    for path, ops in paths.items():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            if path == "triton" and dtype == torch.bfloat16 and not GPU:
+                continue  # the interpreter multiplies the raw bits of bf16
+            states = _states(plain, ops, dtype, ids)
+            name = f"{path}, {str(dtype).removeprefix('torch.')}"
+            errors[name] = {
+                i: (a.double() - b).abs().max().item() for i, (a, b) in enumerate(zip(states, exact, strict=True))
+            }
+    plots.lines(
+        errors,
+        HERE / "error.svg",
+        "Largest error of hidden states against float64 (192 units)",
+        "after layer",
+        "absolute error",
+        log="y",
+    )
+    return {"largest_error": errors}
+
+
+def _states(model: xlmr.XLMRobertaModel, ops: Ops, dtype: torch.dtype, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    device = "cuda" if GPU else "cpu"
+    own = copy.deepcopy(model).to(device, dtype)
+    own.ops = ops
+    return tuple(state.cpu() for state in own(ids.to(device), output_hidden_states=True).hidden_states)
+
+
+def tiles() -> dict[str, Any]:
+    """(b) Attention at 64 units a head, bf16: the time of every tile of the tables, for texts of equal length."""
+    needs_gpu("tiles")
+    from xlmr.kernels import attention
+
+    configs = {
+        c
+        for table in attention.CONFIGS.values()
+        for (head_dim, size, _), c in table.items()
+        if (head_dim, size) == (64, 2)
+    }
+    times: dict[str, dict[float, float]] = {}
+    for longest in bench_attention.LENGTHS:
+        inputs = bench_attention.case("bf16", longest, mixed=False).inputs()
+        calls = {}
+        for config in configs:
+            name = ", ".join(
+                [*(str(size) for _, size in config.tiles), f"{config.num_warps} warps, {config.num_stages} stages"]
+            )
+            calls[name] = functools.partial(_with_tile, config, inputs)
+        for name, seconds in harness.interleaved(calls, rounds=50).items():
+            times.setdefault(name, {})[longest] = harness.quantiles(seconds)["median_ms"]
+    plots.lines(times, HERE / "tiles.svg", "Attention forward, d = 64, bf16", "length", "ms", log="xy")
+    return {"milliseconds": times}
+
+
+@torch.no_grad()
+def _with_tile(config: Any, inputs: tuple[Any, ...]) -> torch.Tensor:
+    from xlmr.kernels import attention
+
+    with mock.patch.object(attention, "pick", return_value=config):
+        return attention.attention(*inputs)
+
+
+@torch.inference_mode()
+def launches() -> dict[str, Any]:
+    """(d) One text of 32 tokens through the base model in bf16: eager, on the kernels, and as one CUDA graph."""
+    needs_gpu("launches")
+    own = model("xlmr eager", torch.bfloat16).to("cuda")
+    ids = torch.randint(4, BASE["vocab_size"] - 2, (32,), device="cuda")
+    ends = torch.tensor([0, 32], device="cuda")
+    run = functools.partial(own.forward_packed, ids, ends, 32)
+    milliseconds = {}
+    for name, ops in {"xlmr eager": EAGER, "xlmr triton": triton()}.items():
+        own.ops = ops
+        milliseconds[name] = harness.quantiles(harness.interleaved({name: run}, rounds=50)[name])["median_ms"]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    seconds = harness.interleaved({"graph": graph.replay}, rounds=50)["graph"]
+    milliseconds["xlmr triton, graph"] = harness.quantiles(seconds)["median_ms"]
+    plots.bars(milliseconds, HERE / "launches.svg", "XLM-R-base, one text of 32 tokens, bf16", "ms")
+    return {"milliseconds": milliseconds}
+
+
+def needs_gpu(name: str) -> None:
+    if not GPU:
+        raise SystemExit(f"the study {name!r} measures kernels on a GPU, and PyTorch sees none here")
+
+
+STUDIES = {
+    "packing": packing,
+    "vocabulary": vocabulary,
+    "traffic": traffic,
+    "error": error,
+    "tiles": tiles,
+    "launches": launches,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
+    parser.add_argument("name", choices=STUDIES)
+    args = parser.parse_args()
+    results = {"environment": harness.environment(), **STUDIES[args.name]()}
+    text = json.dumps(results, indent=1) + "\n"
+    (HERE / f"{args.name}.json").write_text(text, encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Decoding: steps with a cache, cross attention, generate."""
+
+import pytest
+import torch
+import transformers
+from numerics import assert_accurate
+from reference import RIGHT, B, S, build, double, ids, keep
+
+
+def test_decoder_steps_with_a_cache() -> None:
+    """Prompt, then one token, then two: as in one pass, and as transformers with its own cache; left padding too."""
+    reference, ours = build("ForCausalLM", is_decoder=True)
+    tokens, mask = ids(None), torch.ones(B, S, dtype=torch.long)
+    mask[1, :3] = 0
+    tokens[1, :3] = 1
+    with torch.no_grad():
+        for cache in (None, transformers.DynamicCache()):
+            past, theirs, at = cache, None, 0
+            for n in (9, 1, 2):
+                part, seen = tokens[:, at : at + n], mask[:, : at + n]
+                mine = ours(part, seen, past_key_values=past, use_cache=True)
+                other = reference(part, seen, past_key_values=theirs, use_cache=True)
+                past, theirs, at = mine.past_key_values, other.past_key_values, at + n
+                real = seen[:, -n:].bool()
+                torch.testing.assert_close(mine.logits[real], other.logits[real], atol=1e-5, rtol=1e-5)
+        kept = ours(tokens, mask, logits_to_keep=2, use_cache=False).logits
+        assert torch.allclose(kept, ours(tokens, mask, use_cache=False).logits[:, -2:], atol=1e-5)
+
+
+def test_cross_attention() -> None:
+    reference, ours = build("ForCausalLM", is_decoder=True, add_cross_attention=True)
+    truth = double(reference)
+    states, seen = torch.randn(B, 7, 32), torch.ones(B, 7)
+    seen[1, 4:] = seen[2, 2] = 0
+    for asked in ({}, {"output_attentions": True}):
+        given = {"input_ids": ids(), "attention_mask": RIGHT, "encoder_attention_mask": seen, "use_cache": False}
+        with torch.no_grad():
+            outs = [
+                m(**given, encoder_hidden_states=states.to(next(m.parameters()).dtype), **asked)
+                for m in (ours, reference, truth)
+            ]
+        real = keep(RIGHT)
+        assert_accurate(*(o.logits[real] for o in outs))
+        if asked:
+            assert len(outs[0].cross_attentions) == 3
+            for layer in zip(*(o.cross_attentions for o in outs), strict=True):
+                assert_accurate(*(w.transpose(1, 2)[real] for w in layer))
+    _, encoder = build("ForCausalLM", is_decoder=True)
+    with pytest.raises(ValueError, match="add_cross_attention=True"):
+        encoder(ids(), encoder_hidden_states=states)
+
+
+def test_generate() -> None:
+    reference, ours = build("ForCausalLM", is_decoder=True, pad_token_id=1)
+    prompt = torch.randint(4, 97, (3, 5))
+    expected = prompt  # transformers 5's own generate counts positions from 0 instead of pad + 1: its forward is right
+    for _ in range(9):
+        expected = torch.cat([expected, reference(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ours.generate(prompt, max_new_tokens=9), expected)
+    padded = torch.nn.functional.pad(prompt, (3, 0), value=1)
+    assert torch.equal(ours.generate(padded, padded != 1, max_new_tokens=9)[:, 3:], expected)
+    assert torch.equal(ours.generate(prompt, max_new_tokens=9, use_cache=False), expected)
+    end = int(expected[0, 6])
+    stopped = ours.generate(prompt, max_new_tokens=9, eos_token_id=end)
+    assert (stopped[0, 7:] == 1).all()
+    draw = [
+        ours.generate(prompt, do_sample=True, top_p=0.9, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    ]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+    assert torch.equal(ours.generate(prompt, max_new_tokens=9, do_sample=True, top_k=1), expected)
+    assert torch.equal(ours.generate(prompt, max_length=14), expected)
+    with pytest.raises(ValueError, match="45 tokens: this model takes at most 40"):
+        ours.generate(prompt, max_new_tokens=40)
+    _, encoder = build("ForCausalLM")
+    with pytest.raises(ValueError, match="is_decoder is False"):
+        encoder.generate(prompt)

@@ -1,0 +1,144 @@
+"""The model as an object: what other libraries ask of it, copies, and the path that computes it."""
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from reference import RIGHT, B, build, ids, inputs
+from torch import Tensor, nn
+
+import xlmr
+from xlmr import model as tree
+from xlmr.ops import EAGER
+
+
+def test_names_that_other_libraries_ask_for() -> None:
+    reference, ours = build("ForMaskedLM")
+    assert (ours.device, ours.dtype) == (reference.device, reference.dtype)
+    assert ours.num_parameters() == reference.num_parameters()
+    ours.roberta.requires_grad_(False)
+    reference.roberta.requires_grad_(False)
+    assert ours.num_parameters(only_trainable=True) == reference.num_parameters(only_trainable=True)
+    assert ours.base_model_prefix == reference.base_model_prefix
+    assert ours.base_model is ours.roberta
+    assert ours.get_input_embeddings() is ours.roberta.embeddings.word_embeddings
+    assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+    assert ours.lm_head.decoder.bias is ours.lm_head.bias
+    names = [type(m).__name__ for m in ours.modules()]
+    assert names.count("XLMRobertaSelfOutput") == 3
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in reference.named_parameters()]
+    back = reference.load_state_dict(ours.state_dict())
+    assert not back.missing_keys
+    assert not back.unexpected_keys
+
+
+def test_resize() -> None:
+    reference, ours = build("ForMaskedLM")
+    before = ours.get_input_embeddings().weight.detach().clone()
+    for model in (reference, ours):
+        model.resize_token_embeddings(101, pad_to_multiple_of=8)
+        assert model.config.vocab_size == 104
+    table = ours.get_input_embeddings()
+    assert torch.equal(table.weight[:97], before)
+    assert table.padding_idx == 1
+    assert ours.lm_head.decoder.weight is table.weight
+    assert ours.lm_head.decoder.bias is ours.lm_head.bias
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in reference.state_dict().items()}
+    assert ours(torch.tensor([[0, 103, 2]])).logits.shape == (1, 3, 104)
+    ours.resize_token_embeddings(50)
+    assert torch.equal(ours.get_input_embeddings().weight, before[:50])
+
+
+def test_copies_pickles_and_threads() -> None:
+    _, ours = build("ForSequenceClassification")
+    tokens = ids()
+    with torch.no_grad():
+        expected = ours(tokens, RIGHT, output_attentions=True)
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(other(tokens, RIGHT).logits, ours(tokens, RIGHT).logits)
+        restored = pickle.loads(pickle.dumps(expected))
+    assert list(restored) == list(expected)
+    assert torch.equal(restored.logits, expected.logits)
+    results: list[bool] = []
+
+    def work(asked: bool) -> None:
+        for _ in range(20):
+            with torch.no_grad():
+                out = ours(tokens, RIGHT, output_attentions=asked)
+            results.append(
+                len(out.get("attentions", ())) == 3 * asked and torch.allclose(out.logits, expected.logits, atol=1e-5)
+            )
+
+    threads = [threading.Thread(target=work, args=(asked,)) for asked in (True, False, True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 80
+
+
+def test_outputs_are_rebuilt_as_other_libraries_do() -> None:
+    _, ours = build("ForMaskedLM")
+    out = ours(**inputs("MaskedLM", RIGHT))
+    for again in (type(out)(dict(out)), type(out)((k, out[k]) for k in out), copy.copy(out), type(out)(**out)):
+        assert list(again) == ["loss", "logits"]
+        assert again.logits is out.logits
+        assert again[1] is out.logits
+    again.attentions = (out.logits,)
+    assert list(again) == ["loss", "logits", "attentions"]
+    again.attentions = None
+    assert list(again) == ["loss", "logits"]
+    with pytest.raises(TypeError, match="has no fields 'vectors'"):
+        type(out)({"vectors": out.logits})
+
+
+def test_a_head_written_elsewhere_loads(tmp_path: Any) -> None:
+    class Regressor(xlmr.XLMRobertaPreTrainedModel):
+        def __init__(self, config: xlmr.XLMRobertaConfig):
+            super().__init__(config)
+            self.roberta = xlmr.XLMRobertaModel(config)
+            self.score = nn.Linear(config.hidden_size, 1)
+            self.init_weights()
+
+        def forward(self, **given: Any) -> Tensor:
+            return self.score(self.roberta(**given).pooler_output)
+
+    _, base = build("Model")
+    base.save_pretrained(tmp_path)
+    model = Regressor.from_pretrained(tmp_path, backend="eager", unpad=False)
+    assert not model.roberta.unpad
+    assert model.roberta.backend_report() == "eager, as asked"
+    assert torch.equal(model.roberta.pooler.dense.weight, base.pooler.dense.weight)
+    assert model(input_ids=ids(), attention_mask=RIGHT).shape == (B, 1)
+
+
+def test_ops_are_swapped_in_one_line_and_invisible() -> None:
+    _, ours = build("ForMaskedLM")
+    tokens = ids()
+    calls = []
+
+    def spy(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return getattr(EAGER, name)(*args)
+
+        return call
+
+    keys = list(ours.state_dict())
+    expected = ours(tokens, RIGHT).logits
+    ours.ops = replace(
+        EAGER, **{name: spy(name) for name in ("embed", "attention", "qkv_projection", "gelu_layer_norm")}
+    )
+    assert torch.equal(ours(tokens, RIGHT).logits, expected)
+    assert calls == ["embed", *["qkv_projection", "attention"] * 3, "gelu_layer_norm"]
+    assert list(ours.state_dict()) == keys
+    assert ours.backend_report() == "the ops given"
+    ours.set_backend("auto")
+    assert ours.ops is EAGER
+    assert "eager on cpu" in ours.backend_report()
+    assert tree.XLMRobertaModel(ours.config, ops=ours.ops).backend_report() == "the ops given"

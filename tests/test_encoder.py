@@ -503,3 +503,18 @@ def test_a_dense_that_does_not_fit_is_refused(saved: Path, tmp_path: Path) -> No
     path.write_text(json.dumps(good))
     with pytest.raises(ValueError, match="takes vectors of 64 numbers, those before it have 32"):
         xlmr.load(tmp_path, pooling="cls")
+
+
+def test_a_bert_tree_with_xlm_r_s_tokenizer(written: Write) -> None:
+    """multilingual-e5-small, paraphrase-multilingual-MiniLM: positions from 0, two token types, pad_token_id 0."""
+    directory = written(new(("mean",)))
+    for name in ("model.safetensors", "config.json"):
+        (directory / name).unlink()
+    config = transformers.BertConfig(
+        vocab_size=80, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=48, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(directory)
+    ours = xlmr.load(directory)
+    assert ours.max_length == 48
+    np.testing.assert_allclose(ours.encode(TEXTS), reference(directory).encode(TEXTS), **CLOSE)

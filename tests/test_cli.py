@@ -134,7 +134,7 @@ def heads(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("classify", "SequenceClassification", ["a", "b"], ["--top-k", 1], {"top_k": 1}),
         ("ner", "TokenClassification", ["B-X", "I-X", "O"], [], {"aggregation_strategy": "simple"}),
         ("zero-shot", "SequenceClassification", ["entails", "b"], ["--labels", "is,Paris"], {}),
-        ("qa", "QuestionAnswering", ["start", "end"], ["Paris ?", "--top-k", 2], {"top_k": 2}),
+        ("qa", "QuestionAnswering", ["start", "end"], ["--top-k", 2, "Paris ?"], {"top_k": 2}),
     ],
 )
 def test_heads_write_the_pipelines_answers(

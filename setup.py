@@ -45,11 +45,12 @@ setup(
             "packaging",
             "peft",
             "pytest>=8",
+            "sentence-transformers>=6",
             "setuptools>=77.0.3",
             "transformers>=5.0",
             TRITON,
         ],
-        "bench": ["babel", "matplotlib", "transformers>=5.0"],
+        "bench": ["babel", "matplotlib", "sentence-transformers>=6", "transformers>=5.0"],
     },
     entry_points={"console_scripts": ["xlmr = xlmr.cli:main"]},
 )

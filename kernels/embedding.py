@@ -426,6 +426,7 @@ def embed_bwd(
     seed: Tensor | None = None,
     levels: int = 0,
     wanted: Sequence[bool] = (True, True, True, True, True),
+    pad_positions: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the three tables, weight and bias, each in its tensor's dtype, None where it is not `wanted`."""
     (T, N), (*of_tables, of_weight, of_bias) = dy.shape, wanted
@@ -439,7 +440,7 @@ def embed_bwd(
     gradients = [
         _table_gradient(dh, given, table, padding) if of_table else None
         for given, table, padding, of_table in zip(
-            ids, tables, (padding_idx, None, padding_idx), of_tables, strict=True
+            ids, tables, (padding_idx, None, padding_idx if pad_positions else None), of_tables, strict=True
         )
     ]
     return *gradients, *sum_partials(dw, db, weight, bias)
@@ -478,11 +479,12 @@ class Embed(torch.autograd.Function):
         padding_idx: int,
         seed: Tensor | None,
         levels: int,
+        pad_positions: bool,
     ) -> Tensor:
         tables = word, token_type, position
         y, mean, rstd = embed_fwd(ids, tables, weight, bias, eps, seed, levels)
         ctx.save_for_backward(*ids, *tables, weight, bias, mean, rstd, seed)
-        ctx.padding_idx, ctx.levels = padding_idx, levels
+        ctx.padding_idx, ctx.levels, ctx.pad_positions = padding_idx, levels, pad_positions
         return y
 
     @staticmethod
@@ -490,8 +492,9 @@ class Embed(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *saved, seed = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
-        gradients = embed_bwd(dy, saved[:3], saved[3:6], *saved[6:], ctx.padding_idx, seed, ctx.levels, wanted)
-        return *gradients, None, None, None, None, None
+        settings = ctx.padding_idx, seed, ctx.levels, wanted, ctx.pad_positions
+        gradients = embed_bwd(dy, saved[:3], saved[3:6], *saved[6:], *settings)
+        return *gradients, None, None, None, None, None, None
 
 
 def embed(
@@ -506,15 +509,16 @@ def embed(
     eps: float,
     padding_idx: int,
     dropout_p: float = 0.0,
+    pad_positions: bool = True,
 ) -> Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])) → [T, N].
 
-    Ids are int32 or int64 [T]; tables [rows, N]. The row `padding_idx` of `word` and of `position` gets no gradient;
-    the gradients of the tables are dense. The mask of dropout is drawn from the device's generator. IndexError for an
-    id outside its table on a CPU, ValueError for a dropout_p outside [0, 1].
+    Ids are int32 or int64 [T]; tables [rows, N]. The row `padding_idx` of `word` and, with pad_positions, of `position`
+    gets no gradient; the gradients of the tables are dense. The mask of dropout is drawn from the device's generator.
+    IndexError for an id outside its table on a CPU, ValueError for a dropout_p outside [0, 1].
     """
     ids, parameters = (input_ids, token_type_ids, position_ids), (word, token_type, position, weight, bias)
     levels, seed = (keep_levels(dropout_p), draw_seed(word.device)) if dropout_p else (0, None)
     if wants_gradients(*parameters):
-        return Embed.apply(*parameters, ids, eps, padding_idx, seed, levels)
+        return Embed.apply(*parameters, ids, eps, padding_idx, seed, levels, pad_positions)
     return embed_fwd(ids, parameters[:3], weight, bias, eps, seed, levels, statistics=False)[0]

@@ -238,6 +238,7 @@ def test_a_configuration_of_ones_own(saved: Path) -> None:
 
 def test_one_warning_tells_all(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     XLMRobertaForMaskedLM.from_pretrained(saved / "XLMRobertaForMaskedLM")
+    XLMRobertaModel.from_pretrained(saved / "XLMRobertaForMaskedLM", output_loading_info=True)  # it tells in its stead
     assert not caplog.records
     change = without(*(f"encoder.layer.{i}.output.dense.bias" for i in range(2)))
     directory = variant(saved / "XLMRobertaModel", tmp_path / "v", change, {"type_vocab_size": 3})
@@ -270,7 +271,8 @@ def test_another_shape_is_an_error_that_shows_it(saved: Path) -> None:
         (lambda s: {**s, WORDS: s[WORDS].to(torch.int8)}, {}, ValueError, "is torch.int8; only float32, "),
         (lambda s: {**s, WORDS[8:]: s[WORDS]}, {}, ValueError, "holds .*word_embeddings.weight twice"),
         (lambda s: {f"bert.{k}": v for k, v in s.items()}, {}, ValueError, "less than half of XLMRobertaForMas"),
-        (lambda s: s, {"model_type": "bert"}, ValueError, "model_type is 'bert'"),
+        (lambda s: s, {"model_type": "xlm-roberta-xl"}, ValueError, "model_type is 'xlm-roberta-xl'.*normalise before"),
+        (lambda s: s, {"model_type": "bert"}, ValueError, "ForMaskedLM does not take model_type 'bert': its language"),
         # A model of 4 TB: no memory may be taken for it
         (lambda s: s, {"vocab_size": 2**24, "hidden_size": 2**16}, RuntimeError, "have another shape"),
         (without(WORDS, "lm_head.bias"), {"vocab_size": 2**24}, ValueError, "less than half"),

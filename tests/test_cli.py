@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import xlmr
 from xlmr import cli
@@ -28,6 +29,7 @@ def run(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
     def run(command: str, *args: object, stdin: bytes = b"", model: object = checkpoint) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()  # what transformers wrote while it made the checkpoint
         status = cli.main([command, *map(str, args), "--model", str(model), "--device", "cpu"])
         return status, *capsys.readouterr()
 
@@ -111,6 +113,93 @@ def test_embed_shows_the_beginning_of_each_vector(run: Any) -> None:
     assert [line.endswith(f"… 32 numbers  {text}") for line, text in zip(out.splitlines(), ["a b", "c"], strict=True)]
 
 
+@pytest.fixture(scope="module")
+def heads(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes directories of the tiny checkpoint with another head of `count` labels."""
+
+    def make(name: str, count: int, labels: Any = None) -> Path:
+        directory = tmp_path_factory.mktemp("head")
+        options = {} if labels is None else {"id2label": dict(enumerate(labels))}
+        cls = getattr(transformers, f"XLMRobertaFor{name}")
+        cls.from_pretrained(checkpoint, num_labels=count, **options).save_pretrained(directory)
+        transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "labels", "before", "options"),
+    [
+        ("classify", "SequenceClassification", ["a", "b"], ["--top-k", 1], {"top_k": 1}),
+        ("ner", "TokenClassification", ["B-X", "I-X", "O"], [], {"aggregation_strategy": "simple"}),
+        ("zero-shot", "SequenceClassification", ["entails", "b"], ["--labels", "is,Paris"], {}),
+        ("qa", "QuestionAnswering", ["start", "end"], ["--top-k", 2, "Paris ?"], {"top_k": 2}),
+    ],
+)
+def test_heads_write_the_pipelines_answers(
+    run: Any, heads: Any, task: str, head: str, labels: list[str], before: list[Any], options: Any
+) -> None:
+    model, texts = heads(head, len(labels), labels), ["La France", "The capital is Paris."]
+    name = {"classify": "text-classification", "qa": "question-answering", "zero-shot": "zero-shot-classification"}
+    pipe = xlmr.pipeline(name.get(task, task), model, device="cpu")
+    if task == "zero-shot":
+        answers = [
+            [{"label": label, "score": score} for label, score in zip(one["labels"], one["scores"], strict=True)]
+            for one in pipe(texts, "is,Paris")
+        ]
+    else:
+        given = [{"question": "Paris ?", "context": text} for text in texts] if task == "qa" else texts
+        answers = [one if isinstance(one, list) else [one] for one in pipe(given, **options)]
+    status, out, err = run(task, "--json", *before, stdin="\n".join(texts).encode(), model=model)
+    assert (status, err) == (0, "")
+    want = [{"text": text, "answers": answer} for text, answer in zip(texts, answers, strict=True)]
+    assert [json.loads(line) for line in out.splitlines()] == want
+    assert run(task, *before, *texts, model=model)[1].splitlines()[0] == texts[0]
+
+
+def test_rerank_orders_passages(run: Any, heads: Any) -> None:
+    model, passages = heads("SequenceClassification", 1), ["La France", "Paris is", "a"]
+    status, out, err = run("rerank", "--json", "--normalize", "capital ?", *passages, model=model)
+    assert (status, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    scores = xlmr.load(model, device="cpu").rerank("capital ?", [row["text"] for row in rows], normalize=True)
+    assert [row["score"] for row in rows] == pytest.approx(sorted(scores.tolist(), reverse=True))
+    assert {row["text"] for row in rows} == set(passages)
+    assert run("rerank", "capital ?", *passages, model=model)[1].count("\n") == 3
+
+
+def test_convert_rewrites_a_directory_whole_or_not_at_all(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "new" / "target"
+    model = xlmr.XLMRobertaForMaskedLM.from_pretrained(checkpoint)
+    model.save_pretrained(source, safe_serialization=False, max_shard_size="20KB")
+    (source / "1_Pooling").mkdir()
+    for name in ("tokenizer.json", "1_Pooling/pytorch_model.bin"):
+        (source / name).write_bytes(b"{}")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "write_weights", fail)
+        assert cli.main(["convert", str(source), str(target)]) == 1
+        assert capsys.readouterr() == ("", "xlmr convert: disk full\n")
+        assert list(target.parent.iterdir()) == []
+    assert cli.main(["convert", str(source), str(target)]) == 0
+    assert list(target.parent.iterdir()) == [target]
+    written = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert written == {"config.json", "model.safetensors", "tokenizer.json", "1_Pooling/pytorch_model.bin"}
+    found = transformers.XLMRobertaForMaskedLM.from_pretrained(target).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, found[name])
+    for again in (target, source / "inside"):
+        capsys.readouterr()
+        assert cli.main(["convert", str(source), str(again)]) == 1
+        assert capsys.readouterr().err.startswith(f"xlmr convert: {again} ")
+
+
 def test_info_says_which_path_computes_and_why(run: Any, fill: Any) -> None:
     status, out, _ = run("info", "--json")
     facts = json.loads(out)
@@ -171,7 +260,7 @@ def test_a_missing_checkpoint_is_named(run: Any, tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in err
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["embed", "--pooling", "max"], ["pretrain"]])
+@pytest.mark.parametrize("args", [[], ["fly"], ["embed", "--pooling", "most"], ["zero-shot", "a"], ["pretrain"]])
 def test_wrong_usage_is_status_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(args)

@@ -197,8 +197,8 @@ def test_overrides(tmp_path: Path) -> None:
         ({"use_return_dict": True}, "'use_return_dict' cannot be a configuration key"),
         ({"to_dict": 1}, "'to_dict' cannot be a configuration key"),
         ({"__class__": 1}, "'__class__' cannot be a configuration key"),
-        ({"model_type": "roberta"}, "model_type is 'roberta'.*byte-level BPE"),
-        ({"model_type": "bert"}, "model_type is 'bert'.*only 'xlm-roberta'"),
+        ({"model_type": "xlm-roberta-xl"}, "model_type is 'xlm-roberta-xl'.*normalise before attention"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2' .another architecture.; allowed: 'xlm-roberta', 'roberta'"),
         ({"model_type": ["xlm-roberta"]}, "model_type is"),
     ],
 )

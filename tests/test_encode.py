@@ -79,7 +79,8 @@ def test_embed_gives_fp32_that_training_may_use(loaded: Any, checkpoint: Path) -
     ("texts", "options", "message"),
     [
         ("one", {}, "texts is a single string"),
-        (["one"], {"pooling": "max"}, "pooling is 'max': allowed are 'mean', 'cls'"),
+        (["one"], {"pooling": "median"}, "pooling is 'median': allowed are 'mean', 'cls'"),
+        (["one"], {"pooling": []}, "pooling is 'nothing'"),
         (["one"], {"max_length": 49}, "max_length is 49: allowed are 2 to 48"),
         (["one"], {"batch_tokens": 0}, "batch_tokens is 0"),
     ],

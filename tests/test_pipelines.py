@@ -1,5 +1,6 @@
 """The pipelines against transformers' on one checkpoint of random weights."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,8 @@ def test_an_unknown_target_is_announced(fill: Any, caplog: pytest.LogCaptureFixt
         (FRENCH, {"top_k": 10**6}, ValueError, "top_k is 1000000: allowed are 1 to"),
         (FRENCH, {"targets": []}, ValueError, "targets names no word"),
         (FRENCH, {"batch_size": 0}, ValueError, "batch_size is 0"),
-        (7, {}, TypeError, "inputs is 7: a string or a list of strings is needed"),
-        ([FRENCH, 7], {}, TypeError, "a string or a list of strings is needed"),
+        (7, {}, TypeError, "inputs is 7: a string, or a list of such, is needed"),
+        ([FRENCH, 7], {}, TypeError, "a string, or a list of such, is needed"),
         (
             LONG,
             {"tokenizer_kwargs": {"truncation": True, "return_overflowing_tokens": True}},
@@ -167,3 +168,223 @@ def test_pipeline_refuses(fill: Any, extract: Any, checkpoint: Path, tmp_path: P
 def test_pipeline_refuses_a_gpu_that_is_not_there(checkpoint: Path, device: Any) -> None:
     with pytest.raises(ValueError, match="PyTorch sees no GPU here"):
         xlmr.pipeline("fill-mask", checkpoint, device=device)
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_k": None}, {"top_k": 2, "function_to_apply": "none"}])
+def test_text_classification_answers_as_the_reference(
+    checkpoint: Path, tmp_path: Path, problem: Any, options: Any
+) -> None:
+    head = transformers.XLMRobertaForSequenceClassification
+    head.from_pretrained(checkpoint, num_labels=3, problem_type=problem).save_pretrained(tmp_path)
+    words = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    words.save_pretrained(tmp_path)
+    theirs = transformers.pipeline("text-classification", str(tmp_path), device="cpu")
+    ours = xlmr.pipeline("text-classification", tmp_path, device="cpu")
+    for inputs in ("La France", ["Paris", "La capitale de la France", "a"]):
+        want, got = theirs(inputs, **options), ours(inputs, **options)
+        for a, b in zip(flat(want), flat(got), strict=True):
+            assert a["label"] == b["label"]
+            assert b["score"] == pytest.approx(a["score"], rel=1e-4, abs=1e-5)
+        assert shape(got) == shape(want)
+    with pytest.raises(ValueError, match="function_to_apply is 'max': allowed are 'sigmoid', 'softmax', 'none'"):
+        ours("a", function_to_apply="max")
+
+
+def flat(answer: Any) -> list[dict[str, Any]]:
+    return [answer] if isinstance(answer, dict) else [row for part in answer for row in flat(part)]
+
+
+def shape(answer: Any) -> Any:
+    return "row" if isinstance(answer, dict) else [shape(part) for part in answer]
+
+
+NLI = {0: "contradiction", 1: "neutral", 2: "entailment"}
+BIO = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
+
+
+def head(checkpoint: Path, directory: Path, name: str, **config: Any) -> Path:
+    """A checkpoint of transformers' head `name` on the tiny model, its own weights random and large."""
+    torch.manual_seed(1)
+    model = getattr(transformers, name).from_pretrained(checkpoint, **config)
+    for key, parameter in model.named_parameters():
+        if key.startswith(("classifier", "qa_outputs")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(directory)
+    return directory
+
+
+def both(task: str, directory: Path) -> tuple[Any, Any]:
+    return xlmr.pipeline(task, directory, device="cpu"), transformers.pipeline(task, str(directory), device="cpu")
+
+
+def plain(value: Any) -> Any:
+    """NumPy's numbers, which the reference's scores are, as Python's."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list) else getattr(value, "tolist", lambda: value)()
+
+
+@pytest.fixture(scope="module")
+def nli(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return head(
+        checkpoint, tmp_path_factory.mktemp("nli"), "XLMRobertaForSequenceClassification", num_labels=3, id2label=NLI,
+        label2id={label: i for i, label in NLI.items()},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ner(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    config = {"num_labels": 5, "id2label": BIO, "label2id": {label: i for i, label in BIO.items()}}
+    return both("ner", head(checkpoint, tmp_path_factory.mktemp("ner"), "XLMRobertaForTokenClassification", **config))
+
+
+@pytest.fixture(scope="module")
+def qa(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = head(checkpoint, tmp_path_factory.mktemp("qa"), "XLMRobertaForQuestionAnswering")
+    return xlmr.pipeline("question-answering", directory, device="cpu")
+
+
+def test_text_classification_takes_pairs(nli: Path) -> None:
+    ours, theirs = both("text-classification", nli)
+    pair = {"text": "La France", "text_pair": "Paris is the capital"}
+    for inputs in (pair, [pair, {"text": "Paris"}, "is", {"text": "is", "text_pair": ""}]):
+        for options in ({}, {"top_k": None}, {"truncation": True, "max_length": 8}):
+            same(ours(inputs, **options), theirs(inputs, **options))
+    assert ours(tuple(pair.values())) == ours(pair) != ours("La France")[0]
+    made = {"top_k": 2}
+    theirs = transformers.pipeline("text-classification", str(nli), device="cpu", **made)
+    same(xlmr.pipeline("text-classification", nli, device="cpu", **made)("Paris"), theirs("Paris"))
+
+
+@pytest.mark.parametrize("strategy", ["none", "simple", "first", "average", "max"])
+@pytest.mark.parametrize("ignored", [None, []])
+def test_token_classification_answers_as_the_reference(ner: Any, strategy: str, ignored: Any) -> None:
+    ours, theirs = ner
+    options = {"aggregation_strategy": strategy} | ({} if ignored is None else {"ignore_labels": ignored})
+    texts = ["La capitale de la France est Paris.", "Z\u0301 Zzyx, Paris!", "", "日本の首都はパリです。", LONG]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the reference's: that words are guessed
+        expected = [plain(theirs(text, **options)) for text in texts]
+    same(ours(texts, **options), expected)
+    same(ours(texts[0], **options), expected[0])
+    assert any(expected)
+
+
+@pytest.mark.parametrize("strategy", ["simple", "average"])
+def test_entities_of_a_long_text_come_from_windows(ner: Any, strategy: str) -> None:
+    ours, theirs = ner
+    options = {"aggregation_strategy": strategy, "stride": 9, "ignore_labels": ["I-LOC", "O"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        expected = plain(theirs(LONG, **options))
+    same(ours([LONG, "Paris"], **options)[0], expected)
+    assert expected[-1]["end"] > len(LONG) - 40
+
+
+@pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"hypothesis_template": "is {}"}])
+@pytest.mark.parametrize("labels", [["Paris", "France", "capital"], "Paris , France,", ["Paris"]])
+def test_zero_shot_answers_as_the_reference(nli: Path, labels: Any, options: Any) -> None:
+    ours, theirs = both("zero-shot-classification", nli)
+    for inputs in ("La France", ["The capital", LONG]):
+        same(ours(inputs, labels, **options), theirs(inputs, labels, **options))
+
+
+def qa_contract(
+    pipe: Any, question: str, context: str, top_k: int, longest: int, size: int, stride: int, impossible: bool
+) -> Any:
+    """Version 4's question-answering, written out plainly on transformers' model and tokenizer."""
+    directory = pipe.model.config.name_or_path
+    model = transformers.XLMRobertaForQuestionAnswering.from_pretrained(directory).eval()
+    words = transformers.AutoTokenizer.from_pretrained(directory)
+    rows = words(
+        question, context, truncation="only_second", max_length=size, stride=stride, return_overflowing_tokens=True
+    )
+    found: dict[str, Any] = {}
+    null = 1.0
+    for row, ids in enumerate(rows["input_ids"]):
+        with torch.no_grad():
+            output = model(torch.tensor([ids]))
+        inside = [sequence == 1 for sequence in rows.sequence_ids(row)]
+        read = torch.tensor([True, *inside[1:]])
+        starts, ends = (
+            torch.where(read, logits[0], -10000.0).softmax(0).tolist()
+            for logits in (output.start_logits, output.end_logits)
+        )
+        null = min(null, starts[0] * ends[0])
+        spans = [
+            (starts[i] * ends[j], i, j)
+            for i in range(len(ids))
+            for j in range(i, min(i + longest, len(ids)))
+            if inside[i] and inside[j]
+        ]
+        for score, i, j in sorted(spans, reverse=True)[:top_k]:
+            start = rows.word_to_chars(row, rows.token_to_word(row, i), sequence_index=1)[0]
+            end = rows.word_to_chars(row, rows.token_to_word(row, j), sequence_index=1)[1]
+            text = context[start:end]
+            entry = found.setdefault(text.lower(), {"score": 0.0, "start": start, "end": end, "answer": text})
+            entry["score"] += score
+    answers = list(found.values())
+    if impossible:
+        answers.append({"score": null, "start": 0, "end": 0, "answer": ""})
+    answers = sorted(answers, key=lambda one: -one["score"])[:top_k]
+    return answers[0] if len(answers) == 1 else answers
+
+
+@pytest.mark.parametrize(
+    ("top_k", "longest", "size", "stride", "impossible"),
+    [(1, 15, 48, 24, False), (3, 15, 48, 24, True), (4, 2, 30, 5, False), (50, 3, 20, 1, True)],
+)
+def test_question_answering_answers_as_version_4(
+    qa: Any, top_k: int, longest: int, size: int, stride: int, impossible: bool
+) -> None:
+    context = "La capitale de la France est Paris. The capital of France is Paris. " * 3
+    for text in (context, "Paris est la capitale"):
+        given = {"question": "capitale ?", "context": text}
+        ours = qa(
+            given, top_k=top_k, max_answer_len=longest, max_seq_len=size, doc_stride=stride,
+            handle_impossible_answer=impossible,
+        )  # fmt: skip
+        same(ours, qa_contract(qa, *given.values(), top_k, longest, size, stride, impossible))
+    best = qa(question="capitale ?", context=context)
+    assert best["answer"] == context[best["start"] : best["end"]]
+    assert qa(question=["capitale ?", "Paris ?"], context=context)[0] == best
+    assert qa([{"question": "capitale ?", "context": context}]) == best
+
+
+def test_sentence_similarity_is_the_cosine_of_the_vectors(checkpoint: Path) -> None:
+    encoder = xlmr.load(checkpoint, pooling="mean", device="cpu")
+    pipe = xlmr.pipeline("sentence-similarity", encoder)
+    others = ["La France", "capital"]
+    source, *rest = encoder.encode(["Paris", *others], normalize=False, output="torch")
+    expected = [float(torch.cosine_similarity(source, one, dim=0)) for one in rest]
+    given = {"source_sentence": "Paris", "sentences": others}
+    assert pipe(given) == pytest.approx(expected)
+    assert pipe([given, {**given, "sentences": []}])[1] == []
+    assert xlmr.pipeline("sentence-similarity", checkpoint, device="cpu")(given) == pytest.approx(expected)
+    with pytest.raises(TypeError, match="'source_sentence': …, 'sentences': "):
+        pipe("Paris")
+
+
+def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, checkpoint: Path) -> None:
+    zero = xlmr.pipeline("zero-shot-classification", nli, device="cpu")
+    with pytest.raises(
+        ValueError, match=r"holds a XLMRobertaForMaskedLM, token-classification needs .* it lacks class"
+    ):
+        xlmr.pipeline("ner", checkpoint)
+    with pytest.raises(ValueError, match="at least one label"):
+        zero("a", [])
+    with pytest.raises(ValueError, match=r"needs a {} where the label goes"):
+        zero("a", ["b"], hypothesis_template="is")
+    with pytest.raises(ValueError, match="a text is empty"):
+        zero(["a", ""], ["b"])
+    with pytest.raises(ValueError, match="aggregation_strategy is 'mean': allowed are 'none', 'simple'"):
+        ner[0]("a", aggregation_strategy="mean")
+    with pytest.raises(ValueError, match="stride needs an aggregation_strategy"):
+        ner[0]("a", stride=3)
+    with pytest.raises(ValueError, match="the context is empty"):
+        qa(question="a", context="")
+    for pipe, given in ((ner[0], None), (ner[0], b"a"), (zero, None), (qa, {"question": "a"}), (qa, b"a")):
+        with pytest.raises(TypeError, match=r"inputs is .* is needed"):
+            pipe(given)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import XLMRobertaConfig
     from .encode import embed
+    from .encoder import Encoder, load
     from .heads import (
         XLMRobertaForCausalLM,
         XLMRobertaForMaskedLM,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         XLMRobertaForSequenceClassification,
         XLMRobertaForTokenClassification,
     )
+    from .integrations import accelerate, patch_transformers, register_attention, unpatch
     from .model import XLMRobertaModel
     from .pipelines import pipeline
     from .pretrained import XLMRobertaPreTrainedModel
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AddedToken",
     "BatchEncoding",
+    "Encoder",
     "XLMRobertaConfig",
     "XLMRobertaForCausalLM",
     "XLMRobertaForMaskedLM",
@@ -41,20 +44,31 @@ __all__ = [
     "XLMRobertaTokenizer",
     "XLMRobertaTokenizerFast",
     "__version__",
+    "accelerate",
     "embed",
+    "load",
+    "patch_transformers",
     "pipeline",
+    "register_attention",
+    "unpatch",
 ]
 
 _MODULES = {
     "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
+    "Encoder": "encoder",
     "XLMRobertaConfig": "config",
     "XLMRobertaModel": "model",
     "XLMRobertaPreTrainedModel": "pretrained",
     "XLMRobertaTokenizer": "tokenizer",
     "XLMRobertaTokenizerFast": "tokenizer",
+    "accelerate": "integrations",
     "embed": "encode",
+    "load": "encoder",
+    "patch_transformers": "integrations",
     "pipeline": "pipelines",
+    "register_attention": "integrations",
+    "unpatch": "integrations",
 }  # the rest, the task heads, are in heads
 
 

@@ -25,8 +25,6 @@ __all__ = ["load_model", "read_json", "resolve", "save_model", "write_atomically
 
 logger = logging.getLogger(__name__)
 
-PREFIX = re.compile(r"^(xlm-roberta|roberta)\.")
-
 
 def load_model(
     cls: Any,
@@ -55,7 +53,8 @@ def load_model(
 
     Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
     `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return
-    value (model, info), where info has transformers' missing_keys, unexpected_keys, mismatched_keys and error_msgs.
+    value (model, info) in its stead, where info has transformers' missing_keys, unexpected_keys, mismatched_keys and
+    error_msgs.
 
     On the CPU a parameter in the checkpoint's dtype is the mapped file, copied on write: files may be replaced, but not
     changed in place, while the model lives. OSError: no such checkpoint. RuntimeError: weights of another shape.
@@ -81,7 +80,8 @@ def load_model(
     if "ops" not in arguments:
         model.set_backend(backend)
     info = _assign(model, weights, torch.device(device or "cpu"), ignore_mismatched_sizes)
-    _report(cls.__name__, os.fspath(name_or_dir), info)
+    if not output_loading_info:
+        _report(cls.__name__, os.fspath(name_or_dir), info)
     model.to(device or "cpu").eval()  # nothing moves: this tells the model where its parameters now are
     return (model, info) if output_loading_info else model
 
@@ -121,7 +121,7 @@ def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore
     `weights` is emptied, so that each can be freed once it is converted.
     """
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    found, unexpected = _match(weights, wanted, model.base_model_prefix)
+    found, unexpected = _match(weights, wanted, model.base_model_prefix, model.config.kind.prefix)
     weights.clear()
     stored = sum(weight.numel() for weight in found.values())
     mismatched = {(name, w.shape, wanted[name].shape) for name, w in found.items() if w.shape != wanted[name].shape}
@@ -148,13 +148,15 @@ def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore
 
 
 def _match(
-    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str, stored_prefix: str
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """The weights under the model's names, and the names in the files for which it has no parameter."""
+    """The weights under the model's names, and the names in the files for which it has no parameter. The base model's
+    names begin with `prefix` in a head, with `stored_prefix` (or "xlm-roberta") or nothing in files."""
+    begin = re.compile(rf"^(xlm-roberta|{stored_prefix})\.")
     found: dict[str, Tensor] = {}
     unexpected = set()
     for key, weight in weights.items():
-        body = PREFIX.sub("", key).replace("LayerNorm.gamma", "LayerNorm.weight")
+        body = begin.sub("", key).replace("LayerNorm.gamma", "LayerNorm.weight")
         body = body.replace("LayerNorm.beta", "LayerNorm.bias")
         name = next((name for name in (body, f"{prefix}.{body}") if name in wanted), None)
         if name is None:
@@ -245,7 +247,8 @@ def save_model(
 
     max_shard_size: bytes, or a string such as "5GB" (10⁹ bytes); a larger model becomes several files and an index.
     safe_serialization: model.safetensors, else pytorch_model.bin.  state_dict: weights to write instead of the model's.
-    Tied weights are written once.
+    Tied weights are written once. Names are those of transformers' class for config.model_type: a BERT head's base
+    model is stored as `bert.`, not `roberta.`.
 
     An exception at any point leaves the directory as it was, and so does a kill while files are written. A kill during
     the switch that follows, a few renames, leaves the old weights or the new ones, never a mix; only if config.json
@@ -259,8 +262,11 @@ def save_model(
     for tied, source in model._tied_weights_keys.items() if model.config.tie_word_embeddings else ():
         if tied in state and source in state and _same(state[tied], state[source]):
             del state[tied]
+    own = f"{model.base_model_prefix}."
+    theirs = f"{model.config.kind.prefix}."
+    state = {theirs + name.removeprefix(own) if name.startswith(own) else name: state[name] for name in state}
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(model).__name__.replace("XLMRoberta", config.kind.classes)]
     config.dtype = next((weight.dtype for weight in state.values() if weight.is_floating_point()), config.dtype)
     config.validate()
     write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization)

@@ -11,11 +11,14 @@ import json
 import os
 import platform
 import random
+import shutil
 import sys
+import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,15 +30,19 @@ from torch import Tensor
 from . import __version__, demo, pretrain
 from .demo.evaluate import Question, Sentence, questions, read
 from .encode import POOLINGS, embed, pack
-from .files import write_atomically
+from .encoder import load
+from .files import resolve, write_atomically
 from .kernels._launch import unsupported
 from .ops import BACKENDS
 from .pipelines import Pipeline, pipeline
+from .spans import STRATEGIES
 from .verify import Verdict, verify, verify_gradients
+from .weights import SHARD, WEIGHTS, read_weights, write_weights
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
 SHOWN = 4  # numbers of a vector that a table shows
+COPIED = 2**26  # bytes: `xlmr convert` copies files up to this size
 VERIFIED = 6  # held-out sentences that `xlmr verify` computes by default
 PARTNER = 5  # a language is compared with the fifth after it: mostly one of another script
 
@@ -85,7 +92,24 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="write a NumPy array [texts, N] to this file instead"
     )
 
-    for sub in (fill, vectors):
+    classify = command("classify", _classify, "Give each text its classes.")
+    classify.add_argument("--top-k", type=int, metavar="K", help="how many classes to show (default: all)")
+    entities = command("ner", _ner, "Find the named entities in each text.")
+    entities.add_argument("--aggregation", choices=STRATEGIES, default="simple", help="how tokens become entities")
+    entities.add_argument("--stride", type=int, metavar="N", help="read long texts in windows that share N tokens")
+    zero = command("zero-shot", _zero_shot, "Say which of your own labels fits each text.")
+    zero.add_argument("--labels", required=True, metavar="A,B,…", help="the labels, with commas between them")
+    zero.add_argument("--template", default="This example is {}.", help="the sentence that a label is put into")
+    zero.add_argument("--multi-label", action="store_true", help="judge each label by itself")
+    answer = command("qa", _qa, "Answer a question from each text.")
+    answer.add_argument("question", metavar="QUESTION")
+    answer.add_argument("--top-k", type=int, default=1, metavar="K", help="how many answers to show (default 1)")
+    ranks = command("rerank", _rerank, "Order passages by how well they answer a query.")
+    ranks.add_argument("query", metavar="QUERY")
+    ranks.add_argument("--normalize", action="store_true", help="scores from 0 to 1, by a sigmoid")
+
+    texts = (fill, vectors, classify, entities, zero, answer, ranks)
+    for sub in texts:
         sub.add_argument("texts", nargs="*", metavar="TEXT", help="by default standard input, one text a line")
     info = command("info", _info, "Show the environment, the device, and which path computes a model and why.")
     show = command("demo", _demo, "Show a model at work: filled masks, nearest sentences across languages.")
@@ -94,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--gradients", action="store_true", help="compare the gradients of a training step instead")
     check.add_argument("--text", action="append", metavar="TEXT", help="compute this text, and others so given")
-    for sub in (fill, vectors, info, show, check):
+    for sub in (*texts, info, show, check):
         sub.add_argument(
             "--model", metavar="DIR|NAME", help="checkpoint directory or hub name (default: the demo model)"
         )
@@ -103,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)")
         sub.add_argument("--json", action="store_true", help="write JSON, one object a line")
 
+    rewrite = command("convert", _convert, "Rewrite the weights of a checkpoint directory as safetensors.")
+    rewrite.add_argument(
+        "source", type=Path, metavar="SRC", help="checkpoint directory: .bin or safetensors, shards too"
+    )
+    rewrite.add_argument("target", type=Path, metavar="DST", help="directory to make; it must be empty if it exists")
+    rewrite.add_argument("--json", action="store_true", help="write JSON, one object a line")
     training = command("pretrain", pretrain.main, "Train a masked language model on text files, or go on training one.")
     pretrain.add_arguments(training)
     return parser
@@ -144,6 +174,101 @@ def _embed(args: argparse.Namespace) -> None:
             (*(f"{number:+.4f}" for number in vector[:SHOWN].tolist()), f"… {len(vector)} numbers", text)
             for text, vector in zip(texts, found, strict=True)
         )
+
+
+def _classify(args: argparse.Namespace) -> None:
+    texts = _texts(args)
+    _print_found(args, texts, _pipeline("text-classification", args)(texts, top_k=args.top_k), ("label",))
+
+
+def _ner(args: argparse.Namespace) -> None:
+    texts = _texts(args)
+    options = {"aggregation_strategy": args.aggregation, "stride": args.stride}
+    kind = "entity" if args.aggregation == "none" else "entity_group"
+    _print_found(args, texts, _pipeline("token-classification", args)(texts, **options), (kind, "word"))
+
+
+def _zero_shot(args: argparse.Namespace) -> None:
+    texts = _texts(args)
+    options = {
+        "candidate_labels": args.labels,
+        "hypothesis_template": args.template,
+        "multi_label": args.multi_label,
+    }
+    found = _pipeline("zero-shot-classification", args)(texts, **options)
+    rows = [
+        [{"label": label, "score": score} for label, score in zip(one["labels"], one["scores"], strict=True)]
+        for one in found
+    ]
+    _print_found(args, texts, rows, ("label",))
+
+
+def _qa(args: argparse.Namespace) -> None:
+    texts = _texts(args)
+    asked = [{"question": args.question, "context": text} for text in texts]
+    pipe = _pipeline("question-answering", args)
+    found = pipe(asked, top_k=args.top_k)
+    found = [found] if len(texts) == 1 else found
+    _print_found(args, texts, [[one] if isinstance(one, dict) else one for one in found], ("answer",))
+
+
+def _rerank(args: argparse.Namespace) -> None:
+    texts = _texts(args)
+    encoder = load(args.model or demo.CHECKPOINT, device=args.device, dtype=args.dtype, backend=args.backend)
+    scores = encoder.rerank(args.query, texts, normalize=args.normalize).tolist()
+    ranked = sorted(zip(scores, texts, strict=True), key=lambda row: -row[0])
+    if args.json:
+        for score, text in ranked:
+            _print_json({"text": text, "score": score})
+    else:
+        _print_table((f"{score:.4f}", text) for score, text in ranked)
+
+
+def _print_found(
+    args: argparse.Namespace, texts: list[str], found: list[list[dict[str, Any]]], shown: tuple[str, ...]
+) -> None:
+    """For each text its answers; of each answer a table has the score and the fields `shown`."""
+    for text, rows in zip(texts, found, strict=True):
+        if args.json:
+            _print_json({"text": text, "answers": rows})
+        else:
+            print(_clean(text))
+            _print_table((f"{row['score']:.4f}", *(row[field] for field in shown)) for row in rows)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    source, target = args.source, args.target
+    if not source.is_dir():
+        raise ValueError(f"{source} is no directory: give that of a checkpoint")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty: give a new directory")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{target} is inside {source}: give a directory outside")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"there is no config.json in {source}: it is no checkpoint")
+    weights = read_weights(partial(resolve, source), str(source))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as scratch:
+        new = Path(scratch, "new")
+        shutil.copytree(source, new, ignore=partial(_not_copied, source))
+        config = (new / "config.json").read_text(encoding="utf-8")
+        write_weights(new, weights, config, "50GB", safe_serialization=True)
+        os.replace(new, target)
+    size = sum(weight.nbytes for weight in weights.values())
+    if args.json:
+        _print_json({"path": str(target), "weights": len(weights), "bytes": size})
+    else:
+        print(f"{target}: {len(weights)} weights, {size:,} bytes")
+
+
+def _not_copied(source: Path, folder: str, names: list[str]) -> list[str]:
+    """Of a directory's files the weights, which are rewritten, and large ones: weights for other programs."""
+    weights = [name for name in names if name in WEIGHTS or SHARD.fullmatch(name)] if Path(folder) == source else []
+    paths = [Path(folder, name) for name in names if name not in weights]
+    large = [path for path in paths if path.is_file() and path.stat().st_size > COPIED]
+    for path in large:
+        print(f"{path} is not copied: it is large, and no weights that xlmr reads", file=sys.stderr)
+    return [*weights, *(path.name for path in large)]
 
 
 def _vectors(pipe: Pipeline, texts: list[str], args: argparse.Namespace) -> Tensor:

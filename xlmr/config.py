@@ -1,6 +1,7 @@
 """XLMRobertaConfig: the sizes and settings of a model, and their file config.json.
 
 Fields, defaults and file format are those of transformers' XLMRobertaConfig (5.x); files written by 4.x are read too.
+KINDS are the architectures that share its module tree and are read, each under its own model_type.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import logging
 import math
 import os
 import reprlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from .files import read_json, resolve, to_dtype, write_atomically
 
@@ -54,11 +55,58 @@ WRITTEN_IF_SET = (
     "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype", "chunk_size_feed_forward",
     "is_encoder_decoder", "id2label", "label2id", "problem_type", "transformers_version",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An architecture with XLM-RoBERTa's module tree.
+
+    classes: how the names of transformers' classes begin.  prefix: of the base model's weights in files of a head.
+    positions_follow_pad: whether positions are counted from pad_token_id + 1, pad tokens skipped; else from 0, every
+    token counted.  defaults: of fields whose default differs.  refused: heads that compute something else, and why.
+    """
+
+    classes: str
+    prefix: str = "roberta"
+    positions_follow_pad: bool = True
+    defaults: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+BERT_LM = "its language-model head has other weights (cls.predictions) and the activation of config.hidden_act"
+BERT_HEADS = {
+    "XLMRobertaForMaskedLM": BERT_LM,
+    "XLMRobertaForCausalLM": BERT_LM,
+    "XLMRobertaForSequenceClassification": "its classifier is a single linear layer on the pooler's vector",
+    "XLMRobertaForMultipleChoice": "its dropout is classifier_dropout, not hidden_dropout_prob",
+}
+KINDS = {
+    "xlm-roberta": Kind("XLMRoberta"),
+    "roberta": Kind("Roberta", defaults={"vocab_size": 50265}),
+    "camembert": Kind("Camembert"),
+    "bert": Kind("Bert", "bert", False, {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}, BERT_HEADS),
+}
 LOOKALIKES = {
-    "roberta": "its modules are the same, but its tokenizer is a byte-level BPE",
-    "camembert": "its modules are the same, but its special tokens have other ids",
-    "xlm-roberta-xl": "its layers normalise before attention and feed-forward, not after",
+    "albert": "ALBERT: its layers share their weights, and its embeddings are projected",
+    "big_bird": "BigBird: its attention is sparse",
+    "data2vec-text": "data2vec: its weights have other names",
+    "deberta": "DeBERTa: its attention sees relative positions",
+    "deberta-v2": "DeBERTa v2 and v3: their attention sees relative positions",
+    "distilbert": "DistilBERT: it has no token types, and its modules other names",
+    "electra": "ELECTRA: its embeddings are projected, and it has no pooler",
+    "ernie": "ERNIE: it adds embeddings of the task",
+    "eurobert": "EuroBERT: rotary positions and normalisation before each block",
+    "longformer": "Longformer: its attention sees a window and global tokens",
+    "megatron-bert": "Megatron-BERT: its layers normalise before attention and feed-forward, not after",
+    "modernbert": "ModernBERT: rotary positions, local attention and gated feed-forward layers",
+    "mpnet": "MPNet: its attention sees relative positions",
+    "new": "the gte-multilingual family: rotary positions and gated feed-forward layers",
+    "nomic_bert": "the nomic-embed family: rotary positions and gated feed-forward layers or mixtures of experts",
+    "roberta-prelayernorm": "its layers normalise before attention and feed-forward, not after",
+    "roformer": "RoFormer: rotary positions",
     "xlm": "an older architecture with language embeddings",
+    "xlm-roberta-xl": "its layers normalise before attention and feed-forward, not after",
+    "xmod": "X-MOD: its layers have an adapter for each language",
 }
 
 
@@ -66,13 +114,13 @@ LOOKALIKES = {
 class XLMRobertaConfig:
     """The configuration of every XLM-RoBERTa model; keyword arguments only, with the defaults of transformers' class.
 
-    `num_labels` (names the labels LABEL_0 …) and `torch_dtype` (the old name of `dtype`) are accepted too. Any other
-    keyword becomes an attribute and is written back to config.json. ValueError, naming the field, for a value of a
-    wrong type or out of range.
+    model_type: one of KINDS; "roberta", "camembert" and "bert" stand for those encoders, which the same model computes,
+    with the defaults of their own transformers class. `num_labels` (names the labels LABEL_0 …) and `torch_dtype` (the
+    old name of `dtype`) are accepted too. Any other keyword becomes an attribute and is written back to config.json.
+    ValueError, naming the field, for a value of a wrong type or out of range.
     """
 
-    model_type: ClassVar[str] = "xlm-roberta"
-
+    model_type: str = "xlm-roberta"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -108,12 +156,12 @@ class XLMRobertaConfig:
 
     def __init__(self, **values: Any) -> None:
         values = _own_copy(values)
-        _check_model_type(values.pop("model_type", self.model_type))
+        defaults = _kind(values.get("model_type", self.model_type)).defaults
         torch_dtype, num_labels = values.pop("torch_dtype", None), values.pop("num_labels", None)
         if "name_or_path" in values:
             values["_name_or_path"] = values.pop("name_or_path")
-        for field in fields(self):
-            setattr(self, field.name, values.pop(field.name, field.default))
+        for own in fields(self):
+            setattr(self, own.name, values.pop(own.name, defaults.get(own.name, own.default)))
         for name, value in values.items():
             if hasattr(type(self), name):
                 raise ValueError(f"{name!r} cannot be a configuration key: it is the name of a method or property")
@@ -185,7 +233,7 @@ class XLMRobertaConfig:
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> XLMRobertaConfig:
         """Build from a dictionary of fields, then `overrides`; TypeError for one that is neither a field nor in it."""
         values = {name: value for name, value in values.items() if name != "max_length"}  # of text generation, in 4.x
-        known = {field.name for field in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
+        known = {own.name for own in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
         for name in overrides:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
@@ -212,9 +260,20 @@ class XLMRobertaConfig:
             self.label2id = {label: i for i, label in self.id2label.items()}
 
     @property
+    def kind(self) -> Kind:
+        """What sets this model_type apart."""
+        return _kind(self.model_type)
+
+    @property
+    def position_offset(self) -> int:
+        """The position of the first token: pad_token_id + 1, which leaves pad_token_id itself for the pad tokens, or 0
+        where (as in BERT) pad tokens are counted like any other."""
+        return self.pad_token_id + 1 if self.kind.positions_follow_pad else 0
+
+    @property
     def max_length(self) -> int:
-        """The longest sequence in tokens: positions are counted from pad_token_id + 1."""
-        return self.max_position_embeddings - self.pad_token_id - 1
+        """The longest sequence in tokens."""
+        return self.max_position_embeddings - self.position_offset
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -258,6 +317,8 @@ class XLMRobertaConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming the first wrong field; run at construction and before saving."""
+        _kind(self.model_type)
+        _check_own_code(getattr(self, "auto_map", None))
         for name, (smallest, largest) in SIZES.items():
             _check_integer(name, getattr(self, name), smallest, largest)
         for name in RATES:
@@ -283,9 +344,8 @@ class XLMRobertaConfig:
         if self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is outside of a vocabulary of {self.vocab_size}")
         if self.max_length < 1:
-            raise ValueError(
-                f"max_position_embeddings is {self.max_position_embeddings}; more than pad_token_id + 1 are needed"
-            )
+            rows, offset = self.max_position_embeddings, self.position_offset
+            raise ValueError(f"max_position_embeddings is {rows}; more than {offset} are needed: positions begin there")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
                 "single_label_classification needs num_labels > 1: 2 for yes or no, or problem_type 'regression'"
@@ -294,7 +354,7 @@ class XLMRobertaConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field and extra key, `dtype` as its name; a deep copy."""
         dtype = None if self.dtype is None else str(to_dtype(self.dtype)).removeprefix("torch.")
-        return {**_own_copy(vars(self)), "dtype": dtype, "model_type": self.model_type}
+        return {**_own_copy(vars(self)), "dtype": dtype}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """`to_dict` without the fields that config.json leaves out at their default."""
@@ -330,11 +390,19 @@ def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("the configuration is nested too deeply") from None
 
 
-def _check_model_type(model_type: Any) -> None:
-    if model_type != XLMRobertaConfig.model_type:
-        reason = LOOKALIKES.get(model_type, "another architecture") if isinstance(model_type, str) else "not a name"
+def _kind(model_type: Any) -> Kind:
+    if isinstance(model_type, str) and model_type in KINDS:
+        return KINDS[model_type]
+    reason = LOOKALIKES.get(model_type, "another architecture") if isinstance(model_type, str) else "not a name"
+    raise ValueError(f"model_type is {reprlib.repr(model_type)} ({reason}); allowed: {', '.join(map(repr, KINDS))}")
+
+
+def _check_own_code(auto_map: Any) -> None:
+    if auto_map and any(str(name).startswith(("AutoConfig", "AutoModel")) for name in auto_map):
         raise ValueError(
-            f"model_type is {reprlib.repr(model_type)} ({reason}); only {XLMRobertaConfig.model_type!r} can be loaded"
+            f"auto_map is {reprlib.repr(auto_map)}: the model is computed by the repository's own code (as are "
+            "jina-embeddings-v3 and gte-multilingual), which is not run; give auto_map=None if the weights are those "
+            "of a plain encoder all the same"
         )
 
 

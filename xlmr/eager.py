@@ -26,13 +26,15 @@ def embed(
     eps: float,
     padding_idx: int,
     dropout_p: float = 0.0,
+    pad_positions: bool = True,
 ) -> Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])) → [T, N].
 
-    Ids are integers [T]; tables [rows, N]. The row `padding_idx` of `word` and of `position` gets no gradient.
+    Ids are integers [T]; tables [rows, N]. The row `padding_idx` of `word` and, with pad_positions, of `position` gets
+    no gradient.
     """
     x = F.embedding(input_ids, word, padding_idx) + F.embedding(token_type_ids, token_type)
-    x = x + F.embedding(position_ids, position, padding_idx)
+    x = x + F.embedding(position_ids, position, padding_idx if pad_positions else None)
     return F.dropout(F.layer_norm(x, weight.shape, weight, bias, eps), dropout_p)
 
 

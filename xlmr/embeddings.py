@@ -19,14 +19,15 @@ class XLMRobertaEmbeddings(Block):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.position_padding_idx = config.position_offset - 1 if config.position_offset else None
         self.position_embeddings = nn.Embedding(
-            config.max_position_embeddings, config.hidden_size, padding_idx=self.padding_idx
+            config.max_position_embeddings, config.hidden_size, padding_idx=self.position_padding_idx
         )
 
     def leaves_plain(self) -> bool:
         tables = self.word_embeddings, self.token_type_embeddings, self.position_embeddings
         pads = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
-        ours = all(map(plain_embedding, tables)) and pads == [self.padding_idx, None, self.padding_idx]
+        ours = all(map(plain_embedding, tables)) and pads == [self.padding_idx, None, self.position_padding_idx]
         return ours and plain_norm(self.LayerNorm) and plain(self.dropout, nn.Dropout)
 
     def rows(self, input_ids: Tensor | None, types: Any, positions: Any, embeds: Tensor | None = None) -> Tensor:
@@ -36,8 +37,8 @@ class XLMRobertaEmbeddings(Block):
             x = self.add_layer_norm(self.LayerNorm, None, embeds + token_type(types), position(positions))
             return self.dropout(x)
         tables = word.weight, token_type.weight, position.weight, self.LayerNorm.weight, self.LayerNorm.bias
-        dropout_p = rate(self.dropout)
-        x = self.ops.embed(input_ids, types, positions, *tables, self.LayerNorm.eps, self.padding_idx, dropout_p)
+        settings = self.LayerNorm.eps, self.padding_idx, rate(self.dropout), self.position_padding_idx is not None
+        x = self.ops.embed(input_ids, types, positions, *tables, *settings)
         return x.requires_grad_(True) if self.require_grads and torch.is_grad_enabled() else x
 
     def forward(

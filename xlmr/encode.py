@@ -15,7 +15,7 @@ from torch import Tensor
 from .pretrained import XLMRobertaPreTrainedModel
 from .tokenizer import XLMRobertaTokenizer
 
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # sentence-transformers' names
 BATCH_TOKENS = 8192
 
 
@@ -61,7 +61,7 @@ def embed(
     tokenizer: XLMRobertaTokenizer,
     texts: Sequence[str],
     *,
-    pooling: str = "mean",
+    pooling: str | Sequence[str] = "mean",
     normalize: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     max_length: int | None = None,
@@ -69,38 +69,92 @@ def embed(
 ) -> Tensor:
     """One vector per text: fp32 (fp64 for a float64 model) [len(texts), N], on the CPU, in the order of `texts`.
 
-    pooling: "mean" of the last layer over all tokens of a text, or "cls", the last layer of its first token.
-    normalize: divide by the Euclidean length. max_length: tokens a text is truncated to (the model's limit by default).
-    progress: a bar on standard error. The vector of a text does not depend on the other texts. Raises ValueError for an
-    unknown pooling, a wrong max_length, a single string, and a model in training mode, whose dropout is random.
+    pooling: one of POOLINGS, see `pool`; or several, whose vectors are joined. normalize: divide by the Euclidean
+    length. max_length: tokens a text is truncated to (the model's limit by default). progress: a bar on standard error.
+    The vector of a text does not depend on the other texts. Raises ValueError for an unknown pooling, a wrong
+    max_length, a single string, and a model in training mode, whose dropout is random.
     """
     if isinstance(texts, str):
         raise ValueError("texts is a single string: pass a list of strings")
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling is {pooling!r}: allowed are {', '.join(map(repr, POOLINGS))}")
-    if model.training:
-        raise ValueError("the model is in training mode, so dropout would change the vectors: call model.eval() first")
+    modes = check_pooling(pooling)
     base: Any = model.base_model
-    longest = min(base.config.max_length, tokenizer.model_max_length)
-    if max_length is not None and not 2 <= max_length <= longest:
-        raise ValueError(f"max_length is {max_length}: allowed are 2 to {longest} tokens with this model")
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length or longest)["input_ids"] if texts else []
-    out = torch.empty(len(ids), base.config.hidden_size, dtype=torch.promote_types(base.dtype, torch.float32))
+    check_eval(model)
+    longest = check_length(max_length, min(base.config.max_length, tokenizer.model_max_length))
+    ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"] if texts else []
+    out = torch.empty(len(ids), len(modes) * base.config.hidden_size, dtype=at_least_fp32(base.dtype))
     loop: Iterable[list[int]] = list(batches([len(one) for one in ids], batch_tokens))
     if progress:
         from tqdm import tqdm
 
         loop = tqdm(loop, unit="batch")
     for batch in loop:
-        pooled = _pool(base, pack([ids[i] for i in batch], base.device), pooling).to(out.dtype)
+        packed = pack([ids[i] for i in batch], base.device)
+        pooled = pool(base.forward_packed(*packed, rows=rows_read(packed, modes)), packed, modes)
         out[batch] = (F.normalize(pooled) if normalize else pooled).to(out.device)
     return out
 
 
-def _pool(base: Any, packed: Packed, pooling: str) -> Tensor:
-    """[B, N]: for "cls" the last layer is computed for the first rows alone."""
-    if pooling == "cls":
-        return base.forward_packed(*packed, rows=packed.cu_seqlens[:-1].long())
-    x = base.forward_packed(*packed)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.segment_reduce(x, "mean", lengths=packed.cu_seqlens.diff().long(), axis=0)
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_pooling(pooling: str | Sequence[str]) -> tuple[str, ...]:
+    """The modes that `pooling` names; ValueError for an unknown one, or none."""
+    modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+    for mode in modes or ("nothing",):
+        if mode not in POOLINGS:
+            raise ValueError(f"pooling is {mode!r}: allowed are {', '.join(map(repr, POOLINGS))}")
+    return modes
+
+
+def check_eval(model: Any) -> None:
+    if model.training:
+        raise ValueError("the model is in training mode, so dropout would change the result: call model.eval() first")
+
+
+def check_length(max_length: int | None, longest: int, least: int = 2) -> int:
+    """`max_length`, by default `longest`; ValueError for fewer than `least` tokens, or more than `longest`."""
+    if max_length is not None and not least <= max_length <= longest:
+        raise ValueError(f"max_length is {max_length}: allowed are {least} to {longest} tokens with this model")
+    return max_length or longest
+
+
+def rows_read(packed: Packed, modes: Sequence[str]) -> Tensor | None:
+    """The rows of the last layer that a pooling reads, where that is one a text: sorted int64 [B]; else None."""
+    if list(modes) == ["cls"]:
+        return packed.cu_seqlens[:-1].long()
+    return packed.cu_seqlens[1:].long() - 1 if list(modes) == ["lasttoken"] else None
+
+
+def pool(x: Tensor, packed: Packed, modes: Sequence[str], skip: int = 0) -> Tensor:
+    """One vector a text from the last layer, [T, N] or only its `rows_read` → [B, len(modes)·N], fp32 or more.
+
+    As sentence-transformers' Pooling: "cls", the first token; "lasttoken"; "max"; "mean"; "mean_sqrt_len_tokens", the
+    sum over √n; "weightedmean", token i weighing i. The first `skip` tokens of each text, a prompt, are left out (they
+    count in i); a text that has no others keeps its last one.
+    """
+    x = x.to(at_least_fp32(x.dtype))
+    if len(modes) == 1 and len(x) == packed.cu_seqlens.numel() - 1:
+        return x
+    starts, lens = packed.cu_seqlens[:-1].long(), packed.cu_seqlens.diff().long()
+    left_out = (lens - 1).clamp(max=skip)
+    sections = torch.stack([left_out, lens - left_out], dim=1).flatten()  # of each text what is left out, what is kept
+    kept = (lens - left_out).to(x.dtype)[:, None]
+
+    def reduce(values: Tensor, how: str) -> Tensor:
+        return torch.segment_reduce(values, how, lengths=sections, axis=0, unsafe=True)[1::2]  # unsafe: unchecked
+
+    def weighted() -> Tensor:
+        first = starts.repeat_interleave(lens, output_size=len(x))
+        weight = (torch.arange(1, len(x) + 1, device=x.device) - first).to(x.dtype)[:, None]
+        return reduce(x * weight, "sum") / reduce(weight, "sum")
+
+    found = {
+        "cls": lambda: x[starts + left_out],
+        "lasttoken": lambda: x[starts + lens - 1],
+        "max": lambda: reduce(x, "max"),
+        "mean": lambda: reduce(x, "sum") / kept,
+        "mean_sqrt_len_tokens": lambda: reduce(x, "sum") / kept.sqrt(),
+        "weightedmean": weighted,
+    }
+    return torch.cat([found[mode]() for mode in modes], dim=1)

@@ -95,8 +95,9 @@ def _resolve_on_hub(name: str, filename: str, options: dict[str, Any]) -> Path |
         ) from error
 
 
-def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a UTF-8 file of at most `max_bytes`; ValueError for anything else, NaN included."""
+def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES, kind: type = dict) -> Any:
+    """The JSON object (or, with kind=list, array) in a UTF-8 file of at most `max_bytes`; ValueError for anything else,
+    NaN included."""
     with open(path, "rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -105,8 +106,9 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
         value = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; an object {{…}} is needed")
+    if not isinstance(value, kind):
+        needed = "an object {…}" if kind is dict else "an array […]"
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; {needed} is needed")
     return value
 
 

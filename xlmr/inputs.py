@@ -128,19 +128,21 @@ def positions_and_types(
     position_ids: Tensor | None,
     past: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Positions and token types of a batch, [B, S] each, checked. By default types are 0 and positions pad + 1,
-    pad + 2, …, with the pad tokens among the ids skipped, whatever the attention mask."""
+    """Positions and token types of a batch, [B, S] each, checked. By default types are 0 and positions offset,
+    offset + 1, … (config.position_offset), whatever the attention mask; pad tokens among the ids are skipped and have
+    the position before the first, except in a model that counts them: there offset − 1 is −1, the id of no token."""
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
-    shape, device, pad = given.shape[:2], given.device, config.pad_token_id
+    shape, device, pad = given.shape[:2], given.device, config.position_offset - 1
     if position_ids is None and input_ids is not None:
         real = (input_ids != pad).long()
         position_ids = (real.cumsum(1) + past) * real + pad
         if shape[1] + past > config.max_length:  # only then, since it synchronises: pad tokens take no position
             check_length(config, int(position_ids.max()) - pad)
     elif position_ids is None:
-        position_ids = torch.arange(1, shape[1] + 1, device=device) + pad
-        check_length(config, shape[1])
+        first = config.position_offset if config.kind.positions_follow_pad else past  # after a cache too, as there
+        position_ids = torch.arange(first, first + shape[1], device=device)
+        check_length(config, first + shape[1] - config.position_offset)
     else:
         check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
     if token_type_ids is None:
@@ -154,7 +156,7 @@ def check_length(config: XLMRobertaConfig, length: int) -> None:
     if length > config.max_length:
         raise ValueError(
             f"a sequence has {length} tokens: this model takes at most {config.max_length} (max_position_embeddings "
-            f"{config.max_position_embeddings} − pad_token_id {config.pad_token_id} − 1); cut it with "
+            f"{config.max_position_embeddings} − {config.position_offset}); cut it with "
             f"tokenizer(…, truncation=True, max_length={config.max_length})"
         )
 

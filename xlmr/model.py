@@ -326,7 +326,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             raise RuntimeError("forward_packed needs blocks that nobody replaced or hooked: call the model padded")
         check_packed(self.config, input_ids, cu_seqlens, max_seqlen, rows)
         if position_ids is None:
-            position_ids = packed_positions(input_ids, cu_seqlens, self.config.pad_token_id)
+            position_ids = packed_positions(input_ids, cu_seqlens, self.config.position_offset - 1)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         self.hand_to_new_layers()

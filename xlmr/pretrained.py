@@ -21,11 +21,19 @@ Output = TypeVar("Output", bound=ModelOutput)
 logger = logging.getLogger(__name__)
 
 
-def check_config(config: Any) -> None:
-    """TypeError unless `config` is ours; transformers' class has the same name."""
+def check_config(config: Any, cls: type) -> None:
+    """TypeError unless `config` is ours (transformers' class has the same name), ValueError where a model of its kind
+    computes something else under the head `cls`."""
     if not isinstance(config, XLMRobertaConfig):
         given = f"{type(config).__module__}.{type(config).__qualname__}"
         raise TypeError(f"config is a {given}: give an xlmr.XLMRobertaConfig, such as .from_dict(config.to_dict())")
+    for base in cls.__mro__:
+        if reason := config.kind.refused.get(base.__name__):
+            theirs = base.__name__.replace("XLMRoberta", config.kind.classes)
+            raise ValueError(
+                f"{base.__name__} does not take model_type {config.model_type!r}: {reason}. Put {theirs}'s head on an "
+                "XLMRobertaModel, which does, or keep that class and patch it: xlmr.accelerate"
+            )
 
 
 class XLMRobertaPreTrainedModel(Block):
@@ -46,7 +54,7 @@ class XLMRobertaPreTrainedModel(Block):
         self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
     ) -> None:
         super().__init__()
-        check_config(config)
+        check_config(config, type(self))
         self.config = config
         self._unpad = unpad
         self._backend = None if ops is not None else backend

@@ -62,7 +62,7 @@ def _read_shards(find: Callable[[str], Path | None], index: Path) -> dict[str, T
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    return _read_pickle(path) if path.name.endswith(".bin") else _read_safetensors(path)
+    return read_pickle(path) if path.name.endswith(".bin") else _read_safetensors(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -79,7 +79,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is refused: damaged or no safetensors file: {error}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors, by name, of a file written by torch.save; ValueError if it holds anything else, or code."""
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"  # since torch 1.6; the older format cannot be mapped

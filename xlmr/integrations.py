@@ -1,0 +1,329 @@
+"""Our encoder inside other libraries: transformers, and what is built on it (sentence-transformers, PEFT, Trainer).
+
+A host's encoder stays the module it is, with its parameters, names and forward; only its class becomes a subclass whose
+forward packs the batch and runs the layers as our blocks do, over the host's own leaf modules. What that path does not
+compute (a decoder, recorded hidden states, a hooked or replaced layer) the host's forward computes, by rule.
+
+Positions whose mask is 0 are not computed: the encoder gives zeros there. transformers' own heads that read them
+(question answering, causal language models, labels on masked tokens) get them computed; a head of your own that does
+needs `accelerate(model, unpad=False)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import weakref
+from collections.abc import Callable
+from operator import is_not
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import Block, begin
+from .config import XLMRobertaConfig
+from .model import XLMRobertaEncoder
+from .ops import dense_attention, resolve
+from .varlen import plan
+
+FAMILY = {"xlm-roberta": "XLMRoberta", "roberta": "Roberta", "camembert": "Camembert", "bert": "Bert"}
+REFUSED = {
+    "xlm-roberta-xl": "its layers normalise before attention and feed-forward, not after",
+    "deberta": "its attention has relative positions",
+    "deberta-v2": "its attention has relative positions",
+    "modernbert": "its layers normalise first, rotate positions and attend locally",
+    "mpnet": "its attention has relative positions",
+    "xlm": "its layers have language embeddings and another mask",
+}
+# The heads that read masked positions: those of the first line always, the others where a masked token has a label.
+ALWAYS = "ForQuestionAnswering", "ForCausalLM", "LMHeadModel"
+LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
+CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
+
+_ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
+_replaced: dict[Any, Any] = {}  # (class or module, attribute) → what it was before; or a registered pattern → None
+
+
+def patch_transformers() -> None:
+    """Every XLM-R, RoBERTa, CamemBERT and BERT encoder that transformers loads from now on is ours, also inside
+    AutoModel, SentenceTransformer and CrossEncoder; undone by `unpatch`. Positions whose mask is 0 give zeros, except
+    under a head of transformers that reads them.
+
+    Before transformers.monkey_patching existed, the classes are exchanged in their modules, for direct construction
+    too. ImportError without transformers 5.
+    """
+    _require_transformers()
+    try:
+        from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
+    except ModuleNotFoundError:
+        for kind, prefix in FAMILY.items():
+            _replace(_host_module(kind), f"{prefix}Encoder", _packed_class(kind))
+        return
+    # Keys are searched as patterns: "BertEncoder" alone would replace MegatronBertEncoder too.
+    mapping = {f"^{prefix}Encoder$": _packed_class(kind) for kind, prefix in FAMILY.items()}
+    if not mapping.keys() <= get_patch_mapping().keys():
+        register_patch_mapping(mapping)
+        _replaced.update(dict.fromkeys(mapping))
+
+
+def accelerate(model: Any, *, unpad: bool = True) -> Any:
+    """Makes the encoders inside `model` (of transformers, a SentenceTransformer, a CrossEncoder) ours, in place, and
+    returns it; parameters, state_dict and config stay. Undone by `unpatch`, of this model or of all.
+
+    unpad: whether positions whose mask is 0 are left out and give zeros, except under a head of transformers that
+    reads them; False computes every position. TypeError where there is no encoder of the family, with the reason.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: give a torch module, such as a transformers model")
+    _require_transformers()
+    ours = {_host_class(kind): _packed_class(kind) for kind in FAMILY}
+    encoders = [module for module in model.modules() if getattr(type(module), "host_class", type(module)) in ours]
+    if not encoders:
+        raise TypeError(f"{type(model).__name__} {_why_not(model)}; supported are {', '.join(FAMILY)}")
+    for encoder in encoders:
+        _check_mathematics(encoder.config)
+    _watch_heads()
+    for encoder in encoders:
+        encoder.__class__ = ours.get(type(encoder), type(encoder))  # a subclass of what it was
+        encoder.every_position = not unpad  # type: ignore[assignment]
+        _ours.add(encoder)
+    return model
+
+
+def unpatch(model: nn.Module | None = None) -> None:
+    """Undoes `accelerate` and `patch_transformers` for the encoders in `model`, or, without one, for all there are."""
+    for module in list(_ours) if model is None else model.modules():
+        host = getattr(type(module), "host_class", None)
+        if host is not None:
+            module.__dict__.pop("view", None)
+            module.__dict__.pop("every_position", None)
+            module.__class__ = host
+            _ours.discard(module)
+    if model is not None:
+        return
+    for key, former in _replaced.items():
+        if former is None:
+            importlib.import_module("transformers.monkey_patching").unregister_patch_mapping([key])
+        else:
+            owner, name = key
+            setattr(owner, name, former)
+    _replaced.clear()
+
+
+def register_attention() -> None:
+    """Makes attn_implementation="xlmr" known to transformers: our attention, inside its own layers.
+
+    The mask is registered too: without it transformers hands over none, and padding would be attended to.
+    """
+    _require_transformers()
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("xlmr", attention_forward)
+    AttentionMaskInterface.register("xlmr", sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H, Q, D], key and value [B, H, K, D] → ([B, Q, H, D], None)."""
+    batch, _, seqlen, size = query.shape
+    scaling = size**-0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", False)) and attention_mask is None and seqlen > 1
+    keys = key.shape[2]
+    layout = plan(batch, seqlen, attention_mask, device=query.device, keys=keys, causal=causal, every_position=True)
+    if layout.dense is not None:
+        out, _ = dense_attention(query, key, value, layout.dense, scaling, dropout)
+        return out.transpose(1, 2), None
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    ops, _ = resolve("auto", query.device)
+    out = ops.attention(*rows, layout.sequences, scaling, causal, dropout)
+    return out.unflatten(0, (batch, seqlen)), None
+
+
+def __getattr__(name: str) -> Any:
+    """The packed classes by name: what unpickles a model that has them."""
+    for kind, prefix in FAMILY.items():
+        if name == f"Packed{prefix}Encoder":
+            return _packed_class(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _packed_class(kind: str) -> type[nn.Module]:
+    """The subclass of a host's encoder class whose forward packs."""
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
+
+    host = _host_class(kind)
+    namesake = importlib.import_module("transformers.models.bert_generation.modeling_bert_generation").BertEncoder
+
+    def __new__(cls: Any, config: Any = None, *args: Any, **kw: Any) -> Any:
+        """transformers has two classes BertEncoder and patches by name: that of bert-generation stays."""
+        if getattr(config, "model_type", "") == "bert-generation":
+            return namesake(config)
+        encoder = nn.Module.__new__(cls)
+        _watch_heads()
+        _ours.add(encoder)
+        return encoder
+
+    @torch.compiler.disable  # the lengths of a batch, read here, decide every shape
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        every_position: bool = False,
+        **kw: Any,
+    ) -> Any:
+        view = None if _asks_more(self.config, args, kw) else _view(self, hidden_states.device)
+        if view is None:
+            return host.forward(self, hidden_states, attention_mask, *args, **kw)
+        state = begin(
+            hidden_states, attention_mask, reads_first=True, every_position=every_position or self.every_position
+        )
+        return Output(last_hidden_state=state.layout.pad(view.rows(state.layout.unpad(hidden_states), state)))
+
+    def __getstate__(self: Any) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "view"}  # rebuilt where needed
+
+    members = {"__new__": __new__, "forward": forward, "__getstate__": __getstate__}
+    facts = {"host_class": host, "every_position": False, "__doc__": host.__doc__, "__module__": __name__}
+    return type(f"Packed{host.__name__}", (host,), {**members, **facts})
+
+
+def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
+    """Whether a call of an encoder wants what only the host computes: cross attention, a cache, recorded outputs."""
+    beyond = *args, *(kw.get(name) for name in ("encoder_hidden_states", "past_key_values"))
+    recorded = "output_hidden_states", "output_attentions"
+    asked = (kw.get(name, getattr(config, name, False)) for name in recorded)
+    return any(x is not None for x in beyond) or any(x is not None and x is not False for x in asked)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute until `unpatch`."""
+    if (owner, name) not in _replaced:
+        _replaced[owner, name] = getattr(owner, name)
+        setattr(owner, name, value)
+
+
+def _watch_heads() -> None:
+    """Lets the host's heads tell our encoder when they read masked positions."""
+    for kind, prefix in FAMILY.items():
+        for suffix in (*ALWAYS, *LABELLED):
+            head = getattr(_host_module(kind), prefix + suffix, None)
+            if head is not None and (head, "forward") not in _replaced:
+                _replace(head, "forward", _watched(head.forward, suffix in ALWAYS))
+
+
+def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
+
+    @torch.compiler.disable
+    def reads_masked(self: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
+        if not hasattr(getattr(self.base_model, "encoder", None), "host_class"):
+            return False
+        given = signature.bind(self, *args, **kw).arguments
+        mask, labels = given.get("attention_mask"), given.get("labels")
+        if always or mask is None or labels is None:
+            return always
+        return mask.shape != labels.shape or bool(((mask == 0).to(labels.device) & (labels != -100)).any())
+
+    @functools.wraps(forward)
+    def watched(self: Any, *args: Any, **kw: Any) -> Any:
+        more = {"every_position": True} if reads_masked(self, args, kw) else {}
+        return forward(self, *args, **kw, **more)
+
+    return watched
+
+
+def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
+    """Our blocks over the leaf modules of `encoder`, rebuilt when one was exchanged; None where the host must run."""
+    modules = list(encoder.modules())
+    layers = encoder.layer
+    if encoder.config.is_decoder or any(layer.training and layer.gradient_checkpointing for layer in layers):
+        return None
+    known = encoder.__dict__.get("view")
+    if known is None or known[1] != device or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
+        known = encoder.__dict__["view"] = _build(encoder, device), device, modules
+    view: XLMRobertaEncoder | None = known[0]
+    return None if any(map(_hooked, modules[1:])) else view
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a container of the host has to be called itself; leaves are looked at by the blocks that use them."""
+    if not any(True for _ in module.children()) or not type(module).__module__.startswith("transformers."):
+        return False
+    state = module.__dict__
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    hooks = (hook for name in names for hook in state[name].values())
+    return "forward" in state or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+
+
+def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
+    config = encoder.config
+    heads = config.num_attention_heads
+    view = XLMRobertaEncoder(  # of the least size: its leaves are thrown away
+        XLMRobertaConfig(hidden_size=heads, num_attention_heads=heads, intermediate_size=1,
+                         num_hidden_layers=len(encoder.layer), vocab_size=2,
+                         chunk_size_feed_forward=config.chunk_size_feed_forward)
+    )  # fmt: skip
+    ops, _ = resolve("auto", device)
+    for name, ours in list(view.named_modules()):
+        theirs = encoder.get_submodule(name)
+        if isinstance(ours, Block):
+            if name and not type(theirs).__module__.startswith("transformers.models."):
+                return None  # somebody's own layer
+            ours.ops = ops
+            if hasattr(ours, "scaling"):
+                ours.scaling, ours.attention_head_size = theirs.scaling, theirs.attention_head_size
+        elif not isinstance(ours, nn.ModuleList) and not (name.endswith("act_fn") and config.hidden_act == "gelu"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(view.get_submodule(parent), leaf, theirs)
+    return view
+
+
+def _host_module(model_type: str) -> Any:
+    name = model_type.replace("-", "_")
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def _host_class(model_type: str) -> Any:
+    module, name = _host_module(model_type), f"{FAMILY[model_type]}Encoder"
+    return _replaced.get((module, name)) or getattr(module, name)
+
+
+def _check_mathematics(config: Any) -> None:
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    if kind != "absolute":
+        raise TypeError(f"position_embedding_type is {kind!r}: only 'absolute' is computed here")
+
+
+def _why_not(model: nn.Module) -> str:
+    kinds = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()}
+    named = sorted(str(kind) for kind in kinds if kind)
+    for kind in named:
+        if kind in REFUSED:
+            return f"holds a {kind} model: {REFUSED[kind]}"
+    if FAMILY.keys() & set(named):
+        return f"calls itself {', '.join(named)} but has no encoder of transformers: its code may compute anything"
+    return f"holds no encoder of the family (model_type {', '.join(named) or 'not given'})"
+
+
+def _require_transformers() -> None:
+    try:
+        from transformers import __version__
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError("transformers is not installed: pip install 'transformers>=5'") from None
+    if int(__version__.partition(".")[0]) < 5:
+        raise ImportError(f"transformers {__version__} is not supported: install 5.0 or later, or use xlmr's classes")

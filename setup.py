@@ -39,6 +39,7 @@ setup(
         "hub": ["huggingface_hub>=0.24"],
         "triton": [TRITON],
         "test": [
+            "accelerate",
             "babel",
             "hypothesis",
             "matplotlib",
@@ -50,7 +51,15 @@ setup(
             "transformers>=5.0",
             TRITON,
         ],
-        "bench": ["babel", "matplotlib", "sentence-transformers>=6", "transformers>=5.0"],
+        "bench": [
+            "babel",
+            "matplotlib",
+            "pytest-benchmark>=5",
+            "sentence-transformers>=6",
+            "transformers>=5.0",
+            TRITON,
+        ],
+        "peers": ["ctranslate2", "onnx", "onnxruntime", "onnxscript"],  # beside "bench": other runtimes
     },
     entry_points={"console_scripts": ["xlmr = xlmr.cli:main"]},
 )

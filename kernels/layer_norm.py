@@ -96,7 +96,7 @@ BACKWARD_CONFIGS: Table = {
         1024: config(4, 1, BLOCK_T=2, BLOCK_N=1024),
         2048: config(8, 1, BLOCK_T=2, BLOCK_N=2048),
         4096: config(8, 1, BLOCK_T=1, BLOCK_N=4096),
-        "wide": config(4, 1, BLOCK_T=1, BLOCK_N=1024),
+        "wide": config(8, 1, BLOCK_T=1, BLOCK_N=1024),
     }
 }
 

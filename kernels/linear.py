@@ -292,7 +292,7 @@ def linear_fwd(
         makes = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and not torch.compiler.is_compiling()
         descriptors = makes and _describable(N, x, *weights)
     if tuned is None:
-        aligned = descriptors or vectorised(x, *weights)
+        aligned = descriptors or (N % 16 == 0 and vectorised(x, *weights))  # y too
         tuned = pick(CONFIGS, x.device, bucket(T, parts * N, itemsize, aligned))
     block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
     programs = triton.cdiv(T, block_m) * triton.cdiv(N, block_n) * parts

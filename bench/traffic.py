@@ -258,6 +258,9 @@ def _linear(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]:
         T,
         kernel.cost(T, N, F, size)[1],
     )
+    both = kernel.cost(T, F, N, size)[1] + kernel.cost(T, F, N, size, backward=True, gelu=True)[1]
+    learnt = partial(gradients, kernel.linear_act, (x, random(F, N), random(F)))
+    yield Case(f"linear_act {dtype} {N} to {F}, gradients", learnt, T, both)
 
 
 def _on(target: str, kernel: ModuleType, call: Callable[[], object]) -> object:
@@ -302,6 +305,9 @@ def _vocab_softmax(kernel: ModuleType, dtype: str, random: Random) -> Iterator[C
         rows,
         kernel.cost(rows, N, V, size)[1],
     )
+    both = kernel.cost(rows, N, V, size)[1] + kernel.cost(rows, N, V, size, backward=True)[1]
+    learnt = partial(gradients, kernel.vocab_cross_entropy, (*head, torch.arange(rows)))
+    yield Case(f"vocab_cross_entropy {dtype}, {rows} rows, {V} words, gradients", learnt, rows, both)
 
 
 CASES = {

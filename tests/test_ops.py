@@ -15,11 +15,6 @@ import xlmr
 from xlmr.ops import EAGER, Check, checked, resolve, triton
 
 SMALL = {"num_hidden_layers": 2}  # a program costs half a millisecond in the interpreter
-# The kernels that have a backward, among eager operations.
-TRAINING = replace(
-    triton(),
-    **{name: getattr(EAGER, name) for name in ("linear", "linear_act", "qkv_projection", "vocab_cross_entropy")},
-)
 BY_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 
@@ -148,7 +143,7 @@ def test_a_training_step(name: str, device: torch.device, poisoned: None) -> Non
     reference, ours = build(f"For{name}", **SMALL)
     ours.to(device)
     eager, truth = copy.deepcopy(ours), double(reference)
-    ours.ops = TRAINING
+    ours.ops = triton()
     given = inputs(name, masks()["right"])
     losses = [m(**to(given, m.device)).loss for m in (ours, eager, truth)]
     assert_accurate(*(loss.detach().cpu() for loss in losses))
@@ -162,7 +157,7 @@ def test_a_training_step(name: str, device: torch.device, poisoned: None) -> Non
 
 def test_dropout_follows_the_seed(device: torch.device) -> None:
     _, ours = build("ForMaskedLM", num_hidden_layers=1, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
-    ours.to(device).train().ops = TRAINING
+    ours.to(device).train().ops = triton()
     given = {k: v[1:4] for k, v in to(inputs("MaskedLM", masks()["right"]), device).items()}
     found = []
     for seed in (0, 0, 1):

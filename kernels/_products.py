@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Table, config, input_precision, pick, processors
+from ._loops import bound
 
 # Elements a step along the summed dimension, by the bytes of an element: 128 bytes. Never by the load: it decides the
 # order of a sum.
@@ -122,7 +123,7 @@ def _dw_kernel(
     start = split.to(tl.int64) * length
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = _strided_product(
-        d_ptr, x_ptr, stride_dn, stride_dm, 1, stride_xm, row, col, start, length, T, acc,
+        d_ptr, x_ptr, stride_dn, stride_dm, 1, stride_xm, row, col, start, bound(length), T, acc,
         N, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
@@ -137,7 +138,7 @@ def _sum_splits_kernel(partials_ptr, sum_ptr, size, splits, BLOCK: tl.constexpr)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     partials_ptrs = partials_ptr + place
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, splits):
+    for _ in range(0, bound(splits)):
         total += tl.load(partials_ptrs, mask=place < size, other=0.0)
         partials_ptrs += size
     tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=place < size)

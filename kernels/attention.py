@@ -31,7 +31,6 @@ three kernels, at half the rate of fp32's: a third more time.
 """
 
 import itertools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +42,7 @@ from torch.autograd.function import once_differentiable
 
 from ._dropout import LEVELS, draw_seed, keep_levels, keeps
 from ._launch import Table, autocast, check, config, input_precision, opaque, pick, require, wants_gradients
+from ._loops import bound
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD_DIMS = range(8, 129)
@@ -207,18 +207,6 @@ BACKWARD_CONFIGS: Table = {
     },
 }
 
-# The interpreter's range() needs a Python integer, and Triton 3.6's cannot make one of a loaded number (NumPy ≥ 2.4).
-if os.environ.get("TRITON_INTERPRET") == "1":
-
-    def _bound(n):
-        return int(n.handle.data.item())
-
-else:
-
-    @triton.jit
-    def _bound(n):
-        return n
-
 
 @triton.jit
 def _spans(q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, sequence):
@@ -241,7 +229,7 @@ def _visible(m, first, q_len, k_len, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr
         visible = tl.zeros((BLOCK_M,), tl.int32) + k_len
         common = k_len
         end = k_len
-    return visible, _bound(common // BLOCK_N * BLOCK_N), _bound(end)
+    return visible, bound(common // BLOCK_N * BLOCK_N), bound(end)
 
 
 @triton.jit
@@ -484,7 +472,7 @@ def _attention_bwd_dkv_kernel(
         full = tl.minimum(tl.maximum(first + BLOCK_N - 1 + q_len - k_len, begin), q_len)
     since = tl.where(n < k_len, since, q_len)
     full = tl.where(first + BLOCK_N > k_len, q_len, full)
-    begin, full = _bound(begin), _bound(begin + (full - begin + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+    begin, full = bound(begin), bound(begin + (full - begin + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
 
     k = _load_tile(k_ptr, stride_kn, first, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, True)
     v = _load_tile(v_ptr, stride_vn, first, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, True)
@@ -496,7 +484,7 @@ def _attention_bwd_dkv_kernel(
             seed_ptr, q_start, heads, head, first, levels, kept,
             HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, dk_ptr is not None, dv_ptr is not None, True, PRECISION,
         )  # fmt: skip
-    for start in range(full, _bound(q_len), BLOCK_M):
+    for start in range(full, bound(q_len), BLOCK_M):
         dk, dv = _add_dkv(
             dk, dv, k, v, q_ptr, stride_qm, dout_ptr, stride_gm, lse_ptr, delta_ptr, start, q_len, since, scale_log2,
             seed_ptr, q_start, heads, head, first, levels, kept,

@@ -51,6 +51,7 @@ from ._launch import (
     target,
     wants_gradients,
 )
+from ._loops import bound
 from ._products import BLOCK_K, of_part, product_dw, product_dx, split_rows, sum_splits, vectorised
 
 
@@ -255,7 +256,7 @@ def _linear_dz_kernel(
     d_ptr = of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
-    for step in range(0, length, BLOCK_M):
+    for step in range(0, bound(length), BLOCK_M):
         rows = split.to(tl.int64) * length + step + tl.arange(0, BLOCK_M)
         mask = (rows < T)[:, None] & (cols < N)[None, :]
         d = tl.load(d_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dn, mask=mask, other=0.0).to(tl.float32)

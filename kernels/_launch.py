@@ -139,7 +139,10 @@ def input_precision(dtype: torch.dtype, device: torch.device) -> str:
     on AMD, whose matrix cores multiply fp32 as it is."""
     if dtype != torch.float32 or target(device).startswith("gfx"):
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    matmul = torch.backends.cuda.matmul
+    # torch.compile traces only the older name; with both names in use, reading the older one is an error.
+    allowed = matmul.allow_tf32 if torch.compiler.is_compiling() else matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "tf32x3"
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

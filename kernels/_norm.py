@@ -80,11 +80,15 @@ def store_statistics(mean_ptr, rstd_ptr, rows, exists, mean, rstd):
 
 
 @triton.jit
-def load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T: tl.constexpr):
-    """Of BLOCK_T rows: their numbers, means and rstds (0 past the last row)."""
-    rows = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mean = tl.load(mean_ptr + rows, mask=rows < T, other=0.0)
-    return rows, mean, tl.load(rstd_ptr + rows, mask=rows < T, other=0.0)
+def load_statistics(mean_ptr, rstd_ptr, rows, T):
+    """The means and rstds of rows (0 past the last row)."""
+    return tl.load(mean_ptr + rows, mask=rows < T, other=0.0), tl.load(rstd_ptr + rows, mask=rows < T, other=0.0)
+
+
+@triton.jit
+def rows_of(block, BLOCK_T: tl.constexpr):
+    """The numbers, int64, of a block's rows."""
+    return block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
 
 
 @triton.jit

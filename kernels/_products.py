@@ -179,9 +179,9 @@ def product_dw(dys: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def vectorised(*matrices: Tensor) -> bool:
     """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements. (A storage on a
-    GPU begins at a multiple of 16 bytes; torch.compile knows offsets, but no addresses.)"""
+    GPU begins at a multiple of 16 bytes; torch.compile knows no offsets, so there a matrix is taken to begin it.)"""
     return all(
-        m.storage_offset() * m.element_size() % 16 == 0
+        (torch.compiler.is_compiling() or m.storage_offset() * m.element_size() % 16 == 0)
         and m.shape[1] % 16 == 0
         and (len(m) == 1 or m.stride(0) % 16 == 0)
         for m in matrices

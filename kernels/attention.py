@@ -41,7 +41,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dropout import LEVELS, draw_seed, keep_levels, keeps
-from ._launch import Table, autocast, check, config, input_precision, opaque, pick, require, wants_gradients
+from ._launch import (
+    Config,
+    Table,
+    autocast,
+    check,
+    config,
+    input_precision,
+    opaque,
+    pick,
+    require,
+    wants_gradients,
+)
 from ._loops import bound
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -209,15 +220,6 @@ BACKWARD_CONFIGS: Table = {
 
 
 @triton.jit
-def _spans(q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, sequence):
-    """Where the sequence's queries and keys begin (int64), and how many there are."""
-    q_len, k_len = tl.load(q_lens_ptr + sequence), tl.load(k_lens_ptr + sequence)
-    q_start = tl.load(q_starts_ptr + sequence).to(tl.int64)
-    k_start = tl.load(k_starts_ptr + sequence).to(tl.int64)
-    return q_start, q_len, k_start, k_len
-
-
-@triton.jit
 def _visible(m, first, q_len, k_len, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Row m sees its first visible[m] keys; all rows of the block see the first `full`, and none more than `end`."""
     if CAUSAL:
@@ -298,7 +300,8 @@ def _attention_fwd_kernel(
     if sequence < 0:
         return
     first = tl.load(blocks_ptr + 2 * block + 1)
-    q_start, q_len, k_start, k_len = _spans(q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, sequence)
+    q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
+    k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
     q_ptr += q_start * stride_qm + head * stride_qh
     k_ptr += k_start * stride_kn + head * stride_kh
     v_ptr += k_start * stride_vn + head * stride_vh
@@ -372,7 +375,8 @@ def _attention_bwd_dq_kernel(
     if sequence < 0:
         return
     first = tl.load(blocks_ptr + 2 * block + 1)
-    q_start, q_len, k_start, k_len = _spans(q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, sequence)
+    q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
+    k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
     m = first + tl.arange(0, BLOCK_M)
     row = q_start + m
     inside = m < q_len
@@ -453,7 +457,8 @@ def _attention_bwd_dkv_kernel(
     if sequence < 0:
         return
     first = tl.load(blocks_ptr + 2 * block + 1)
-    q_start, q_len, k_start, k_len = _spans(q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, sequence)
+    q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
+    k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
     q_ptr += q_start * stride_qm + head * stride_qh
     k_ptr += k_start * stride_kn + head * stride_kh
     v_ptr += k_start * stride_vn + head * stride_vh
@@ -515,15 +520,12 @@ def attention_fwd(
     """
     check("attention", q=q, k=k, v=v)
     _check_arguments(q, k, v, sequences, softmax_scale)
-    rows, heads, head_dim = q.shape
+    rows, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    load = "short" if rows <= SHORT * sequences.q_lens.numel() else "long"
-    load = load if seed is None else "dropout"
-    chosen = pick(CONFIGS, q.device, (_width(head_dim), q.element_size(), load))
-    blocks = sequences.blocks(dict(chosen.tiles)["BLOCK_M"], rows)
+    chosen, blocks = _programs("out", q, k, sequences, seed)
     _attention_fwd_kernel[(len(blocks) * heads,)](
         q, k, v, out, lse,
         *_common(blocks, sequences, seed, dropout_p, softmax_scale, q),
@@ -554,7 +556,7 @@ def attention_bwd(
     CPU, ValueError where two sequences share keys.
     """
     check("attention", dout=dout, q=q, k=k, v=v, out=out)
-    rows, heads, head_dim = q.shape
+    rows, heads, _ = q.shape
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     delta = torch.empty_like(lse)
     dq = torch.empty_like(out) if needed[0] else None
@@ -567,8 +569,7 @@ def attention_bwd(
     constants = {"CAUSAL": causal, **_constants(q)}
 
     if needed[0] or needed[1]:
-        chosen = pick(BACKWARD_CONFIGS, q.device, ("dq", _width(head_dim), q.element_size()))
-        blocks = sequences.blocks(dict(chosen.tiles)["BLOCK_M"], rows)
+        chosen, blocks = _programs("dq", q, k, sequences, seed)
         _attention_bwd_dq_kernel[(len(blocks) * heads,)](
             dout, q, k, v, out, lse, delta, dq,
             *_common(blocks, sequences, seed, dropout_p, softmax_scale, q), *strides, **constants, **chosen.meta,
@@ -576,8 +577,7 @@ def attention_bwd(
     if (needed[1] or needed[2]) and len(k) > 0:
         if k.device.type == "cpu":
             _check_disjoint(sequences)
-        chosen = pick(BACKWARD_CONFIGS, q.device, ("dkv", _width(head_dim), q.element_size()))
-        blocks = sequences.blocks(dict(chosen.tiles)["BLOCK_N"], len(k), keys=True)
+        chosen, blocks = _programs("dkv", q, k, sequences, seed)
         _attention_bwd_dkv_kernel[(len(blocks) * heads,)](
             dout, q, k, v, lse, delta, dk, dv,
             *_common(blocks, sequences, seed, dropout_p, softmax_scale, q), *strides, **constants, **chosen.meta,
@@ -585,8 +585,19 @@ def attention_bwd(
     return dq, dk, dv
 
 
-def _width(head_dim: int) -> int:
-    return 64 if head_dim <= 64 else 128
+def _programs(result: str, q: Tensor, k: Tensor, sequences: Any, seed: Tensor | None) -> tuple[Config, Tensor]:
+    """Of the kernel that computes `result` ("out", "dq" or "dkv"): its configuration, and the block of rows of each
+    program, as Sequences.blocks has it."""
+    key = 64 if q.shape[2] <= 64 else 128, q.element_size()
+    if result == "dkv":
+        chosen = pick(BACKWARD_CONFIGS, q.device, ("dkv", *key))
+        return chosen, sequences.blocks(dict(chosen.tiles)["BLOCK_N"], len(k), keys=True)
+    if result == "dq":
+        chosen = pick(BACKWARD_CONFIGS, q.device, ("dq", *key))
+    else:
+        load = "short" if len(q) <= SHORT * sequences.q_lens.numel() else "long"
+        chosen = pick(CONFIGS, q.device, (*key, load if seed is None else "dropout"))
+    return chosen, sequences.blocks(dict(chosen.tiles)["BLOCK_M"], len(q))
 
 
 def _common(
@@ -698,5 +709,7 @@ def attention(
     seed = draw_seed(q.device) if dropout_p > 0 else None
     arguments = sequences, softmax_scale, causal, dropout_p, seed
     if wants_gradients(q, k, v):
+        for result in ("out", "dq", "dkv"):  # kept in `sequences`: torch.compile lets no autograd.Function do that
+            _programs(result, q, k, sequences, seed)
         return Attention.apply(q, k, v, *arguments)
     return attention_fwd(q, k, v, *arguments)[0]

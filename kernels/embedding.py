@@ -51,6 +51,7 @@ from ._norm import (
     new_partials,
     programs,
     row_stride,
+    rows_of,
     store_affine,
     store_partials,
     store_statistics,
@@ -159,7 +160,7 @@ def _embed_fwd_kernel(
     ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
     table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
     tables = (word_ptr, type_ptr, position_ptr)
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens = rows_of(tl.program_id(0), BLOCK_T)
     exists = tokens < T
     places, known = _places(ids, strides, table_rows, row_strides, tokens, exists)
     poison = tl.where(known, 0.0, float("nan"))  # joins the mean: a row with a wrong id is NaN
@@ -240,7 +241,8 @@ def _embed_bwd_kernel(
         dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
         block = first
         while block * BLOCK_T < T:
-            tokens, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+            tokens = rows_of(block, BLOCK_T)
+            mean, rstd = load_statistics(mean_ptr, rstd_ptr, tokens, T)
             places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
             mask = (tokens < T)[:, None] & (cols < N)[None, :]
             normal = (_hidden(tables, places, known, cols, N) - mean[:, None]) * rstd[:, None]
@@ -256,7 +258,8 @@ def _embed_bwd_kernel(
         if dh_ptr is not None:  # two passes over each row
             block = first
             while block * BLOCK_T < T:
-                tokens, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+                tokens = rows_of(block, BLOCK_T)
+                mean, rstd = load_statistics(mean_ptr, rstd_ptr, tokens, T)
                 places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
                 sum_g, sum_gx = tl.zeros([BLOCK_T, BLOCK_N], tl.float32), tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
                 for start in range(0, N, BLOCK_N):
@@ -279,7 +282,8 @@ def _embed_bwd_kernel(
                 dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
                 block = first
                 while block * BLOCK_T < T:
-                    tokens, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+                    tokens = rows_of(block, BLOCK_T)
+                    mean, rstd = load_statistics(mean_ptr, rstd_ptr, tokens, T)
                     places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
                     mask = (tokens < T)[:, None] & (start + cols < N)[None, :]
                     dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N)

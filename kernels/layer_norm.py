@@ -50,6 +50,7 @@ from ._norm import (
     new_partials,
     programs,
     row_stride,
+    rows_of,
     store_affine,
     store_partials,
     store_statistics,
@@ -135,7 +136,7 @@ def _layer_norm_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows = rows_of(tl.program_id(0), BLOCK_T)
     exists = rows < T
     y_rows = (rows * N)[:, None]
     cols = tl.arange(0, BLOCK_N)
@@ -197,7 +198,8 @@ def _layer_norm_bwd_kernel(
         dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
         block = first
         while block * BLOCK_T < T:
-            rows, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+            rows = rows_of(block, BLOCK_T)
+            mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
             mask = (rows < T)[:, None] & (cols < N)[None, :]
             h, slope = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, 0, mask, BLOCK_N)
             dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], cols, mask)
@@ -214,7 +216,8 @@ def _layer_norm_bwd_kernel(
         if dx_ptr is not None or dr_ptr is not None:  # two passes over each row
             block = first
             while block * BLOCK_T < T:
-                rows, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+                rows = rows_of(block, BLOCK_T)
+                mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
                 sum_g, sum_gx = tl.zeros([BLOCK_T, BLOCK_N], tl.float32), tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
                 for start in range(0, N, BLOCK_N):
                     mask = (rows < T)[:, None] & (start + cols < N)[None, :]
@@ -238,7 +241,8 @@ def _layer_norm_bwd_kernel(
                 dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
                 block = first
                 while block * BLOCK_T < T:
-                    rows, mean, rstd = load_statistics(mean_ptr, rstd_ptr, block, T, BLOCK_T)
+                    rows = rows_of(block, BLOCK_T)
+                    mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
                     mask = (rows < T)[:, None] & (start + cols < N)[None, :]
                     h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
                     dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], start + cols, mask)

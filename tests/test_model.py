@@ -254,10 +254,10 @@ def test_compiled_by_inductor() -> None:
 
 
 def test_compiled_packed_entry() -> None:
-    """Dynamo traces the packed entry and the numbers stay eager's; graph breaks are allowed on a CPU."""
+    """Dynamo traces the packed entry and the numbers stay eager's, up to another GEMM; a CPU may break the graph."""
     _, ours = build("Model")
     tokens = ids()[RIGHT.bool()]
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
     with torch.no_grad():
         compiled = torch.compile(ours.forward_packed, backend="eager")(tokens, cu_seqlens, S)
-        assert torch.equal(compiled, ours.forward_packed(tokens, cu_seqlens, S))
+        torch.testing.assert_close(compiled, ours.forward_packed(tokens, cu_seqlens, S), atol=1e-6, rtol=1e-6)

@@ -200,9 +200,16 @@ def test_resolve_and_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> No
     assert resolve("auto", cpu)[0] is EAGER
     assert resolve("triton", meta)[0] is triton()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="need a GPU"):
         resolve("triton", cpu)
     with pytest.raises(RuntimeError, match="need a GPU"):
         xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**TINY), backend="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it may be on its way there
+    waiting = xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**TINY), backend="triton")
+    assert waiting.ops is triton()
+    assert "need a GPU" in waiting.backend_report()
+    with pytest.raises(RuntimeError, match="need a GPU and the tensors are on 'cpu'"):
+        waiting(torch.tensor([[5, 6]]))
     with pytest.raises(ValueError, match="allowed are 'auto', 'eager', 'triton'"):
         resolve("cuda", cpu)

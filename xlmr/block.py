@@ -8,7 +8,7 @@ called on rows [T, N], whatever their number; a block that is not plain is calle
 """
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Collected:
 
     @property
     def weights(self) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """Those of self attention and of cross attention."""
         return self.attentions, self.cross_attentions
 
     def fields(self) -> dict[str, tuple[Tensor, ...] | None]:
@@ -80,18 +81,10 @@ class Collected:
         return {name: None if k is None else tuple(k) for name, k in zip(names, kept, strict=True)}
 
 
-# Set for the length of one forward pass, so that attention weights arrive however many foreign modules lie between.
+# Set for the length of one forward pass: what a foreign module calls begins its own Pass and collects into the same.
 COLLECTED: ContextVar[Collected | None] = ContextVar("collected", default=None)
 # Set by a head while it calls a base model that is not plain: the head sees the padded shape, so nothing is left out.
 EVERY_POSITION: ContextVar[bool] = ContextVar("every_position", default=False)
-
-
-def collected_weights(cross: bool) -> list[Tensor] | None:
-    """Where attention weights go, those of cross attention if `cross`; None where nobody asked for them."""
-    collected = COLLECTED.get()
-    if collected is None:
-        return None
-    return collected.cross_attentions if cross else collected.attentions
 
 
 @dataclass
@@ -99,7 +92,8 @@ class Pass:
     """What travels with the rows through one forward pass.
 
     `layout` says where they lie; `cache` holds past keys and values; `cross` is an encoder's states [B·Sk, N] and their
-    layout against the queries; `rows` (sorted int64 [R]) are the only ones that the layer's caller wants.
+    layout against the queries; `rows` (sorted int64 [R]) are the only ones that the layer's caller wants; `collected`
+    takes what the caller of the model asked to see.
     """
 
     layout: Layout
@@ -107,6 +101,7 @@ class Pass:
     cache: KeyValueCache | Any = None
     cross: tuple[Tensor, Layout] | None = None
     rows: Tensor | None = None
+    collected: Collected | None = None
 
     def mask(self, layout: Layout, causal: bool, dtype: torch.dtype) -> Tensor | None:
         """The additive mask [B, 1 | H, Q | 1, K] that the reference would hand to a layer."""
@@ -218,8 +213,8 @@ class AttentionBlock(SequenceBlock):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[B, S, N] → ([B, S, N], weights [B, H, S, K] where the caller of the model asked for them, else None)."""
-        out = super().forward(*args, **kwargs)
-        weights = collected_weights(self.is_cross_attention)
+        out, collected = super().forward(*args, **kwargs), COLLECTED.get()
+        weights = collected.weights[self.is_cross_attention] if collected else None
         return out, weights[-1] if weights else None
 
 
@@ -234,13 +229,14 @@ def begin(
     **needs: Any,
 ) -> Pass:
     """The Pass of a batch of which `hidden` [B, S, …] tells shape and device; `needs` go to varlen.plan."""
-    batch, seqlen = hidden.shape[:2]
-    common: dict[str, Any] = {"device": hidden.device, "weights": collected_weights(False) is not None}
+    (batch, seqlen), collected = hidden.shape[:2], COLLECTED.get()
+    weights = collected is not None and collected.attentions is not None
+    common: dict[str, Any] = {"device": hidden.device, "weights": weights}
     past = cache.get_seq_length() if cache is not None else 0
     if cache is not None or encoder_hidden is not None:
         needs["every_position"] = True  # keys and values are kept for, or come from, a padded batch
     layout = plan(batch, seqlen, mask, keys=past + seqlen, causal=causal, **common, **needs)
-    state = Pass(layout, causal and (mask is None or mask.dim() == 2), cache)
+    state = Pass(layout, causal and (mask is None or mask.dim() == 2), cache, collected=collected)
     if encoder_hidden is not None:
         cross = plan(batch, seqlen, encoder_mask, keys=encoder_hidden.shape[1], every_position=True, **common)
         state.cross = encoder_hidden.flatten(0, 1), cross
@@ -263,11 +259,12 @@ def run(block: Any, x: Tensor, state: Pass) -> Tensor:
     return (out if isinstance(out, Tensor) else out[0]).flatten(0, 1)
 
 
-def run_again(block: Any, x: Tensor, state: Pass, collected: Collected | None) -> Tensor:
+def run_again(block: Any, x: Tensor, state: Pass) -> Tensor:
     """`run`, also where activation checkpointing repeats it in the backward pass: it collects as it did, elsewhere."""
-    if COLLECTED.get() is collected or collected is None:
+    if state.collected is None or COLLECTED.get() is state.collected:
         return run(block, x, state)
-    token = COLLECTED.set(collected.like())
+    state = replace(state, collected=state.collected.like())
+    token = COLLECTED.set(state.collected)
     try:
         return run(block, x, state)
     finally:

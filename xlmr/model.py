@@ -18,11 +18,11 @@ from .block import (
     EVERY_POSITION,
     AttentionBlock,
     Block,
+    Collected,
     Encoded,
     Pass,
     RowBlock,
     SequenceBlock,
-    collected_weights,
     plain,
     rate,
     run,
@@ -70,7 +70,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
             causal = state.causal and not self.is_cross_attention
             out = self.ops.attention(q, k, v, sequences, self.scaling, causal, rate(self.dropout))
         else:
-            out = self.attend_densely(q, k, v, layout.dense, layout.batch)
+            out = self.attend_densely(q, k, v, layout.dense, layout.batch, state.collected)
         return out.flatten(-2)
 
     def project(self, x: Tensor, source: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,11 +87,13 @@ class XLMRobertaSelfAttention(AttentionBlock):
         k, v = getattr(cache, "self_attention_cache", cache).update(k, v, self.layer_idx)
         return k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
 
-    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, batch: int) -> Tensor:
+    def attend_densely(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, batch: int, collected: Collected | None
+    ) -> Tensor:
         """What no kernel computes, by rule in plain PyTorch: a mask per query, and the attention weights themselves."""
         q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
         out, weights = dense_attention(q, k, v, mask, self.scaling, rate(self.dropout))
-        asked = collected_weights(self.is_cross_attention)
+        asked = collected.weights[self.is_cross_attention] if collected else None
         if asked is not None:
             asked.append(weights)
         return out.transpose(1, 2).flatten(0, 1)
@@ -189,14 +191,13 @@ class XLMRobertaEncoder(SequenceBlock):
         self.checkpoint_every = 1
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
-        collected = COLLECTED.get()
-        states = collected.hidden_states if collected else None
+        states = state.collected.hidden_states if state.collected else None
         every = replace(state, rows=None)
         x = self.keep(x, states, state.layout)
         for i, layer in enumerate(self.layer):
             wanted = state if i == len(self.layer) - 1 else every
             if self.checkpointing is not None and self.training and i % self.checkpoint_every == 0:
-                x = checkpoint(run_again, layer, x, wanted, collected, **self.checkpointing)
+                x = checkpoint(run_again, layer, x, wanted, **self.checkpointing)
             else:
                 x = run(layer, x, wanted)
             x = self.keep(x, states, state.layout)

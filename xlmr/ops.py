@@ -85,8 +85,9 @@ def triton() -> Ops:
 def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
     """The Ops that `backend` ("auto", "eager" or "triton") means for parameters on `device`, and why, in words.
 
-    "auto" takes the kernels on a GPU that can run them. "triton" raises RuntimeError where they cannot run (on the meta
-    device, where nothing runs, it waits until the model has a place); nothing falls back silently.
+    "auto" takes the kernels on a GPU that can run them. "triton" raises RuntimeError where they cannot, except that a
+    model on its way to a GPU (on the meta device, or on the CPU of a machine that has one) waits for it; every call
+    before that is refused: nothing falls back silently.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: allowed are {', '.join(map(repr, BACKENDS))}")
@@ -98,9 +99,9 @@ def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
 
     why = None if device.type == "meta" else unsupported(device)
     if backend == "triton":
-        if why is not None:
+        if why is not None and not (device.type == "cpu" and torch.cuda.is_available()):
             raise RuntimeError(f"backend 'triton' cannot run: {why}; use 'auto' or 'eager'")
-        return triton(), f"triton on {device.type}, as asked"
+        return triton(), f"triton on {device.type}, as asked" + (f": {why}" if why else "")
     if why is not None:
         return EAGER, f"eager on {device.type}: {why}"
     return triton(), f"triton on {device.type}"

@@ -149,7 +149,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in autocast's dtype, inside torch.autocast for their device; else as they are. For matrix products;
     as in torch, LayerNorm computes in fp32 whatever comes and float64 is left alone."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):  # check() refuses other devices
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -50,15 +50,16 @@ found = {}  # case -> kernels of each graph
 written = {}  # kernel -> arguments
 
 
-def analysed(kernel, *args, analyse=wrap.identify_accessed_tensors, **kwargs):
-    accesses = analyse(kernel, *args, **kwargs)
+def analysed(index, *args, analyse=wrap.get_mutated_tensors):
+    arguments = analyse(index, *args)
+    kernel = wrap.kernel_side_table.get_kernel(index)
     while hasattr(kernel.fn, "fn"):
         kernel = kernel.fn
-    written.setdefault(kernel.fn.__name__, set()).update(write.name for write in accesses.read_writes.writes)
-    return accesses
+    written.setdefault(kernel.fn.__name__, set()).update(arguments)
+    return arguments
 
 
-mock.patch.object(wrap, "identify_accessed_tensors", analysed).start()
+mock.patch.object(wrap, "get_mutated_tensors", analysed).start()
 
 
 def counted(graph, inputs):

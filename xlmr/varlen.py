@@ -240,4 +240,5 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 def tracing() -> bool:
     """Whether torch.jit.trace or torch.export records this call for other inputs: values must not decide anything."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    # is_exporting() is True inside torch.compile as well, up to torch 2.11; the flag behind it is not.
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag

@@ -298,6 +298,10 @@ class XLMRobertaConfig:
     def name_or_path(self, name: str | os.PathLike[str]) -> None:
         self._name_or_path = os.fspath(name)
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> XLMRobertaConfig:
+        """This configuration: where other libraries look for the text part of a model, this model has no other."""
+        return self
+
     def _set_labels(self, num_labels: int | None) -> None:
         if self.id2label is None:
             self.num_labels = 2 if num_labels is None else num_labels

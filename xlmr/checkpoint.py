@@ -19,23 +19,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .files import DTYPES, read_json, resolve, to_dtype, write_atomically
+from .files import DTYPES, own_keywords, read_json, resolve, to_dtype, write_atomically
 from .weights import read_weights, write_weights
 
-__all__ = ["load_model", "read_json", "resolve", "save_model", "write_atomically"]
+__all__ = ["load_model", "own_keywords", "read_json", "resolve", "save_model", "write_atomically"]
 
 logger = logging.getLogger(__name__)
-
-# Keywords of transformers' from_pretrained: they say how it loads, which decides nothing here, …
-WITHOUT_EFFECT = {
-    "attn_implementation", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict",
-    "trust_remote_code", "use_safetensors", "weights_only",
-}  # fmt: skip
-# … or what it loads: read as their default only.
-NOT_READ = {
-    "force_download", "from_flax", "from_tf", "gguf_file", "key_mapping", "proxies", "quantization_config",
-    "state_dict", "variant",
-}  # fmt: skip
 
 
 def load_model(
@@ -63,8 +52,7 @@ def load_model(
     config: used instead of the checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the
     configuration's, else that of the first weight; `torch_dtype` is its old name.  device: the CPU by default.
     device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.  overrides: fields of the
-    configuration, or keywords of the constructor of `cls`; those by which transformers is told how to load
-    (WITHOUT_EFFECT) are taken too.
+    configuration, or keywords of the constructor of `cls`; those that files.own_keywords drops are taken too.
 
     Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
     `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return
@@ -84,7 +72,7 @@ def load_model(
         "subfolder": subfolder,
     }
     place = _place(device, device_map)
-    overrides = _own_keywords(overrides)
+    overrides = own_keywords(overrides)
     accepted = inspect.signature(cls.__init__).parameters
     arguments = {name: overrides.pop(name) for name in list(overrides) if name in accepted}
     config = _configuration(cls, name_or_dir if config is None else config, source, overrides)
@@ -128,14 +116,6 @@ def _place(device: Any, device_map: Any) -> torch.device:
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     place = device_map if device is None else device
     return torch.device("cpu" if place is None else place)
-
-
-def _own_keywords(overrides: dict[str, Any]) -> dict[str, Any]:
-    """`overrides` without the keywords of transformers that change nothing; TypeError for those that would."""
-    for name in NOT_READ & overrides.keys():
-        if overrides[name] is not None and overrides[name] is not False:
-            raise TypeError(f"{name} is {reprlib.repr(overrides[name])}: only None or False is allowed here")
-    return {name: value for name, value in overrides.items() if name not in WITHOUT_EFFECT | NOT_READ}
 
 
 def _configuration(cls: Any, config: Any, source: dict[str, Any], overrides: dict[str, Any]) -> Any:

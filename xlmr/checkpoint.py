@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .files import DTYPES, own_keywords, read_json, resolve, to_dtype, write_atomically
 from .weights import read_weights, write_weights
 
-__all__ = ["load_model", "own_keywords", "read_json", "resolve", "save_model", "write_atomically"]
+__all__ = ["load_model", "own_keywords", "place_on", "read_json", "resolve", "save_model", "write_atomically"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def load_model(
         "local_files_only": local_files_only,
         "subfolder": subfolder,
     }
-    place = _place(device, device_map)
+    place = place_on(device, device_map)
     overrides = own_keywords(overrides)
     accepted = inspect.signature(cls.__init__).parameters
     arguments = {name: overrides.pop(name) for name in list(overrides) if name in accepted}
@@ -101,7 +101,7 @@ class _NoNormal(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _place(device: Any, device_map: Any) -> torch.device:
+def place_on(device: Any, device_map: Any) -> torch.device:
     """The one device that is meant by `device`, or as transformers' `device_map`."""
     if device is not None and device_map is not None:
         raise ValueError("device and device_map are both given: give one of them")

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Keywords of transformers' from_pretrained and save_pretrained: how it reads and writes, which decides nothing here, …
+# Keywords of transformers' from_pretrained, save_pretrained and pipeline: how it does it, which decides nothing here, …
 WITHOUT_EFFECT = {
-    "attn_implementation", "fix_mistral_regex", "legacy", "legacy_format", "low_cpu_mem_usage", "max_memory",
-    "offload_folder", "offload_state_dict", "save_function", "save_peft_format", "trust_remote_code", "use_fast",
-    "use_safetensors", "weights_only",
+    "attn_implementation", "fix_mistral_regex", "framework", "legacy", "legacy_format", "low_cpu_mem_usage",
+    "max_memory", "num_workers", "offload_folder", "offload_state_dict", "save_function", "save_peft_format",
+    "trust_remote_code", "use_fast", "use_safetensors", "weights_only",
 }  # fmt: skip
 # … and what: allowed as nothing (None, False, {}) only, which is their default there.
 NOT_OFFERED = {

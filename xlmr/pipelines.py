@@ -666,8 +666,8 @@ def pipeline(
     model: None is the embedded demo. tokenizer: by default the one beside the model's weights. device: by default a GPU
     where there is one, while a model that is given stays where it is; a number is a GPU's, -1 the CPU. device_map,
     dtype, torch_dtype, backend, revision and token are from_pretrained's, model_kwargs more of its keywords. options:
-    defaults for those of the task's calls. Raises ValueError and TypeError for an unknown task, option or kind of model,
-    OSError for a checkpoint that cannot be read.
+    defaults for those of the task's calls. Raises ValueError and TypeError for an unknown task, option or kind of
+    model, OSError for a checkpoint that cannot be read.
     """
     task = ALIASES.get(task, task)
     if task not in PIPELINES:

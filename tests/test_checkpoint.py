@@ -221,6 +221,48 @@ def test_overrides_and_arguments_of_the_class(saved: Path) -> None:
         XLMRobertaModel.from_pretrained(directory, num_label=5)
 
 
+def test_what_transformers_is_told_about_loading(saved: Path) -> None:
+    """Existing calls keep working: how to load changes nothing here, a device_map of one device is that device."""
+    directory = saved / "XLMRobertaModel"
+    how = {
+        "attn_implementation": "sdpa", "low_cpu_mem_usage": True, "trust_remote_code": False, "use_safetensors": True,
+        "weights_only": True, "variant": None, "quantization_config": None, "force_download": False,
+    }  # fmt: skip
+    for device_map in (None, "cpu", "auto", {"": "cpu"}, torch.device("cpu")):
+        load_both("XLMRobertaModel", directory, **how, device_map=device_map)
+    assert (
+        XLMRobertaModel.from_pretrained(pretrained_model_name_or_path=directory, device_map={"": "meta"}).device.type
+        == "meta"
+    )
+    with pytest.raises(ValueError, match="a model lies on one device"):
+        XLMRobertaModel.from_pretrained(directory, device_map={"embeddings": 0, "encoder": "cpu"})
+    with pytest.raises(ValueError, match="device and device_map"):
+        XLMRobertaModel.from_pretrained(directory, device_map="cpu", device="cpu")
+    for name, value in (("variant", "fp16"), ("quantization_config", {"load_in_4bit": True}), ("from_tf", True)):
+        with pytest.raises(TypeError, match=f"{name} is .*: this is not offered here"):
+            XLMRobertaModel.from_pretrained(directory, **{name: value})
+
+
+def test_what_transformers_is_told_about_saving(tmp_path: Path) -> None:
+    """The call of Accelerate's guide, and that by position."""
+    model = XLMRobertaModel(XLMRobertaConfig(**SIZES))
+    how: dict[str, Any] = {
+        "save_function": torch.save,
+        "push_to_hub": False,
+        "variant": None,
+        "max_shard_size": "1.5GB",
+    }
+    model.save_pretrained(save_directory=tmp_path / "a", is_main_process=True, state_dict=model.state_dict(), **how)
+    model.save_pretrained(tmp_path / "b", True, model.state_dict())
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    model.save_pretrained(tmp_path / "c", False)
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(TypeError, match="push_to_hub is True"):
+        model.save_pretrained(tmp_path / "c", push_to_hub=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_shards'"):
+        model.save_pretrained(tmp_path / "c", max_shards=2)
+
+
 def test_a_configuration_of_ones_own(saved: Path) -> None:
     directory = saved / "XLMRobertaModel"
     theirs = transformers.XLMRobertaConfig(**SIZES, hidden_dropout_prob=0.5)

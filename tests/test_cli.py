@@ -234,6 +234,7 @@ def test_demo_shows_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> No
         (["fill-mask", "<mask>", "--top-k", 0], b"", "xlmr fill-mask: top_k is 0: allowed are 1 to"),
         (["fill-mask", "<mask> a" * 99], b"", "xlmr fill-mask: the text '<mask> a"),
         (["embed"], b"", "xlmr embed: there is no text: give texts as arguments, or one a line on standard input"),
+        (["embed"], None, "xlmr embed: there is no text: give texts as arguments, or one a line on standard input"),
         (["embed"], b"caf\xe9\n", "xlmr embed: standard input is not UTF-8 text: "),
         (["embed", "a", "--max-length", 1000], b"", "xlmr embed: max_length is 1000: allowed are 2 to 48"),
         (["embed", "a", "--output", "/"], b"", "xlmr embed: --output / is a directory"),
@@ -244,9 +245,9 @@ def test_demo_shows_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> No
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_1(
-    checkpoint: Path, capsys: Any, monkeypatch: Any, args: list[Any], stdin: bytes, message: str
+    checkpoint: Path, capsys: Any, monkeypatch: Any, args: list[Any], stdin: bytes | None, message: str
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    monkeypatch.setattr(sys, "stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
     assert cli.main([*map(str, args), "--model", str(checkpoint)]) == 1
     out, err = capsys.readouterr()
     assert out == ""

@@ -238,3 +238,20 @@ def test_no_configuration_there(tmp_path: Path) -> None:
         XLMRobertaConfig.from_pretrained(tmp_path)
     write(tmp_path / "config.json", {})  # model_type may be missing
     assert XLMRobertaConfig.from_pretrained(tmp_path) == XLMRobertaConfig()
+
+
+def test_methods_and_keywords_of_the_reference(tmp_path: Path) -> None:
+    found = []
+    for kind in (transformers.XLMRobertaConfig, XLMRobertaConfig):
+        config = kind(vocab_size=99)
+        config.update({"hidden_size": 24, "num_labels": 3})
+        config.to_json_file(tmp_path / f"{kind.__module__}.json")
+        config.save_pretrained(save_directory=tmp_path, push_to_hub=False)
+        how = {"trust_remote_code": True, "attn_implementation": "sdpa", "force_download": False}
+        config = kind.from_pretrained(pretrained_model_name_or_path=tmp_path, **how)
+        assert not hasattr(config, "trust_remote_code")
+        found.append((config.hidden_size, config.num_labels, config.vocab_size))
+    assert found[0] == found[1]
+    assert XLMRobertaConfig.from_json_file(tmp_path / "xlmr.config.json") == XLMRobertaConfig.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'push'"):
+        XLMRobertaConfig().save_pretrained(tmp_path, push=True)

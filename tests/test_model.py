@@ -245,6 +245,23 @@ def test_traced_and_exported_for_other_lengths() -> None:
             same(graph(tokens, mask), reference(tokens, mask)[0], mask, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mask", [(), (RIGHT,)])
+def test_traced_as_it_is(name: str, grad: bool, mask: tuple[Tensor, ...]) -> None:
+    """With jit's own check, which traces again without gradients; then on more rows than are computed at once."""
+    _, ours = build(name, num_hidden_layers=1)
+    example = (ids(), *mask)
+    inputs = [t.repeat(12, 1) for t in example]
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch.jit.trace(ours, example, strict=False)(*inputs)
+    expected = ours(*inputs)
+    assert found.keys() == expected.keys()
+    real = (...,) if not mask or name == "ForSequenceClassification" else inputs[1].bool()
+    torch.testing.assert_close(found[next(iter(found))][real], expected[0][real], atol=1e-4, rtol=1e-4)
+
+
 def test_compiled_by_inductor() -> None:
     _, ours = build("Model", num_hidden_layers=1)
     tokens = ids()

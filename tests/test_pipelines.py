@@ -388,3 +388,31 @@ def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, ch
     for pipe, given in ((ner[0], None), (ner[0], b"a"), (zero, None), (qa, {"question": "a"}), (qa, b"a")):
         with pytest.raises(TypeError, match=r"inputs is .* is needed"):
             pipe(given)
+
+
+def test_a_stream_is_answered_as_it_is_read(
+    fill: Any, reference: Any, qa: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xlmr.pipelines.STREAMED", 2)
+    read = []
+
+    def stream() -> Any:
+        for text in TEXTS:
+            read.append(text)
+            yield text
+
+    answers = fill(stream(), batch_size=2)
+    first = next(answers)
+    assert len(read) == 2
+    same([first, *answers], list(reference(stream())))
+    same(list(fill(transformers.pipelines.pt_utils.KeyDataset([{"text": FRENCH}] * 3, "text"))), [first] * 3)
+    assert len(list(qa(iter([{"question": "who?", "context": "Paris is."}])))) == 1
+    with pytest.raises(TypeError, match="a string, or a list of such, is needed"):
+        list(fill(iter([3])))
+
+
+def test_the_references_keywords(checkpoint: Path, reference: Any) -> None:
+    told = {"torch_dtype": "float32", "device_map": "cpu", "trust_remote_code": False, "framework": "pt"}
+    fill = xlmr.pipeline("fill-mask", checkpoint, **told, model_kwargs={"attn_implementation": "sdpa"})
+    same(fill(FRENCH, num_workers=0, top_k=None), reference(FRENCH, num_workers=0, top_k=None))
+    assert xlmr.pipeline("fill-mask", checkpoint, torch_dtype="bfloat16").model.dtype == torch.bfloat16

@@ -24,8 +24,10 @@ def test_names_that_other_libraries_ask_for() -> None:
     ours.roberta.requires_grad_(False)
     reference.roberta.requires_grad_(False)
     assert ours.num_parameters(only_trainable=True) == reference.num_parameters(only_trainable=True)
+    assert set(ours._no_split_modules) == reference._no_split_modules
     assert ours.base_model_prefix == reference.base_model_prefix
     assert ours.base_model is ours.roberta
+    assert ours.config.get_text_config() is ours.config
     assert ours.get_input_embeddings() is ours.roberta.embeddings.word_embeddings
     assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
     assert ours.lm_head.decoder.bias is ours.lm_head.bias

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .files import DTYPES, read_json, resolve, to_dtype, write_atomically
+from .files import DTYPES, own_keywords, read_json, resolve, to_dtype, write_atomically
 from .weights import read_weights, write_weights
 
-__all__ = ["load_model", "read_json", "resolve", "save_model", "write_atomically"]
+__all__ = ["load_model", "own_keywords", "place_on", "read_json", "resolve", "save_model", "write_atomically"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ def load_model(
     config: Any = None,
     dtype: str | torch.dtype | None = "auto",
     torch_dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    device: int | str | torch.device | None = None,
+    device_map: Any = None,
     backend: str = "auto",
     unpad: bool = True,
     revision: str | None = None,
@@ -49,7 +51,8 @@ def load_model(
 
     config: used instead of the checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the
     configuration's, else that of the first weight; `torch_dtype` is its old name.  device: the CPU by default.
-    overrides: fields of the configuration, or keywords of the constructor of `cls`.
+    device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.  overrides: fields of the
+    configuration, or keywords of the constructor of `cls`; those that files.own_keywords drops are taken too.
 
     Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
     `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return
@@ -68,6 +71,8 @@ def load_model(
         "local_files_only": local_files_only,
         "subfolder": subfolder,
     }
+    place = place_on(device, device_map)
+    overrides = own_keywords(overrides)
     accepted = inspect.signature(cls.__init__).parameters
     arguments = {name: overrides.pop(name) for name in list(overrides) if name in accepted}
     config = _configuration(cls, name_or_dir if config is None else config, source, overrides)
@@ -79,10 +84,10 @@ def load_model(
     model.unpad = unpad
     if "ops" not in arguments:
         model.set_backend(backend)
-    info = _assign(model, weights, torch.device(device or "cpu"), ignore_mismatched_sizes)
+    info = _assign(model, weights, place, ignore_mismatched_sizes)
     if not output_loading_info:
         _report(cls.__name__, os.fspath(name_or_dir), info)
-    model.to(device or "cpu").eval()  # nothing moves: this tells the model where its parameters now are
+    model.to(place).eval()  # nothing moves: this tells the model where its parameters now are
     return (model, info) if output_loading_info else model
 
 
@@ -94,6 +99,23 @@ class _NoNormal(TorchFunctionMode):
         if func in (Tensor.normal_, torch.nn.init.normal_):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def place_on(device: Any, device_map: Any) -> torch.device:
+    """The one device that is meant by `device`, or as transformers' `device_map`."""
+    if device is not None and device_map is not None:
+        raise ValueError("device and device_map are both given: give one of them")
+    if isinstance(device_map, Mapping):
+        places = set(device_map.values())
+        if len(places) != 1:
+            raise ValueError(
+                f"device_map is {reprlib.repr(device_map)}: a model lies on one device here, give its name"
+            )
+        device_map = places.pop()
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    place = device_map if device is None else device
+    return torch.device("cpu" if place is None else place)
 
 
 def _configuration(cls: Any, config: Any, source: dict[str, Any], overrides: dict[str, Any]) -> Any:

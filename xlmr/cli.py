@@ -444,10 +444,10 @@ def _pipeline(task: str, args: argparse.Namespace) -> Pipeline:
 def _texts(args: argparse.Namespace) -> list[str]:
     if args.texts:
         return args.texts
-    if sys.stdin.isatty():
+    if sys.stdin and sys.stdin.isatty():
         print("one text a line, then end of file (Ctrl-D):", file=sys.stderr)
     try:
-        given = sys.stdin.buffer.read().decode("utf-8-sig")
+        given = sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin else ""  # None where it was closed
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not UTF-8 text: {error}") from None
     if not given:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import read_json, resolve, to_dtype, write_atomically
+from .files import own_keywords, read_json, refuse_unknown, resolve, to_dtype, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +191,7 @@ class XLMRobertaConfig:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_dir: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -205,6 +205,7 @@ class XLMRobertaConfig:
         OSError if there is no such file, ValueError if it is no valid configuration, TypeError for an override that is
         neither a field nor a key of the file.
         """
+        name_or_dir = os.fspath(pretrained_model_name_or_path)
         path: Path | None = Path(name_or_dir)
         if not (path and path.is_file()):
             path = resolve(
@@ -220,7 +221,7 @@ class XLMRobertaConfig:
             raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, subfolder)}")
         values = read_json(path)
         try:
-            return cls.from_dict({**values, "name_or_path": os.fspath(name_or_dir)}, **overrides)
+            return cls.from_dict({**values, "name_or_path": name_or_dir}, **own_keywords(overrides))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -298,6 +299,10 @@ class XLMRobertaConfig:
     def name_or_path(self, name: str | os.PathLike[str]) -> None:
         self._name_or_path = os.fspath(name)
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> XLMRobertaConfig:
+        """This configuration: where other libraries look for the text part of a model, this model has no other."""
+        return self
+
     def _set_labels(self, num_labels: int | None) -> None:
         if self.id2label is None:
             self.num_labels = 2 if num_labels is None else num_labels
@@ -367,10 +372,22 @@ class XLMRobertaConfig:
         values = self.to_diff_dict() if use_diff else self.to_dict()
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write config.json, atomically, into `directory` (made if missing); ValueError where `validate` finds one."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write config.json, atomically, into `save_directory` (made if missing); ValueError where `validate` finds
+        one."""
+        refuse_unknown("save_pretrained", options)
         self.validate()
-        write_atomically(directory, {"config.json": self.to_json_string()})
+        write_atomically(save_directory, {"config.json": self.to_json_string()})
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write `to_json_string` into one file."""
+        path = Path(json_file_path)
+        write_atomically(path.parent, {path.name: self.to_json_string(use_diff)})
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Set each field to its value."""
+        for name, value in config_dict.items():
+            setattr(self, name, value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, XLMRobertaConfig):

@@ -114,8 +114,9 @@ def dense_attention(
 
 def rows_at_once(x: Tensor) -> int:
     """How many of the rows x [T, N] a chain of position-wise operations should take at a time: on a CPU, without
-    gradients, so many that the widest temporary stays in cache instead of being fresh memory each time; else all."""
-    if x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
+    gradients, so many that the widest temporary stays in cache instead of being fresh memory each time; else all, as
+    also where a graph is recorded, which would keep the number of chunks."""
+    if x.device.type == "cpu" and not (_recorded() or (torch.is_grad_enabled() and x.requires_grad)):
         return 512
     return max(len(x), 1)
 
@@ -269,12 +270,17 @@ def _onednn(x: Tensor, *parameters: Tensor | None) -> bool:
         x.device.type == "cpu"
         and x.dtype in _ONEDNN_DTYPES
         and x.numel() * len(tensors[1]) >= _ONEDNN_PRODUCTS
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not _recorded()
         and forward_ad._current_level < 0
         and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _recorded() -> bool:
+    """Whether torch.compile, torch.export or torch.jit turns this call into a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _onednn_dtypes() -> frozenset[torch.dtype]:

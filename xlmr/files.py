@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+# Keywords of transformers' from_pretrained, save_pretrained and pipeline: how it does it, which decides nothing here, …
+WITHOUT_EFFECT = {
+    "attn_implementation", "fix_mistral_regex", "framework", "legacy", "legacy_format", "low_cpu_mem_usage",
+    "max_memory", "num_workers", "offload_folder", "offload_state_dict", "save_function", "save_peft_format",
+    "trust_remote_code", "use_fast", "use_safetensors", "weights_only",
+}  # fmt: skip
+# … and what: allowed as nothing (None, False, {}) only, which is their default there.
+NOT_OFFERED = {
+    "do_lower_case", "force_download", "from_flax", "from_tf", "gguf_file", "key_mapping", "proxies", "push_to_hub",
+    "quantization_config", "sp_model_kwargs", "state_dict", "variant",
+}  # fmt: skip
 
 
 def to_dtype(value: Any) -> "torch.dtype":
@@ -30,6 +41,20 @@ def to_dtype(value: Any) -> "torch.dtype":
     if name not in DTYPES:
         raise ValueError(f"dtype is {reprlib.repr(value)}; allowed: {', '.join(DTYPES)}, as a name or a torch.dtype")
     return getattr(torch, name)
+
+
+def own_keywords(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` without the keywords of transformers that change nothing here; TypeError for those that would."""
+    for name in sorted(NOT_OFFERED & given.keys()):
+        if given[name]:
+            raise TypeError(f"{name} is {reprlib.repr(given[name])}: this is not offered here, leave it out")
+    return {name: value for name, value in given.items() if name not in WITHOUT_EFFECT | NOT_OFFERED}
+
+
+def refuse_unknown(function: str, given: dict[str, Any]) -> None:
+    """TypeError, like Python's own, for a keyword that `own_keywords` does not drop."""
+    for name in own_keywords(given):
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def check_bare_name(name: Any, source: str) -> str:

@@ -172,8 +172,9 @@ class XLMRobertaLayer(SequenceBlock):
             return self.feed_forward(x, state.layout)
         # The reference cuts the sequence into chunks; rows do as well, since each is treated alone.
         size = self.chunk_size_feed_forward * state.layout.batch or self.ops.rows_at_once(x)
-        chunks = [self.feed_forward(chunk, state.layout) for chunk in x.split(size)]
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        if len(x) <= size:
+            return self.feed_forward(x, state.layout)
+        return torch.cat([self.feed_forward(chunk, state.layout) for chunk in x.split(size)])
 
     def feed_forward(self, x: Tensor, layout: Layout) -> Tensor:
         return run_rows(self.output, layout, run_rows(self.intermediate, layout, x), x)

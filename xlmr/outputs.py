@@ -97,14 +97,17 @@ class CausalLMOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
 
 
+@dataclass(repr=False)
 class SequenceClassifierOutput(MaskedLMOutput):
     """`loss` scalar; `logits` [B, num_labels]."""
 
 
+@dataclass(repr=False)
 class TokenClassifierOutput(MaskedLMOutput):
     """`loss` scalar; `logits` [B, S, num_labels]."""
 
 
+@dataclass(repr=False)
 class MultipleChoiceOutput(MaskedLMOutput):
     """`loss` scalar; `logits` [B, choices]. Reference: MultipleChoiceModelOutput."""
 

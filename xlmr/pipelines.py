@@ -9,18 +9,21 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from . import heads
+from .checkpoint import place_on
 from .config import XLMRobertaConfig
 from .demo import CHECKPOINT
 from .encode import BATCH_TOKENS, batches, pack, rows_read
 from .encoder import Encoder, load
+from .files import own_keywords
 from .heads import (
     XLMRobertaForMaskedLM,
     XLMRobertaForQuestionAnswering,
@@ -34,6 +37,7 @@ from .tokenizer import XLMRobertaTokenizer
 
 logger = logging.getLogger(__name__)
 
+STREAMED = 256  # how many texts of an iterator are read, sorted and run together
 LONG_LIST = 1000  # from so many texts on, a bar on standard error shows the progress
 Text = str | tuple[str, str]  # a text, or a pair of them
 
@@ -71,7 +75,8 @@ class Pipeline(ABC):
         return self.model.device
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
-        """The answer for a string, the list of answers for a list of strings; `options` are those of `answers`.
+        """The answer for a string, the list of answers for a list of strings; `options` are those of `answers`. For an
+        iterator or a torch Dataset an iterator of answers, which reads STREAMED texts ahead.
 
         Raises TypeError for other inputs and unknown options, ValueError for a text that the task or model cannot take.
         """
@@ -79,6 +84,16 @@ class Pipeline(ABC):
         one = self._read(inputs)
         if one is not None:
             return self.answers([one], **options)[0]
+        if isinstance(inputs, Dataset):
+            inputs = map(inputs.__getitem__, range(len(inputs)))  # type: ignore[arg-type]
+        if isinstance(inputs, Iterator):
+            return chain.from_iterable(
+                self._all(part, options) for part in iter(lambda: list(islice(inputs, STREAMED)), [])
+            )
+        return self._all(inputs, options)
+
+    def _all(self, inputs: Any, options: dict[str, Any]) -> list[Any]:
+        """The answers for a list."""
         given = [self._read(text) for text in inputs] if isinstance(inputs, list | tuple) else [None]
         if None in given:
             raise TypeError(f"inputs is {inputs!r:.80}: {self.takes}, or a list of such, is needed")
@@ -93,6 +108,7 @@ class Pipeline(ABC):
         """One answer per text; the keyword parameters are the task's options."""
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        options = own_keywords(options)
         allowed = list(inspect.signature(self.answers).parameters)[1:]
         for name in options:
             if name not in allowed:
@@ -159,16 +175,18 @@ class FillMaskPipeline(Pipeline):
     def answers(
         self,
         texts: list[str],
-        top_k: int = 5,
+        top_k: int | None = None,
         targets: str | Sequence[str] | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
         batch_size: int | None = None,
     ) -> list[Any]:
         """For each text `[{score, token, token_str, sequence}]`, best first; a list of such lists for several masks.
 
-        top_k: how many. targets: only these words compete, one of several tokens through its first. score: the
-        probability among the whole vocabulary, from a softmax in fp32 or more. batch_size: the most texts run at once.
+        top_k: how many, by default 5. targets: only these words compete, one of several tokens through its first.
+        score: the probability among the whole vocabulary, from a softmax in fp32 or more. batch_size: the most texts
+        run at once.
         """
+        top_k = 5 if top_k is None else top_k
         words = None if targets is None else self._words([targets] if isinstance(targets, str) else targets)
         limit = self.model.config.vocab_size if words is None else len(words)
         if not 1 <= top_k <= self.model.config.vocab_size:
@@ -192,7 +210,7 @@ class FillMaskPipeline(Pipeline):
         """The answer for a string, the list of answers for a list of strings; of one string, its one answer, as in the
         reference. See `answers` for the options, Pipeline for the errors."""
         found = super().__call__(inputs, **options)
-        return found[0] if not isinstance(inputs, str) and len(inputs) == 1 else found
+        return found[0] if isinstance(inputs, list | tuple) and len(inputs) == 1 else found
 
     def _masks(self, text: str, ids: list[int]) -> list[int]:
         masks = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
@@ -634,7 +652,10 @@ def pipeline(
     tokenizer: str | PathLike[str] | XLMRobertaTokenizer | None = None,
     *,
     device: int | str | torch.device | None = None,
+    device_map: Any = None,
     dtype: str | torch.dtype = "auto",
+    torch_dtype: str | torch.dtype | None = None,
+    model_kwargs: dict[str, Any] | None = None,
     backend: str = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -643,23 +664,26 @@ def pipeline(
     """The pipeline of `task`, one of PIPELINES, on a checkpoint directory, a hub name or a model.
 
     model: None is the embedded demo. tokenizer: by default the one beside the model's weights. device: by default a GPU
-    where there is one, while a model that is given stays where it is; a number is a GPU's, -1 the CPU. dtype, backend,
-    revision and token are from_pretrained's. options: defaults for those of the task's calls. Raises ValueError and
-    TypeError for an unknown task, option or kind of model, OSError for a checkpoint that cannot be read.
+    where there is one, while a model that is given stays where it is; a number is a GPU's, -1 the CPU. device_map,
+    dtype, torch_dtype, backend, revision and token are from_pretrained's, model_kwargs more of its keywords. options:
+    defaults for those of the task's calls. Raises ValueError and TypeError for an unknown task, option or kind of
+    model, OSError for a checkpoint that cannot be read.
     """
     task = ALIASES.get(task, task)
     if task not in PIPELINES:
         raise ValueError(f"{task!r} is no task: allowed are {', '.join(map(repr, [*PIPELINES, *ALIASES]))}")
     cls = PIPELINES[task]
     hub: dict[str, Any] = {"revision": revision, "token": token}
+    device = device if device_map is None else place_on(device, device_map)
+    path = {"dtype": dtype if torch_dtype is None else torch_dtype, "backend": backend, **(model_kwargs or {})}
     source: Any = CHECKPOINT if model is None else model
     if isinstance(source, Encoder) or (cls is SentenceSimilarityPipeline and isinstance(source, (str, PathLike))):
         if isinstance(source, (str, PathLike)):
-            source = load(source, device=_device(device), dtype=dtype, backend=backend, **hub)
+            source = load(source, device=_device(device), **own_keywords(path), **hub)
         return cls(source, None, **options)
     words = source if tokenizer is None else tokenizer
     if isinstance(source, (str, PathLike)):
-        source = _load(cls, source, device=_device(device), dtype=dtype, backend=backend, **hub)
+        source = _load(cls, source, device=_device(device), **path, **hub)
     elif device is not None:
         source = source.to(_device(device))
     if isinstance(words, XLMRobertaPreTrainedModel):

@@ -5,10 +5,11 @@ The names are those of transformers' PreTrainedModel, so that PEFT, trainers and
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .block import Block
@@ -48,6 +49,10 @@ class XLMRobertaPreTrainedModel(Block):
     base_model_prefix = "roberta"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = [
+        "XLMRobertaEmbeddings",
+        "XLMRobertaLayer",
+    ]  # Accelerate's FSDP wraps these
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(
@@ -131,18 +136,22 @@ class XLMRobertaPreTrainedModel(Block):
     # Loading, saving, initialisation
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """A model in eval mode from a checkpoint directory or hub name; see xlmr.checkpoint.load_model for the keywords
         (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""
-        return checkpoint.load_model(cls, name_or_dir, **kwargs)
+        return checkpoint.load_model(cls, pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], *, is_main_process: bool = True, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model. Nothing where another process
         is the main one."""
         if is_main_process:
-            checkpoint.save_model(self, directory, **kwargs)
+            checkpoint.save_model(self, save_directory, state_dict=state_dict, **checkpoint.own_keywords(kwargs))
 
     def init_weights(self) -> None:
         """The reference's name for post_init."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
-from .files import read_json, resolve, write_atomically
+from .files import own_keywords, read_json, refuse_unknown, resolve, write_atomically
 from .sentencepiece_model import SPACE, SentencePieceModel, vocabulary_size
 from .token_layout import (
     Span,
@@ -166,17 +166,18 @@ class XLMRobertaTokenizer(Vocabulary):
         if vocab_file is None and tokenizer_file is None:
             raise OSError(f"{pretrained_model_name_or_path} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}")
         known = {"name_or_path": str(pretrained_model_name_or_path), **_known_settings(config, read("config.json"))}
-        tokenizer = cls(vocab_file, tokenizer_file, **{**known, **settings})
+        tokenizer = cls(vocab_file, tokenizer_file, **{**known, **own_keywords(settings)})
         tokenizer.init_kwargs = {key: value for key, value in config.items() if key not in {*known, *_NOT_KEPT}}
         return tokenizer
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+        self, save_directory: str | os.PathLike[str], *, filename_prefix: str | None = None, **options: Any
     ) -> tuple[str, ...]:
         """Write what this class and transformers load back, with or without protobuf; return the paths.
 
         `tokenizer.json` is for transformers: its Rust tokenizer gives other ids where the two libraries disagree.
         """
+        refuse_unknown("save_pretrained", options)
         config = {
             **self.init_kwargs,
             **self._special_tokens,

@@ -143,11 +143,12 @@ def plan(
         )
     if dense is not None:
         return replace(_every_row(batch, seqlen, keys, device), dense=dense)
+    if tracing():
+        keep = torch.ones(batch, keys, dtype=torch.bool, device=device) if keep is None else keep
+        return replace(_every_row(batch, seqlen, keys, device), dense=_dense(keep, seqlen, keys, causal, device))
     if keep is None or keep.numel() == 0:
         layout = _every_row(batch, seqlen, keys, device)
         return replace(layout, dense=_dense(None, seqlen, keys, causal, device)) if weights else layout
-    if tracing():
-        return replace(_every_row(batch, seqlen, keys, device), dense=_dense(keep, seqlen, keys, causal, device))
 
     lens, firsts, lasts, hidden_labels = _statistics(keep, labels)
     if min(lens) == keys:

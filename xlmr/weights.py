@@ -151,8 +151,8 @@ def _split(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
 
 
 def _parse_size(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+) ?([KMGT]B)?", str(size).strip().upper())
-    number = int(match[1]) * 1000 ** ("KMGT".index(match[2][0]) + 1 if match[2] else 0) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)?", str(size).strip().upper())
+    number = int(float(match[1]) * 1000 ** ("KMGT".index(match[2][0]) + 1 if match[2] else 0)) if match else 0
     if number <= 0:
         raise ValueError(
             f"max_shard_size is {size!r}; it must be a positive number of bytes, or a string such as '5GB'"

@@ -411,6 +411,14 @@ def test_a_stream_is_answered_as_it_is_read(
         list(fill(iter([3])))
 
 
+def test_the_references_enumerations(ner: Any, nli: Path) -> None:
+    tagger, classifier = ner[0], both("text-classification", nli)[0]
+    simple = transformers.pipelines.token_classification.AggregationStrategy.SIMPLE
+    sigmoid = transformers.pipelines.text_classification.ClassificationFunction.SIGMOID
+    same(tagger(FRENCH, aggregation_strategy=simple), tagger(FRENCH, aggregation_strategy="simple"))
+    same(classifier(FRENCH, function_to_apply=sigmoid), classifier(FRENCH, function_to_apply="sigmoid"))
+
+
 def test_the_references_keywords(checkpoint: Path, reference: Any) -> None:
     told = {"torch_dtype": "float32", "device_map": "cpu", "trust_remote_code": False, "framework": "pt"}
     fill = xlmr.pipeline("fill-mask", checkpoint, **told, model_kwargs={"attn_implementation": "sdpa"})

@@ -113,7 +113,8 @@ class Pipeline(ABC):
         for name in options:
             if name not in allowed:
                 raise TypeError(f"{name!r} is no option of {self.task}: allowed are {', '.join(allowed)}")
-        return options
+        # transformers' enumerations hold the same names
+        return {name: getattr(value, "value", value) for name, value in options.items()}
 
     def _encode(self, texts: Sequence[Text], tokenizer_kwargs: dict[str, Any] | None) -> list[Encoded]:
         batch = self.tokenizer(list(texts), **(tokenizer_kwargs or {})) if texts else {"input_ids": []}

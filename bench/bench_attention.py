@@ -17,8 +17,8 @@ from xlmr.kernels.attention import cost
 from xlmr.varlen import Sequences
 
 from . import sweep
-from .bench_model import lengths
 from .harness import Case
+from .shapes import lengths
 
 HEADS, HEAD_DIM = 12, 64
 TOKENS = 16384 if sweep.GPU else 1024  # of the padded batch

@@ -1,103 +1,48 @@
-"""Whole models against transformers (sdpa), in one process, interleaved, equal weights, correctness first.
+"""Whole models with equal weights, interleaved, correctness first: `python -m bench.bench_model`.
 
-`python -m bench.bench_model --cpu` measures XLM-R-base shapes with random weights: a batch of 32 texts at about 40 %
-fill, one text of 32 tokens, peak memory of one forward in a process of its own, and the tokenizers. Writes
-bench/results/model_cpu.json and prints the table. `--train` measures training steps: see bench_training.py.
+XLM-R-base and -large shapes with random weights: 32 texts at about 40 % fill and one text of 32 tokens first, the
+tokenizers, then real mixes of lengths, fixed lengths from 32 to 8,192 tokens, single texts, and every head; each
+against transformers in its ways (providers.py). What a machine lacks, or would take too long for, is listed with the
+reason. Writes bench/results/model_cpu.json or model_gpu.json after every case and prints the table. `--cpu` leaves a
+GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors: bench_encode.py.
+
+tokens_per_s counts real tokens; mfu is what the real tokens have to compute over what the machine's matrix product,
+measured in the same run, computes in that time; host_share is the share of a call after which it returns (on a GPU);
+cold_s is import, load and first call in a process of its own.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
+import os
 import random
+import re
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 import xlmr
 from xlmr.demo import CHECKPOINT, HELD_OUT
 
-from . import harness
+from . import harness, providers
+from .forward import ROOT, Found, Wrong, measure, peak_memory
+from .providers import PROVIDERS
+from .shapes import BASE, cases, lengths
 
-BASE: dict[str, Any] = {
-    "vocab_size": 250002, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
-}  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PROVIDERS = ("transformers sdpa", "xlmr eager")
-COLUMNS = ["case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb"]
-
-
-def lengths(texts: int, longest: int, fill: float, seed: int = 0) -> list[int]:
-    """Log-normal lengths up to `longest`, the first exactly that, scaled to fill about `fill` of the padded batch."""
-    draw = random.Random(seed)
-    raw = [draw.lognormvariate(0.0, 0.55) for _ in range(texts - 1)]
-    low, high = 0.0, float(longest)
-    for _ in range(40):  # bisection on the scale
-        scale = (low + high) / 2
-        found = [longest, *(min(longest, max(4, round(x * scale))) for x in raw)]
-        low, high = (scale, high) if sum(found) < fill * texts * longest else (low, scale)
-    return found
-
-
-def batch(lens: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random ids [B, S] with pads to the right, and their mask."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = (torch.arange(max(lens)) < torch.tensor(lens)[:, None]).long()
-    ids = torch.randint(4, BASE["vocab_size"] - 2, mask.shape, generator=generator)
-    return ids.masked_fill(mask == 0, 1), mask
-
-
-def model(provider: str, dtype: torch.dtype, layers: int = BASE["num_hidden_layers"]) -> Any:
-    """The base model of `provider`, of so many layers, with random weights that depend on the seed alone."""
-    torch.manual_seed(0)
-    settings = {**BASE, "num_hidden_layers": layers}
-    reference = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**settings), add_pooling_layer=False)
-    reference = reference.eval().to(dtype)
-    if provider == "transformers sdpa":
-        return reference
-    with torch.device("meta"):
-        ours = xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**settings), add_pooling_layer=False, backend="eager")
-    ours.load_state_dict(reference.state_dict(), assign=True)
-    return ours.eval()
-
-
-@torch.inference_mode()
-def latency(name: str, lens: list[int], dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """Both providers on one batch; the ratio is transformers' time over ours."""
-    ids, mask = batch(lens)
-    models = {provider: model(provider, DTYPES[dtype]) for provider in PROVIDERS}
-    outputs = {provider: m(ids, attention_mask=mask).last_hidden_state for provider, m in models.items()}
-    real = mask.bool()
-    difference = (outputs[PROVIDERS[0]][real] - outputs[PROVIDERS[1]][real]).abs().max().item()
-    limit = {"fp32": 1e-4, "bf16": 0.25}[dtype]  # on outputs of unit variance, after twelve layers
-    if not difference < limit:
-        raise SystemExit(f"{name} {dtype}: outputs differ by {difference}, more than {limit}; nothing was measured")
-    calls = {provider: (lambda m=m: m(ids, attention_mask=mask)) for provider, m in models.items()}
-    times = {provider: harness.quantiles(t) for provider, t in harness.interleaved(calls, rounds).items()}
-    base = times[PROVIDERS[0]]["median_ms"]
-    return [
-        {"case": name, "dtype": dtype, "provider": p, **t, "ratio": base / t["median_ms"], "max_difference": difference}
-        for p, t in times.items()
-    ]
-
-
-def peak_memory(provider: str, dtype: str, lens: list[int]) -> float:
-    """MB that one forward adds to the resident set of a process that holds the model (Linux)."""
-    command = [sys.executable, "-m", "bench.bench_model", "--peak-of", provider, dtype, json.dumps(lens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
-    return float(done.stdout)
-
-
-@torch.inference_mode()
-def _measure_peak(provider: str, dtype: str, lens: list[int]) -> float:
-    ids, mask = batch(lens)
-    measured = model(provider, DTYPES[dtype])
-    measured(ids[:1, :8])  # libraries allocate for good at the first call
-    return harness.peak_of(lambda: measured(ids, attention_mask=mask)) / 2**20
+COLUMNS = (
+    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb",
+    "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
+)  # fmt: skip
+TOKENIZING, RUNTIMES = "tokenize 10,000", "other runtimes"
+Job = tuple[str, Callable[[], Found]]
 
 
 def sentences(count: int) -> list[str]:
@@ -117,53 +62,105 @@ def tokenizing(rounds: int) -> list[dict[str, Any]]:
     times = {name: harness.quantiles(t) for name, t in harness.interleaved(calls, rounds).items()}
     base = times["transformers fast"]["median_ms"]
     return [
-        {
-            "case": f"tokenize 10,000 ({same:.1%} equal)",
-            "dtype": "",
-            "provider": name,
-            **t,
-            "ratio": base / t["median_ms"],
-        }
-        for name, t in times.items()
+        {"case": f"{TOKENIZING} ({same:.1%} equal)", "dtype": "", "provider": p, **t, "ratio": base / t["median_ms"]}
+        for p, t in times.items()
     ]
+
+
+def runtimes(rounds: int) -> Found:
+    """ONNX Runtime and CTranslate2 on a CPU, by bench_peers, in a process whose malloc suits them."""
+    found = Found()
+    needed = {"onnx runtime": ("onnxruntime", "onnxscript"), "ctranslate2": ("ctranslate2",)}
+    for provider, packages in needed.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            found.leave_out(RUNTIMES, f"{', '.join(missing)} not installed", provider)
+    if len(found.not_run) < len(needed):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "peers.json"
+            command = [sys.executable, "-m", "bench.bench_peers", "--rounds", str(rounds), "--out", str(out)]
+            subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+            rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+        found.rows = [{**row, "case": f"{RUNTIMES}: {row['case']}"} for row in rows]
+    return found
+
+
+def jobs(rounds: int, chosen: Iterable[str] | None) -> list[Job]:
+    """All that can be measured here, by title, the most telling first."""
+    gpu = torch.cuda.is_available()
+    found: list[Job] = [(case.title, functools.partial(measure, case, rounds, chosen)) for case in cases(gpu)]
+    headlines = sum(case.group == "headline" for case in cases(gpu))
+    found.insert(headlines, (TOKENIZING, lambda: Found(tokenizing(max(3, rounds // 2)))))
+    return found if gpu else [*found, (RUNTIMES, lambda: runtimes(max(3, rounds // 2)))]
+
+
+def run(todo: Iterable[Job], path: Path, minutes: float) -> tuple[dict[str, Any], bool]:
+    """Runs the jobs till the time is over, writing to `path` after each; whether every provider was right."""
+    rows: list[dict[str, Any]] = []
+    not_run: list[dict[str, str]] = []
+    right = True
+    results = {"environment": harness.environment(), "lengths": lengths(32, 128, 0.4), "rows": rows, "not_run": not_run}
+    end = time.monotonic() + 60 * minutes
+    for title, job in todo:
+        harness.log(title)
+        found = Found()
+        if time.monotonic() >= end:
+            found.leave_out(title, f"the {minutes:g} minutes were over", "all")
+        else:
+            try:
+                found = job()
+            except Wrong as error:
+                right = False
+                found.leave_out(title, f"WRONG: {error}", "all")
+        rows += found.rows
+        not_run += found.not_run
+        write(path, results)
+    return results, right
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Never half: a round may end this process."""
+    os.replace(harness.write(path.with_suffix(".part"), results), path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_model", description=__doc__)
-    parser.add_argument("--cpu", action="store_true", help="measure on the CPU (all that this version measures)")
+    parser.add_argument("--cpu", action="store_true", help="measure on the CPU even where there is a GPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many minutes")
+    parser.add_argument("--cases", type=re.compile, default="", help="only cases whose title this expression finds")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
+                        help=f"only these, in every case: {', '.join(PROVIDERS)}")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the titles of the cases and measure nothing")
     parser.add_argument("--train", action="store_true", help="measure training steps instead (bench_training.py)")
     parser.add_argument("--layers", type=int, default=BASE["num_hidden_layers"], help="with --train: a smaller model")
     parser.add_argument("--vocab", type=int, default=BASE["vocab_size"], help="with --train: a smaller vocabulary")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved runs of each candidate (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved runs of each provider (default 9; five "
+                        "times as many of one text, and on a GPU; fewer of long ones)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON file to write (default: in bench/results)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("--peak-of", nargs=3, metavar=("PROVIDER", "DTYPE", "LENGTHS"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", nargs=3, metavar=("PROVIDER", "CASE", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.cpu:
+        os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     if args.peak_of:
-        provider, dtype, lens = args.peak_of
-        print(_measure_peak(provider, dtype, json.loads(lens)))
+        provider, *key = args.peak_of
+        print(peak_memory(provider, next(case for case in cases(gpu=False) if [case.name, case.dtype] == key)))
         return 0
     if args.train:
         from . import bench_training
 
         return bench_training.main(args)
-    mixed = lengths(32, 128, 0.4)
-    fill = sum(mixed) / (len(mixed) * max(mixed))
-    rows = []
-    for dtype in DTYPES:
-        harness.log(f"{dtype}: 32 texts up to 128 tokens, {fill:.0%} fill")
-        measured = latency(f"32 texts, {fill:.0%} fill", mixed, dtype, args.rounds)
-        for row in measured:
-            row["peak_mb"] = peak_memory(row["provider"], dtype, mixed)
-        harness.log(f"{dtype}: one text of 32 tokens")
-        rows += measured + latency("1 text of 32", [32], dtype, 5 * args.rounds)
-    harness.log("tokenizers")
-    rows += tokenizing(max(3, args.rounds // 2))
-    results = {"environment": harness.environment(), "lengths": mixed, "rows": rows}
-    path = harness.write(args.out or "model_cpu", results)
-    print(json.dumps(results) if args.json else harness.table(rows, COLUMNS))
+    todo = [(title, job) for title, job in jobs(args.rounds, args.providers) if re.search(args.cases, title)]
+    if args.list:
+        print("\n".join(title for title, _ in todo))
+        return 0
+    if not todo:
+        raise SystemExit(f"--cases {args.cases.pattern!r} finds no title: --list shows them")
+    path = args.out or harness.RESULTS / f"model_{providers.device().type.replace('cuda', 'gpu')}.json"
+    results, right = run(todo, path, args.minutes)
+    print(json.dumps(results) if args.json else harness.table(results["rows"], COLUMNS))
     harness.log(f"written to {path}")
-    return 0
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

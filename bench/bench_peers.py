@@ -7,6 +7,7 @@ needs most; every output is compared with transformers' in fp32 before anything 
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -24,9 +25,10 @@ import xlmr
 from xlmr.demo import CHECKPOINT
 
 from . import harness
-from .bench_model import BASE, COLUMNS, batch, lengths
+from .shapes import BASE, batch, lengths
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+COLUMNS = ("case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference")
 LIMITS = {"fp32": 1e-3, "bf16": 0.25, "int8": 1.5}  # of the largest difference; outputs have unit variance
 Provider = Callable[[Tensor, Tensor], Any]
 
@@ -85,10 +87,20 @@ def providers(directory: Path) -> dict[tuple[str, str], Provider]:
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     found: dict[tuple[str, str], Provider] = {("transformers sdpa", "fp32"): torch_model(reference)}
-    found["onnx runtime", "fp32"] = onnxruntime(directory, reference)
-    for name, compute_type in (("fp32", "float32"), ("int8", "int8")):
-        found["ctranslate2", name] = ctranslate2(directory, compute_type)
+    if installed("onnx runtime", "onnxruntime", "onnxscript"):
+        found["onnx runtime", "fp32"] = onnxruntime(directory, reference)
+    if installed("ctranslate2", "ctranslate2"):
+        for name, compute_type in (("fp32", "float32"), ("int8", "int8")):
+            found["ctranslate2", name] = ctranslate2(directory, compute_type)
     return found | {("xlmr eager", name): torch_model(model) for name, model in ours.items()}
+
+
+def installed(provider: str, *packages: str) -> bool:
+    """Whether a provider's packages are there; says so where they are not."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        harness.log(f"not run: {provider}: {', '.join(missing)} not installed")
+    return not missing
 
 
 def measure(case: str, lens: list[int], ways: dict[tuple[str, str], Provider], rounds: int) -> list[dict[str, Any]]:
@@ -117,6 +129,7 @@ def measure(case: str, lens: list[int], ways: dict[tuple[str, str], Provider], r
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_peers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved runs of each provider (default 5)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: in bench/results)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
     if not MALLOC.items() <= os.environ.items():  # read when the process starts
@@ -127,8 +140,8 @@ def main() -> int:
         rows = measure("32 texts, 40% fill", mixed, ways, args.rounds)
         rows += measure("1 text of 32", [32], ways, 5 * args.rounds)
     results = {"environment": harness.environment(), "malloc": MALLOC, "rows": rows}
-    path = harness.write("peers_cpu", results)
-    print(json.dumps(results) if args.json else harness.table(rows, COLUMNS[:-1]))
+    path = harness.write(args.out or "peers_cpu", results)
+    print(json.dumps(results) if args.json else harness.table(rows, COLUMNS))
     harness.log(f"written to {path}")
     return 0
 

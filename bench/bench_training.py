@@ -21,7 +21,7 @@ from torch import Tensor
 import xlmr
 
 from . import harness
-from .bench_model import BASE, DTYPES, PROVIDERS, batch, lengths
+from .shapes import BASE, DTYPES, PAIR, batch, lengths
 
 MASKED = 0.15
 COLUMNS = ["case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "difference", "peak_mb"]
@@ -81,14 +81,14 @@ def difference(models: list[Any], given: dict[str, Tensor], dtype: str) -> float
 def measure(dtype: str, lens: list[int], settings: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
     """Both providers on one batch; the ratio is transformers' time over ours."""
     given = labelled(lens, settings)
-    models = {provider: model(provider, settings) for provider in PROVIDERS}
+    models = {provider: model(provider, settings) for provider in PAIR}
     apart = difference(list(models.values()), given, dtype)
     if not apart < LIMITS[dtype]:
         raise SystemExit(f"{dtype}: gradients differ by {apart}, more than {LIMITS[dtype]}; nothing was measured")
     steps = {provider: stepper(m, dtype) for provider, m in models.items()}
     calls = {provider: (lambda step=step: step(given)) for provider, step in steps.items()}
     times = {p: harness.quantiles(t) for p, t in harness.interleaved(calls, rounds, warm_up=1).items()}
-    base = times[PROVIDERS[0]]["median_ms"]
+    base = times[PAIR[0]]["median_ms"]
     case = f"step, {len(lens)} texts, {sum(lens) / (len(lens) * max(lens)):.0%} fill"
     return [
         {"case": case, "dtype": dtype, "provider": p, **t, "ratio": base / t["median_ms"], "difference": apart}

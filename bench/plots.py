@@ -97,6 +97,25 @@ def bars(values: Mapping[str, float], path: Path, title: str, unit: str) -> Path
     return save(figure, path)
 
 
+def throughput(rows: Iterable[Mapping[str, Any]], directory: Path) -> list[Path]:
+    """Real tokens a second of whole models: over the length where it is fixed, as bars for each mix of lengths."""
+    fixed: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    mixes: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row.get("group") == "fixed":
+            fixed[f"{row['size']}, {row['dtype']}"][row["provider"]][row["longest"]] = row["tokens_per_s"]
+        elif row.get("group") == "mix":
+            mixes[f"{row['case']}, {row['dtype']}"][row["provider"]] = row["tokens_per_s"]
+    unit = "real tokens/s"
+    drawn = [
+        lines(series, directory / f"fixed {name}.svg".replace(" ", "-"), f"Fixed lengths, {name}", "S", unit, log="xy")
+        for name, series in fixed.items()
+    ]
+    return drawn + [
+        bars(values, directory / f"mix {name}.svg".replace(" ", "-"), name, unit) for name, values in mixes.items()
+    ]
+
+
 def lines(
     series: Mapping[str, Mapping[float, float]], path: Path, title: str, x: str, y: str, *, log: str = ""
 ) -> Path:

@@ -24,9 +24,8 @@ from xlmr.kernels import attention, embedding, layer_norm, linear, vocab_softmax
 from xlmr.ops import COMPUTED, Ops, traced
 
 from . import harness, plots
-from .bench_model import BASE, batch, lengths
+from .shapes import BASE, DTYPES, batch, lengths
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STEPS = 5
 COLUMNS = ("operation", "calls", "ms", "share", "gflops", "gbytes", "fraction_of_roof")
 

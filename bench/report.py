@@ -17,7 +17,10 @@ td:first-child, th { text-align: left }
 svg { max-width: 100%; height: auto }
 h2 { margin-top: 2em }
 """
-MODEL_COLUMNS = ("case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb")
+MODEL_COLUMNS = (
+    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb",
+    "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
+)  # fmt: skip
 KERNEL_COLUMNS = (
     "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_value", "kernel_provider", "y_value_50",
     "roof", "fraction_of_roof",
@@ -28,7 +31,7 @@ def write(directory: Path, state: Mapping[str, str]) -> Path:
     """DIR/report.html of what DIR holds; every picture is also a file in DIR/pictures."""
     environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
     sections = [_section("Parts", _table([{"part": k, "result": v} for k, v in state.items()], ("part", "result")))]
-    sections += _models(directory / "models.json")
+    sections += _models(directory / "models.json", directory / "pictures")
     sections += _kernels(directory / "kernels.csv", directory / "pictures")
     for name in ("profile", "profile-of-training"):
         sections += _profile(directory / name, name.replace("-", " "))
@@ -43,11 +46,15 @@ def write(directory: Path, state: Mapping[str, str]) -> Path:
     return path
 
 
-def _models(file: Path) -> list[str]:
+def _models(file: Path, pictures: Path) -> list[str]:
     if not file.exists():
         return []
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return [_section("Models", _table(rows, MODEL_COLUMNS))]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    figures = "".join(map(_picture, plots.throughput(found["rows"], pictures)))
+    sections = [_section("Models", figures + _table(found["rows"], MODEL_COLUMNS))]
+    if found.get("not_run"):
+        sections.append(_section("Models that were not run", _table(found["not_run"], ("case", "provider", "reason"))))
+    return sections
 
 
 def _kernels(file: Path, pictures: Path) -> list[str]:

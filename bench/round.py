@@ -25,11 +25,13 @@ LEAST_SECONDS = 10  # a part that has less is left for another time
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a round: its command, and what share of the time then left it may take."""
+    """A part of a round: its command, what share of the time then left it may take, and whether the command is told, as
+    --minutes, to begin nothing new after three quarters of that."""
 
     name: str
     command: tuple[str, ...]
     share: float
+    timed: bool = False
 
 
 def parts(out: Path, gpu: bool) -> list[Part]:
@@ -39,9 +41,8 @@ def parts(out: Path, gpu: bool) -> list[Part]:
     found = []
     if gpu:
         found.append(Part("tests on the GPU", (*python, "pytest", "-q", "-x", "-m", "cuda or not cuda", "tests"), 0.4))
-    found.append(
-        Part("models", (*python, "bench.bench_model", "--rounds", "5", "--out", str(out / "models.json")), 0.4)
-    )
+    models = (*python, "bench.bench_model", "--rounds", "5", "--out", str(out / "models.json"))
+    found.append(Part("models", models, 0.4, timed=True))
     for i, kernel in enumerate(KERNELS):
         seconds = "0.3" if gpu else "0.1"
         command = (*python, f"bench.bench_{kernel}", "--out", csv, "--seconds", seconds)
@@ -58,9 +59,10 @@ def run(part: Part, out: Path, seconds: float) -> str:
     """Runs a part, its messages into DIR/logs; "done", "out of time" or "failed (exit …)"."""
     log = out / "logs" / f"{part.name.replace(' ', '-')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
+    command = [*part.command, *(["--minutes", str(0.75 * seconds / 60)] if part.timed else [])]
     with log.open("w", encoding="utf-8") as file:
         try:
-            code = subprocess.run(part.command, stdout=file, stderr=file, timeout=seconds, check=False).returncode
+            code = subprocess.run(command, stdout=file, stderr=file, timeout=seconds, check=False).returncode
         except subprocess.TimeoutExpired:
             return "out of time"
     return "done" if code == 0 else f"failed (exit {code}), see {log}"

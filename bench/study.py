@@ -20,22 +20,22 @@ import torch.nn.functional as F
 import xlmr
 from xlmr.ops import EAGER, Ops, triton
 
-from . import bench_attention, harness, plots
-from .bench_model import BASE, batch, lengths, model
+from . import bench_attention, harness, plots, providers
+from .shapes import BASE, PAIR, batch, lengths
 
 HERE = Path(__file__).parent / "studies"
 GPU = torch.cuda.is_available()
-PROVIDERS = ("transformers sdpa", "xlmr eager")
 
 
 @torch.inference_mode()
 def packing() -> dict[str, Any]:
     """(a) Milliseconds of one batch over the share of real tokens in it."""
-    models = {name: model(name, torch.float32, layers=4) for name in PROVIDERS}
-    times: dict[str, dict[float, float]] = {name: {} for name in PROVIDERS}
+    theirs = providers.reference("Model", "fp32", tuple({**BASE, "num_hidden_layers": 4}.items()))
+    models = dict(zip(PAIR, (theirs, providers.own("eager", "Model", theirs)), strict=True))
+    times: dict[str, dict[float, float]] = {name: {} for name in PAIR}
     for fill in (0.2, 0.4, 0.6, 0.8, 1.0):
         lens = lengths(16, 128, fill) if fill < 1 else [128] * 16
-        ids, mask = batch(lens)
+        ids, mask = (t.to(theirs.device) for t in batch(lens))
         real = sum(lens) / (len(lens) * max(lens))
         calls = {name: functools.partial(m, ids, attention_mask=mask) for name, m in models.items()}
         for name, seconds in harness.interleaved(calls, rounds=5).items():
@@ -196,7 +196,7 @@ def _with_tile(config: Any, inputs: tuple[Any, ...]) -> torch.Tensor:
 def launches() -> dict[str, Any]:
     """(d) One text of 32 tokens through the base model in bf16: eager, on the kernels, and as one CUDA graph."""
     needs_gpu("launches")
-    own = model("xlmr eager", torch.bfloat16).to("cuda")
+    own = providers.own("auto", "Model", providers.reference("Model", "bf16", tuple(BASE.items())))
     ids = torch.randint(4, BASE["vocab_size"] - 2, (32,), device="cuda")
     ends = torch.tensor([0, 32], device="cuda")
     run = functools.partial(own.forward_packed, ids, ends, 32)
@@ -204,10 +204,7 @@ def launches() -> dict[str, Any]:
     for name, ops in {"xlmr eager": EAGER, "xlmr triton": triton()}.items():
         own.ops = ops
         milliseconds[name] = harness.quantiles(harness.interleaved({name: run}, rounds=50)[name])["median_ms"]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    seconds = harness.interleaved({"graph": graph.replay}, rounds=50)["graph"]
+    seconds = harness.interleaved({"graph": providers.captured(run)}, rounds=50)["graph"]
     milliseconds["xlmr triton, graph"] = harness.quantiles(seconds)["median_ms"]
     plots.bars(milliseconds, HERE / "launches.svg", "XLM-R-base, one text of 32 tokens, bf16", "ms")
     return {"milliseconds": milliseconds}

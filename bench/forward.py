@@ -1,0 +1,171 @@
+"""One case of bench_model: who runs and is right, how long it takes, and what else a figure needs to be read."""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import harness, providers
+from .providers import GRAPH, JUDGE, PROVIDERS, Call, NotHere
+from .shapes import DTYPES, Case
+
+ROOT = Path(__file__).parent.parent
+# Of the largest and of the root mean square difference, in standard deviations of the output.
+LIMITS = {"fp32": (1e-3, 1e-4), "bf16": (0.5, 0.05)}
+LONGEST_CALL = 10.0  # seconds that one call may take
+CASE_SECONDS = 20.0  # that the measured calls of one case may take, three of each provider aside
+
+
+class Wrong(Exception):
+    """A provider's output is not the judge's: nothing of the case is measured."""
+
+
+@dataclass
+class Found:
+    """Rows of COLUMNS, and who was not run: case, provider, reason."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    not_run: list[dict[str, str]] = field(default_factory=list)
+
+    def leave_out(self, case: str, reason: str, *names: str) -> None:
+        """Notes and says that these providers are not run."""
+        harness.log(f"  not run: {'; '.join(names)}: {reason}")
+        self.not_run += [{"case": case, "provider": name, "reason": reason} for name in names]
+
+
+@torch.inference_mode()
+def measure(case: Case, rounds: int, chosen: Iterable[str] | None = None) -> Found:
+    """A row a provider of a case; the ratio is the time of transformers (sdpa) over its own."""
+    found, seconds = Found(), predicted(case)
+    if seconds > LONGEST_CALL:
+        found.leave_out(case.title, f"a call would take about {seconds:.0f} s", "all")
+        return found
+    given = providers.prepare(case)
+    calls, differences = checked(given, wanted(case, chosen, found), found)
+    if not calls:
+        return found
+    times = timed(calls, rounds * (5 if len(case.lens) == 1 or torch.cuda.is_available() else 1))
+    base = times.get(JUDGE, {}).get("median_ms")
+    for name, t in times.items():
+        row = {"case": case.name, "dtype": case.dtype, "provider": name, **t, "max_difference": differences[name]}
+        row |= {"ratio": base / t["median_ms"]} if base else {}
+        found.rows.append(row | facts(case, t["median_ms"] / 1e3) | resources(case, name, calls[name]))
+    if case.group == "headline" and len(case.lens) > 1:
+        add_cold_starts(given, found.rows)
+    return found
+
+
+def predicted(case: Case) -> float:
+    """Seconds of a call on a CPU: the padded batch at half the rate of the matrix product. On a GPU all are short."""
+    if torch.cuda.is_available():
+        return 0.0
+    return 2 * case.flops(padded=True) / harness.roofs(DTYPES[case.dtype])[0]
+
+
+def wanted(case: Case, chosen: Iterable[str] | None, found: Found) -> list[str]:
+    """The providers to measure: those asked for, or the case's own."""
+    if chosen is not None:
+        return [name for name in PROVIDERS if name in set(chosen)]
+    if case.providers is None:
+        return list(PROVIDERS)
+    others = [name for name in PROVIDERS if name not in case.providers]
+    found.leave_out(case.title, "not in this case by default, to save time: see --providers", *others)
+    return list(case.providers)
+
+
+def checked(given: providers.Setting, names: Iterable[str], found: Found) -> tuple[dict[str, Call], dict[str, float]]:
+    """The calls that run here, and how far each is at most from the judge; Wrong if one is too far."""
+    case, calls, differences = given.case, {}, {}
+    exact = given.read(providers.padded(given.reference, given)())
+    for name in names:
+        try:
+            call = PROVIDERS[name](given)
+            out = given.read(call())
+        except (NotHere, RuntimeError, NotImplementedError, ImportError) as error:  # what this machine lacks
+            found.leave_out(case.title, str(error).splitlines()[0], name)
+            continue
+        worst, typical = apart(out, exact)
+        if not (worst <= LIMITS[case.dtype][0] and typical <= LIMITS[case.dtype][1]):
+            raise Wrong(f"{name} differs by {worst:.3g} (typically {typical:.3g}) standard deviations")
+        calls[name], differences[name] = call, worst
+    return calls, differences
+
+
+def apart(out: Tensor, exact: Tensor) -> tuple[float, float]:
+    """The largest and the root mean square difference, in standard deviations of `exact`; infinite for other shapes."""
+    if out.shape != exact.shape:
+        return float("inf"), float("inf")
+    difference = (out - exact) / exact.std()
+    return difference.abs().max().item(), difference.square().mean().sqrt().item()
+
+
+def timed(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
+    """Quantiles of each; fewer rounds where they would take long, but three."""
+    once = sum(seconds[0] for seconds in harness.interleaved(calls, 1, warm_up=0).values())
+    rounds = max(3, min(rounds, int(CASE_SECONDS / once)))
+    warm_up = 2 if once < 1 else 0  # the check and the trial were two
+    return {name: harness.quantiles(t) for name, t in harness.interleaved(calls, rounds, warm_up).items()}
+
+
+def facts(case: Case, seconds: float) -> dict[str, Any]:
+    """What follows from a call's time."""
+    tokens, peak = sum(case.lens), harness.roofs(DTYPES[case.dtype])[0]
+    return {
+        "group": case.group, "size": case.size, "longest": max(case.lens), "tokens": tokens,
+        "tokens_per_s": tokens / seconds, "padding": case.padding, "mfu": case.flops() / seconds / peak,
+    }  # fmt: skip
+
+
+def resources(case: Case, provider: str, call: Call) -> dict[str, float]:
+    """Memory, and how long the host is busy. On a CPU only the headline's memory, for each needs its own process."""
+    if torch.cuda.is_available():
+        memory = {} if provider == GRAPH else {"peak_mb": harness.peak_of(call) / 2**20}  # a graph holds its own
+        return {**memory, "host_share": host_share(call)}
+    if case.group != "headline" or len(case.lens) == 1:
+        return {}
+    return {"peak_mb": in_own_process("bench.bench_model", "--peak-of", provider, case.name, case.dtype)}
+
+
+def host_share(call: Call, rounds: int = 5) -> float:
+    """The share of a call's time on the GPU's clock after which the host goes on."""
+
+    def once() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        returned = time.perf_counter()
+        torch.cuda.synchronize()
+        return (returned - start) / (time.perf_counter() - start)
+
+    return statistics.median(once() for _ in range(rounds))
+
+
+def add_cold_starts(given: providers.Setting, rows: list[dict[str, Any]]) -> None:
+    """From import to first answer, of the providers that are nothing but a library's model."""
+    with tempfile.TemporaryDirectory() as folder:
+        given.reference.save_pretrained(folder)
+        for row in rows:
+            if row["provider"] in ("transformers sdpa", "transformers eager", "xlmr eager", "xlmr triton"):
+                row["cold_s"] = in_own_process("bench.cold", folder, row["provider"], str(providers.device()))
+
+
+def in_own_process(*command: str) -> float:
+    """The number that a module of this package prints."""
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@torch.inference_mode()
+def peak_memory(provider: str, case: Case) -> float:
+    """MB that one forward adds to the resident set of this process, which holds the model (Linux)."""
+    PROVIDERS[provider](providers.prepare(replace(case, lens=(8,))))()  # libraries allocate for good at the first call
+    call = PROVIDERS[provider](providers.prepare(case))
+    return harness.peak_of(call) / 2**20

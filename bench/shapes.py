@@ -1,0 +1,165 @@
+"""What the model benchmarks measure: two sizes, batches of fixed and of real lengths, and what each has to compute."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASE: dict[str, Any] = {
+    "vocab_size": 250002, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+}  # fmt: skip
+LARGE = {**BASE, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+SIZES = {"base": BASE, "large": LARGE}
+LONG = 8194  # positions of a model whose texts are longer than 512 tokens, as bge-m3 has them
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PAIR = ("transformers sdpa", "xlmr eager")
+# What each kind of model returns that depends on its inputs.
+HEADS = {
+    "Model": ("last_hidden_state",),
+    "ForMaskedLM": ("logits",),
+    "ForCausalLM": ("logits",),
+    "ForSequenceClassification": ("logits",),
+    "ForTokenClassification": ("logits",),
+    "ForQuestionAnswering": ("start_logits", "end_logits"),
+    "ForMultipleChoice": ("logits",),
+}
+# Log-normal lengths in tokens, assumed, not fitted to any corpus: median, sigma of the logarithm, longest.
+MIXES = {"queries": (10, 0.5, 64), "sentences": (30, 0.6, 128), "passages": (130, 0.5, 512)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of texts of `lens` tokens through one kind of model. `group` is what it is compared along: "headline",
+    "mix", "fixed", "latency" or "head"; `providers` are measured unless others are asked for, None: all."""
+
+    text: str
+    lens: tuple[int, ...]
+    dtype: str
+    group: str
+    size: str = "base"
+    head: str = "Model"
+    providers: tuple[str, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """What identifies the case, but for its dtype."""
+        return ", ".join([self.text, *([self.size] if self.size != "base" else [])])
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.dtype}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model's config."""
+        sizes = SIZES[self.size]
+        long = {"max_position_embeddings": LONG} if max(self.lens) > sizes["max_position_embeddings"] - 2 else {}
+        decoder = {"is_decoder": True, "use_cache": False} if self.head == "ForCausalLM" else {}
+        return {**sizes, **long, **decoder}
+
+    @property
+    def padding(self) -> float:
+        """The share of the padded batch's positions that hold no token."""
+        return 1 - sum(self.lens) / (len(self.lens) * max(self.lens))
+
+    def flops(self, *, padded: bool = False) -> int:
+        """Of one forward, a multiplication and an addition each: of the real tokens, or of all positions."""
+        own = self.settings
+        N, M = own["hidden_size"], own["intermediate_size"]
+        lens = [max(self.lens)] * len(self.lens) if padded else self.lens
+        scores = sum(n * n for n in lens) // (2 if self.head == "ForCausalLM" else 1)
+        layer = sum(lens) * (8 * N * N + 4 * N * M) + 4 * N * scores
+        vocabulary = 2 * sum(lens) * N * (N + own["vocab_size"]) if self.head in ("ForMaskedLM", "ForCausalLM") else 0
+        return own["num_hidden_layers"] * layer + vocabulary
+
+
+def lengths(texts: int, longest: int, fill: float, seed: int = 0) -> list[int]:
+    """Log-normal lengths up to `longest`, the first exactly that, scaled to fill about `fill` of the padded batch."""
+    draw = random.Random(seed)
+    raw = [draw.lognormvariate(0.0, 0.55) for _ in range(texts - 1)]
+    low, high = 0.0, float(longest)
+    for _ in range(40):  # bisection on the scale
+        scale = (low + high) / 2
+        found = [longest, *(min(longest, max(4, round(x * scale))) for x in raw)]
+        low, high = (scale, high) if sum(found) < fill * texts * longest else (low, scale)
+    return found
+
+
+def mixed(kind: str, texts: int) -> tuple[int, ...]:
+    """Lengths of so many texts of one of the MIXES."""
+    median, sigma, longest = MIXES[kind]
+    draw = random.Random(0)
+    return tuple(min(longest, max(4, round(median * draw.lognormvariate(0.0, sigma)))) for _ in range(texts))
+
+
+def batch(
+    lens: list[int] | tuple[int, ...], seed: int = 0, vocabulary: int = BASE["vocab_size"]
+) -> tuple[Tensor, Tensor]:
+    """Random ids [B, S] with pads to the right, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(max(lens)) < torch.tensor(lens)[:, None]).long()
+    ids = torch.randint(4, vocabulary - 2, mask.shape, generator=generator)
+    return ids.masked_fill(mask == 0, 1), mask
+
+
+def cases(gpu: bool) -> list[Case]:
+    """What a GPU, or a CPU, measures; the most telling first."""
+    headline = tuple(lengths(32, 128, 0.4))
+    fill = sum(headline) / (len(headline) * max(headline))
+    first = [
+        Case(text, lens, dtype, "headline", providers=None if gpu else PAIR)
+        for dtype in DTYPES
+        for text, lens in ((f"32 texts, {fill:.0%} fill", headline), ("1 text of 32", (32,)))
+    ]
+    return first + (_gpu_cases() if gpu else _cpu_cases())
+
+
+def _gpu_cases() -> list[Case]:
+    """Batches of about 16,384 tokens, and single texts."""
+    every = tuple(2**i for i in range(5, 14))
+    counts = {"queries": 1024, "sentences": 512, "passages": 128}
+    found = []
+    for dtype in DTYPES:
+        for size in SIZES:
+            found += [_mix(kind, count, dtype, size) for kind, count in counts.items()]
+            found += [_fixed(16384 // S, S, dtype, size) for S in every]
+            found += [_single(S, dtype, size) for S in (32, 128, 512, 8192) if (S, size) != (32, "base")]
+        found += _heads(32, 128, dtype)
+    return found
+
+
+def _cpu_cases() -> list[Case]:
+    """Batches of about 1,024 to 2,048 tokens; all providers in one of them, for some take a minute to prepare."""
+    counts = {"queries": 64, "passages": 8}
+    found = [_mix("sentences", 32, "bf16", "base")]
+    found += [_mix(kind, count, "bf16", "base", PAIR) for kind, count in counts.items()]
+    found += [_fixed(max(1, 2048 // S), S, "bf16", "base", PAIR) for S in (32, 128, 512, 2048, 8192)]
+    found += _heads(8, 64, "bf16", PAIR)
+    found += [_single(128, "bf16", "base", PAIR), _single(512, "bf16", "base", PAIR)]
+    found += [_mix(kind, count, "fp32", "base", PAIR) for kind, count in {"sentences": 32, **counts}.items()]
+    found += [_single(32, "bf16", "large", PAIR), _mix("sentences", 32, "bf16", "large", PAIR)]
+    return found + [_fixed(1, S, "bf16", "large", PAIR) for S in (512, 8192)]
+
+
+def _mix(kind: str, texts: int, dtype: str, size: str, providers: tuple[str, ...] | None = None) -> Case:
+    return Case(f"{kind}, {texts:,} texts", mixed(kind, texts), dtype, "mix", size, providers=providers)
+
+
+def _fixed(texts: int, S: int, dtype: str, size: str, providers: tuple[str, ...] | None = None) -> Case:
+    return Case(f"fixed, {texts} × {S:,}", (S,) * texts, dtype, "fixed", size, providers=providers)
+
+
+def _single(S: int, dtype: str, size: str, providers: tuple[str, ...] | None = None) -> Case:
+    return Case(f"1 text of {S:,}", (S,), dtype, "latency", size, providers=providers)
+
+
+def _heads(texts: int, longest: int, dtype: str, providers: tuple[str, ...] | None = None) -> list[Case]:
+    lens = tuple(lengths(texts, longest, 0.4))
+    return [
+        Case(f"{head}, {texts} texts", lens, dtype, "head", head=head, providers=providers)
+        for head in HEADS
+        if head != "Model"
+    ]

@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer import modules as sentence_modul
 import xlmr
 from xlmr import integrations
 from xlmr.demo import CHECKPOINT
+from xlmr.family import KINDS
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -228,7 +229,7 @@ def test_patching_leaves_no_trace(missing: bool, monkeypatch: pytest.MonkeyPatch
     """Also by exchanging classes, where transformers has no monkey_patching."""
     host = build("Bert", "ForQuestionAnswering")
     host.save_pretrained(tmp_path)
-    modules = [integrations._host_module(kind) for kind in integrations.FAMILY]
+    modules = [integrations._host_module(model_type) for model_type in KINDS]
     before = [dict(vars(module)) for module in modules]
     forward = type(host).__dict__["forward"]
     if missing:
@@ -377,12 +378,12 @@ def test_attn_implementation_masks_padding() -> None:
         ("DebertaV2", "deberta-v2", "relative positions"),
         ("MPNet", "mpnet", "relative positions"),
         ("XLMRobertaXL", "xlm-roberta-xl", "normalise before"),
-        ("ModernBert", "modernbert", "rotate positions"),
+        ("ModernBert", "modernbert", "rotary positions"),
     ],
 )
 def test_another_mathematics_is_refused_by_name(name: str, kind: str, why: str) -> None:
     config = getattr(transformers, f"{name}Config")(**{**SIZES, "num_hidden_layers": 1}, pad_token_id=1)
-    with pytest.raises(TypeError, match=f"holds a {kind} model: .*{why}.*; supported are xlm-roberta, roberta"):
+    with pytest.raises(TypeError, match=f"holds a model of type {kind} .*{why}.*; supported are xlm-roberta, roberta"):
         integrations.accelerate(getattr(transformers, f"{name}Model")(config))
 
 

@@ -220,7 +220,7 @@ def test_bert_as_google_wrote_it(save: Save, tmp_path: Path) -> None:
     [
         ("SequenceClassification", "a single linear layer on the pooler's vector. Put BertForSequenceClassification's"),
         ("MaskedLM", "cls.predictions"),
-        ("CausalLM", "cls.predictions"),
+        ("CausalLM", "cls.predictions.*Put BertLMHeadModel's"),
         ("MultipleChoice", "its dropout is classifier_dropout"),
     ],
 )
@@ -280,3 +280,28 @@ def test_a_configuration_that_names_another_kind_lacks_the_weights(save: Save) -
     _, directory = save("bert", "ForTokenClassification")
     with pytest.raises(ValueError, match="less than half"):
         xlmr.XLMRobertaModel.from_pretrained(directory, model_type="roberta", pad_token_id=1)
+
+
+BASE_ONLY = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForPreTraining", "LMHeadModel"]
+
+
+@pytest.mark.parametrize(("kind", "head"), [*EVERY_HEAD, *(("bert", name) for name in BASE_ONLY)])
+def test_pipelines_load_the_class_that_was_saved(save: Save, checkpoint: Path, kind: str, head: str) -> None:
+    """Or, where its head computes something else than ours, its base model."""
+    given = head if head in BASE_ONLY else f"For{head}"
+    theirs, directory = save(kind, given, vocab_size=250)
+    pipe = xlmr.pipeline("feature-extraction", directory, checkpoint, device="cpu")
+    assert type(pipe.model).__name__ == ("XLMRobertaModel" if head in BASE_ONLY else f"XLMRoberta{given}")
+    ids = torch.tensor([pipe.tokenizer("is Paris")["input_ids"]])
+    with torch.no_grad():
+        expected = theirs.base_model(ids)[0]
+    torch.testing.assert_close(pipe("is Paris", return_tensors=True), expected, **CLOSE)
+
+
+def test_a_pipeline_needs_a_head_that_computes_the_same(save: Save, checkpoint: Path) -> None:
+    for kind in ("roberta", "camembert"):
+        _, directory = save(kind, "ForSequenceClassification", vocab_size=250)
+        assert xlmr.pipeline("text-classification", directory, checkpoint, device="cpu")("is Paris")[0]["score"] > 0.5
+    _, directory = save("bert", "ForSequenceClassification", vocab_size=250)
+    with pytest.raises(ValueError, match=r"a single linear layer on the pooler's vector. Put BertForSequence"):
+        xlmr.pipeline("text-classification", directory, checkpoint, device="cpu")

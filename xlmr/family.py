@@ -30,12 +30,13 @@ class Kind:
     refused: dict[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
 
-    def theirs(self, ours: str) -> str:
-        """transformers' name of one of our classes: XLMRobertaForMaskedLM → CamembertForMaskedLM."""
-        if not ours.startswith(OURS):
-            return ours  # somebody's own class
-        part = ours.removeprefix(OURS)
+    def named(self, part: str) -> str:
+        """transformers' name of a class: ForMaskedLM → CamembertForMaskedLM."""
         return self.classes + self.renamed.get(part, part)
+
+    def theirs(self, ours: str) -> str:
+        """transformers' name for one of our classes; somebody's own class keeps its name."""
+        return self.named(ours.removeprefix(OURS)) if ours.startswith(OURS) else ours
 
     def ours(self, theirs: str) -> str | None:
         """The reverse, by which our classes are found; None where ours computes something else."""

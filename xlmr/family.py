@@ -19,12 +19,14 @@ class Kind:
     classes: how the names of transformers' classes begin.  renamed: heads whose name ends otherwise than in XLM-R.
     prefix: of the base model's weights in files of a head.  defaults: of configuration fields whose default differs.
     positions_follow_pad: whether positions are counted from pad_token_id + 1, pad tokens skipped; else from 0, every
-    token counted.  refused: heads that compute something else, and why.  tokenizer: why it is none of XLM-R's.
+    token counted.  choices_drop_as_classifiers: whether ForMultipleChoice has the dropout of the other classifiers, not
+    hidden_dropout_prob.  refused: heads that compute something else, and why.  tokenizer: why it is none of XLM-R's.
     """
 
     classes: str
     prefix: str = "roberta"
     positions_follow_pad: bool = True
+    choices_drop_as_classifiers: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -56,13 +58,13 @@ KINDS = {
         "Bert",
         prefix="bert",
         positions_follow_pad=False,
+        choices_drop_as_classifiers=True,
         defaults={"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None},
         renamed={"ForCausalLM": "LMHeadModel"},
         refused={
             "XLMRobertaForMaskedLM": BERT_LM,
             "XLMRobertaForCausalLM": BERT_LM,
             "XLMRobertaForSequenceClassification": "its classifier is a single linear layer on the pooler's vector",
-            "XLMRobertaForMultipleChoice": "its dropout is classifier_dropout, not hidden_dropout_prob",
         },
     ),
 }

@@ -33,9 +33,10 @@ def _undone() -> Iterator[None]:
     integrations.unpatch()
 
 
-def build(family: str, head: str = "ForSequenceClassification") -> Any:
+def build(family: str, head: str = "ForSequenceClassification", **settings: Any) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, pad_token_id=0 if family == "Bert" else 1)
+    settings = {**SIZES, "pad_token_id": 0 if family == "Bert" else 1, **settings}
+    config = getattr(transformers, f"{family}Config")(**settings)
     return getattr(transformers, f"{family}{head}")(config).eval()
 
 
@@ -141,6 +142,24 @@ def test_labels_on_masked_tokens_count_as_in_the_host(head: str) -> None:
     for given in (labels, labels.masked_fill(batch()["attention_mask"] == 0, -100)):
         a, b = (model(**batch(), labels=given).loss for model in (host, ours))
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_causal_language_model_reads_padding_as_the_host_does(family: str, decoder: bool, tmp_path: Any) -> None:
+    """Its labels are those of the next tokens; where one of them is masked, and where none is."""
+    host = build(family, "LMHeadModel" if family == "Bert" else "ForCausalLM", is_decoder=decoder)
+    host.save_pretrained(tmp_path)
+    integrations.patch_transformers()
+    patched = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert hasattr(patched.base_model.encoder, "host_class")
+    ids, mask = batch().values()
+    for labels in (ids, ids.masked_fill(mask == 0, -100)):
+        want = host(**batch(), labels=labels)
+        for ours in (patched, integrations.accelerate(copy.deepcopy(host))):
+            found = ours(**batch(), labels=labels)
+            torch.testing.assert_close(found.loss, want.loss, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.logits, want.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_masked_positions_are_zeros_unless_asked_for() -> None:

@@ -169,6 +169,30 @@ def test_rerank_orders_passages(run: Any, heads: Any) -> None:
     assert run("rerank", "capital ?", *passages, model=model)[1].count("\n") == 3
 
 
+@pytest.mark.parametrize("line", ["A B --top-k 2", "--top-k 2 A B", "A --top-k 2 B", "A --json B --top-k=2"])
+def test_options_stand_where_people_put_them(line: str) -> None:
+    args = cli._parsed(["qa", *line.split()])
+    assert (args.command, args.question, args.texts, args.top_k) == ("qa", "A", ["B"], 2)
+
+
+def test_texts_may_begin_with_a_dash() -> None:
+    args = cli._parsed(["qa", "--top-k", "2", "--", "-A", "-B", "--json"])
+    assert (args.command, args.question, args.texts, args.top_k) == ("qa", "-A", ["-B", "--json"], 2)
+    assert cli._parsed(["embed", "--json", "--", "-A"]).texts == ["-A"]
+
+
+def test_options_around_a_question_leave_the_texts_to_standard_input(run: Any, heads: Any) -> None:
+    model, stdin = heads("SequenceClassification", 1), b"La France\nParis is"
+    found = [
+        run("rerank", *line, stdin=stdin, model=model) for line in (["capital ?", "--json"], ["--json", "capital ?"])
+    ]
+    assert found[0] == found[1]
+    assert found[0][0] == 0
+    assert found[0][1].count("\n") == 2
+    mixed = run("rerank", "capital ?", "--json", "La France", "--normalize", "Paris is", model=model)
+    assert mixed[1].count("\n") == 2
+
+
 def test_convert_rewrites_a_directory_whole_or_not_at_all(
     checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
@@ -261,7 +285,9 @@ def test_a_missing_checkpoint_is_named(run: Any, tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in err
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["embed", "--pooling", "most"], ["zero-shot", "a"], ["pretrain"]])
+@pytest.mark.parametrize(
+    "args", [[], ["fly"], ["embed", "--pooling", "most"], ["zero-shot", "a"], ["pretrain"], ["qa"]]
+)
 def test_wrong_usage_is_status_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(args)

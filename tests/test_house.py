@@ -24,8 +24,7 @@ class Rule(NamedTuple):
 
 TREE = {
     "torch", "xlmr.activations", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config", "xlmr.embeddings",
-    "xlmr.inputs",
-    "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
+    "xlmr.family", "xlmr.inputs", "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
 }  # fmt: skip
 WORDS = {"xlmr.batch_encoding", "xlmr.files", "xlmr.token_layout", "xlmr.sentencepiece_model", "xlmr.vocabulary"}
 TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
@@ -46,13 +45,14 @@ RULES = {
     "xlmr/cache": Rule({"torch"}),
     "xlmr/checkpoint": Rule({"torch", "xlmr.files", "xlmr.weights"}),
     "xlmr/cli": Rule({"numpy", "torch", "xlmr"}),
-    "xlmr/config": Rule({"xlmr.files"}, {"torch"}),
+    "xlmr/config": Rule({"xlmr.family", "xlmr.files"}, {"torch"}),
     "xlmr/demo/__init__": Rule(set()),
     "xlmr/demo/corpus": Rule({"sentencepiece"}, {"babel"}),
     "xlmr/demo/evaluate": Rule({"torch", "xlmr"}),
     "xlmr/eager": Rule({"torch"}),
     "xlmr/encode": Rule(TASKS, {"tqdm"}),
     "xlmr/encoder": Rule(TASKS | {"xlmr.encode", "xlmr.multi_vector", "xlmr.sentence_directory"}, {"tqdm"}),
+    "xlmr/family": Rule(set()),
     "xlmr/files": Rule(set(), {"huggingface_hub", "torch"}),
     "xlmr/generation": Rule({"torch", "xlmr.cache", "xlmr.inputs"}),
     "xlmr/heads": Rule(TREE | {"xlmr.generation", "xlmr.model"}),
@@ -67,7 +67,7 @@ RULES = {
     "xlmr/pipelines": Rule(TASKS | {"xlmr.demo", "xlmr.encode", "xlmr.encoder", "xlmr.spans"}, {"tqdm"}),
     "xlmr/pretrain": Rule(TASKS | {"xlmr.encode"}, {"matplotlib", "tqdm"}),
     "xlmr/pretrained": Rule(TREE),
-    "xlmr/sentence_directory": Rule({"torch", "xlmr.encode", "xlmr.files", "xlmr.weights"}),
+    "xlmr/sentence_directory": Rule({"torch", "xlmr.encode", "xlmr.family", "xlmr.files", "xlmr.weights"}),
     "xlmr/sentencepiece_model": Rule({"sentencepiece"}),
     "xlmr/spans": Rule({"torch", "xlmr.tokenizer"}),
     "xlmr/tokenizer": Rule(WORDS),

@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer import modules as sentence_modul
 import xlmr
 from xlmr import integrations
 from xlmr.demo import CHECKPOINT
+from xlmr.family import KINDS
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -32,9 +33,10 @@ def _undone() -> Iterator[None]:
     integrations.unpatch()
 
 
-def build(family: str, head: str = "ForSequenceClassification") -> Any:
+def build(family: str, head: str = "ForSequenceClassification", **settings: Any) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, pad_token_id=0 if family == "Bert" else 1)
+    settings = {**SIZES, "pad_token_id": 0 if family == "Bert" else 1, **settings}
+    config = getattr(transformers, f"{family}Config")(**settings)
     return getattr(transformers, f"{family}{head}")(config).eval()
 
 
@@ -142,6 +144,24 @@ def test_labels_on_masked_tokens_count_as_in_the_host(head: str) -> None:
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_causal_language_model_reads_padding_as_the_host_does(family: str, decoder: bool, tmp_path: Any) -> None:
+    """Its labels are those of the next tokens; where one of them is masked, and where none is."""
+    host = build(family, "LMHeadModel" if family == "Bert" else "ForCausalLM", is_decoder=decoder)
+    host.save_pretrained(tmp_path)
+    integrations.patch_transformers()
+    patched = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert hasattr(patched.base_model.encoder, "host_class")
+    ids, mask = batch().values()
+    for labels in (ids, ids.masked_fill(mask == 0, -100)):
+        want = host(**batch(), labels=labels)
+        for ours in (patched, integrations.accelerate(copy.deepcopy(host))):
+            found = ours(**batch(), labels=labels)
+            torch.testing.assert_close(found.loss, want.loss, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.logits, want.logits, rtol=1e-4, atol=1e-5)
+
+
 def test_masked_positions_are_zeros_unless_asked_for() -> None:
     host, masked = build("XLMRoberta", "Model"), batch()["attention_mask"] == 0
     ours = integrations.accelerate(copy.deepcopy(host))
@@ -228,7 +248,7 @@ def test_patching_leaves_no_trace(missing: bool, monkeypatch: pytest.MonkeyPatch
     """Also by exchanging classes, where transformers has no monkey_patching."""
     host = build("Bert", "ForQuestionAnswering")
     host.save_pretrained(tmp_path)
-    modules = [integrations._host_module(kind) for kind in integrations.FAMILY]
+    modules = [integrations._host_module(model_type) for model_type in KINDS]
     before = [dict(vars(module)) for module in modules]
     forward = type(host).__dict__["forward"]
     if missing:
@@ -377,12 +397,12 @@ def test_attn_implementation_masks_padding() -> None:
         ("DebertaV2", "deberta-v2", "relative positions"),
         ("MPNet", "mpnet", "relative positions"),
         ("XLMRobertaXL", "xlm-roberta-xl", "normalise before"),
-        ("ModernBert", "modernbert", "rotate positions"),
+        ("ModernBert", "modernbert", "rotary positions"),
     ],
 )
 def test_another_mathematics_is_refused_by_name(name: str, kind: str, why: str) -> None:
     config = getattr(transformers, f"{name}Config")(**{**SIZES, "num_hidden_layers": 1}, pad_token_id=1)
-    with pytest.raises(TypeError, match=f"holds a {kind} model: .*{why}.*; supported are xlm-roberta, roberta"):
+    with pytest.raises(TypeError, match=f"holds a model of type {kind} .*{why}.*; supported are xlm-roberta, roberta"):
         integrations.accelerate(getattr(transformers, f"{name}Model")(config))
 
 

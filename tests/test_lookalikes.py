@@ -19,7 +19,7 @@ from xlmr import eager
 KINDS = {"roberta": "Roberta", "camembert": "Camembert", "bert": "Bert"}
 HEADS = {
     "Roberta": ["MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"],
-    "Bert": ["TokenClassification", "QuestionAnswering"],
+    "Bert": ["TokenClassification", "QuestionAnswering", "MultipleChoice"],
 }
 HEADS["Camembert"] = HEADS["Roberta"]
 SIZES: dict[str, Any] = {
@@ -144,6 +144,15 @@ def test_a_head_its_loss_and_gradients(save: Save, kind: str, head: str) -> None
     assert_gradients(*(named(gradients(model, output.loss)) for model, output in runs))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", ["TokenClassification", "MultipleChoice"])
+@pytest.mark.parametrize("rate", [None, 0.25])
+def test_the_dropout_of_a_head(save: Save, kind: str, head: str, rate: float | None) -> None:
+    theirs, directory = save(kind, f"For{head}", hidden_dropout_prob=0.125, classifier_dropout=rate)
+    ours = getattr(xlmr, f"XLMRobertaFor{head}").from_pretrained(directory)
+    assert ours.dropout.p == theirs.dropout.p
+
+
 def test_bert_learns_the_position_of_its_pad_id(save: Save) -> None:
     """Row 0 of the positions is where every text begins, not a pad's: it learns; row 0 of the words does not."""
     theirs, directory = save("bert")
@@ -220,8 +229,7 @@ def test_bert_as_google_wrote_it(save: Save, tmp_path: Path) -> None:
     [
         ("SequenceClassification", "a single linear layer on the pooler's vector. Put BertForSequenceClassification's"),
         ("MaskedLM", "cls.predictions"),
-        ("CausalLM", "cls.predictions"),
-        ("MultipleChoice", "its dropout is classifier_dropout"),
+        ("CausalLM", "cls.predictions.*Put BertLMHeadModel's"),
     ],
 )
 def test_heads_that_compute_something_else_are_refused(save: Save, head: str, reason: str) -> None:
@@ -280,3 +288,28 @@ def test_a_configuration_that_names_another_kind_lacks_the_weights(save: Save) -
     _, directory = save("bert", "ForTokenClassification")
     with pytest.raises(ValueError, match="less than half"):
         xlmr.XLMRobertaModel.from_pretrained(directory, model_type="roberta", pad_token_id=1)
+
+
+BASE_ONLY = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForPreTraining", "LMHeadModel"]
+
+
+@pytest.mark.parametrize(("kind", "head"), [*EVERY_HEAD, *(("bert", name) for name in BASE_ONLY)])
+def test_pipelines_load_the_class_that_was_saved(save: Save, checkpoint: Path, kind: str, head: str) -> None:
+    """Or, where its head computes something else than ours, its base model."""
+    given = head if head in BASE_ONLY else f"For{head}"
+    theirs, directory = save(kind, given, vocab_size=250)
+    pipe = xlmr.pipeline("feature-extraction", directory, checkpoint, device="cpu")
+    assert type(pipe.model).__name__ == ("XLMRobertaModel" if head in BASE_ONLY else f"XLMRoberta{given}")
+    ids = torch.tensor([pipe.tokenizer("is Paris")["input_ids"]])
+    with torch.no_grad():
+        expected = theirs.base_model(ids)[0]
+    torch.testing.assert_close(pipe("is Paris", return_tensors=True), expected, **CLOSE)
+
+
+def test_a_pipeline_needs_a_head_that_computes_the_same(save: Save, checkpoint: Path) -> None:
+    for kind in ("roberta", "camembert"):
+        _, directory = save(kind, "ForSequenceClassification", vocab_size=250)
+        assert xlmr.pipeline("text-classification", directory, checkpoint, device="cpu")("is Paris")[0]["score"] > 0.5
+    _, directory = save("bert", "ForSequenceClassification", vocab_size=250)
+    with pytest.raises(ValueError, match=r"a single linear layer on the pooler's vector. Put BertForSequence"):
+        xlmr.pipeline("text-classification", directory, checkpoint, device="cpu")

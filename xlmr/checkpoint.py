@@ -288,7 +288,7 @@ def save_model(
     theirs = f"{model.config.kind.prefix}."
     state = {theirs + name.removeprefix(own) if name.startswith(own) else name: state[name] for name in state}
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__.replace("XLMRoberta", config.kind.classes)]
+    config.architectures = [config.kind.theirs(type(model).__name__)]
     config.dtype = next((weight.dtype for weight in state.values() if weight.is_floating_point()), config.dtype)
     config.validate()
     write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line, `sys.argv` by default; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):  # a lone surrogate in a text is shown, not raised on
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    args = _parser().parse_args(argv)
+    args = _parsed(sys.argv[1:] if argv is None else list(argv))
     try:
         status = args.run(args) or 0
         sys.stdout.flush()
@@ -66,14 +66,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """The command line. Options may stand before, between and after texts, with `--` (texts that begin with a dash
+    follow) only before them. Exits where it is wrong."""
+    parser, commands = _parsers()
+    if argv and argv[0] in commands and "--" not in argv:  # argparse mixes only without sub-commands and `--`
+        return commands[argv[0]].parse_intermixed_args(argv[1:])
+    return parser.parse_args(argv)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """That of the whole, and those of the commands by name."""
     parser = argparse.ArgumentParser(prog="xlmr", description="XLM-RoBERTa from the command line.")
     parser.add_argument("--version", action="version", version=f"xlmr {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], Any], about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, command=name)
         return sub
 
     fill = command("fill-mask", _fill_mask, "Fill each <mask> in the texts with the most probable words.")
@@ -135,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--json", action="store_true", help="write JSON, one object a line")
     training = command("pretrain", pretrain.main, "Train a masked language model on text files, or go on training one.")
     pretrain.add_arguments(training)
-    return parser
+    return parser, commands.choices
 
 
 def _fill_mask(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """XLMRobertaConfig: the sizes and settings of a model, and their file config.json.
 
 Fields, defaults and file format are those of transformers' XLMRobertaConfig (5.x); files written by 4.x are read too.
-KINDS are the architectures that share its module tree and are read, each under its own model_type.
+The look-alikes that share its module tree (xlmr.family) are read too, each under its own model_type.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import logging
 import math
 import os
 import reprlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .family import Kind, kind_of
 from .files import own_keywords, read_json, refuse_unknown, resolve, to_dtype, write_atomically
 
 if TYPE_CHECKING:
@@ -57,66 +58,14 @@ WRITTEN_IF_SET = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Kind:
-    """An architecture with XLM-RoBERTa's module tree.
-
-    classes: how the names of transformers' classes begin.  prefix: of the base model's weights in files of a head.
-    positions_follow_pad: whether positions are counted from pad_token_id + 1, pad tokens skipped; else from 0, every
-    token counted.  defaults: of fields whose default differs.  refused: heads that compute something else, and why.
-    """
-
-    classes: str
-    prefix: str = "roberta"
-    positions_follow_pad: bool = True
-    defaults: dict[str, Any] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-
-BERT_LM = "its language-model head has other weights (cls.predictions) and the activation of config.hidden_act"
-BERT_HEADS = {
-    "XLMRobertaForMaskedLM": BERT_LM,
-    "XLMRobertaForCausalLM": BERT_LM,
-    "XLMRobertaForSequenceClassification": "its classifier is a single linear layer on the pooler's vector",
-    "XLMRobertaForMultipleChoice": "its dropout is classifier_dropout, not hidden_dropout_prob",
-}
-KINDS = {
-    "xlm-roberta": Kind("XLMRoberta"),
-    "roberta": Kind("Roberta", defaults={"vocab_size": 50265}),
-    "camembert": Kind("Camembert"),
-    "bert": Kind("Bert", "bert", False, {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}, BERT_HEADS),
-}
-LOOKALIKES = {
-    "albert": "ALBERT: its layers share their weights, and its embeddings are projected",
-    "big_bird": "BigBird: its attention is sparse",
-    "data2vec-text": "data2vec: its weights have other names",
-    "deberta": "DeBERTa: its attention sees relative positions",
-    "deberta-v2": "DeBERTa v2 and v3: their attention sees relative positions",
-    "distilbert": "DistilBERT: it has no token types, and its modules other names",
-    "electra": "ELECTRA: its embeddings are projected, and it has no pooler",
-    "ernie": "ERNIE: it adds embeddings of the task",
-    "eurobert": "EuroBERT: rotary positions and normalisation before each block",
-    "longformer": "Longformer: its attention sees a window and global tokens",
-    "megatron-bert": "Megatron-BERT: its layers normalise before attention and feed-forward, not after",
-    "modernbert": "ModernBERT: rotary positions, local attention and gated feed-forward layers",
-    "mpnet": "MPNet: its attention sees relative positions",
-    "new": "the gte-multilingual family: rotary positions and gated feed-forward layers",
-    "nomic_bert": "the nomic-embed family: rotary positions and gated feed-forward layers or mixtures of experts",
-    "roberta-prelayernorm": "its layers normalise before attention and feed-forward, not after",
-    "roformer": "RoFormer: rotary positions",
-    "xlm": "an older architecture with language embeddings",
-    "xlm-roberta-xl": "its layers normalise before attention and feed-forward, not after",
-    "xmod": "X-MOD: its layers have an adapter for each language",
-}
-
-
 @dataclass(init=False, eq=False, repr=False)
 class XLMRobertaConfig:
     """The configuration of every XLM-RoBERTa model; keyword arguments only, with the defaults of transformers' class.
 
-    model_type: one of KINDS; "roberta", "camembert" and "bert" stand for those encoders, which the same model computes,
-    with the defaults of their own transformers class. `num_labels` (names the labels LABEL_0 …) and `torch_dtype` (the
-    old name of `dtype`) are accepted too. Any other keyword becomes an attribute and is written back to config.json.
+    model_type: one of xlmr.family.KINDS; "roberta", "camembert" and "bert" stand for those encoders, which the same
+    model computes, with the defaults of their own transformers class. `num_labels` (names the labels LABEL_0 …) and
+    `torch_dtype` (the old name of `dtype`) are accepted too. Any other keyword becomes an attribute and is written back
+    to config.json.
     ValueError, naming the field, for a value of a wrong type or out of range.
     """
 
@@ -156,7 +105,7 @@ class XLMRobertaConfig:
 
     def __init__(self, **values: Any) -> None:
         values = _own_copy(values)
-        defaults = _kind(values.get("model_type", self.model_type)).defaults
+        defaults = kind_of(values.get("model_type", self.model_type)).defaults
         torch_dtype, num_labels = values.pop("torch_dtype", None), values.pop("num_labels", None)
         if "name_or_path" in values:
             values["_name_or_path"] = values.pop("name_or_path")
@@ -263,7 +212,7 @@ class XLMRobertaConfig:
     @property
     def kind(self) -> Kind:
         """What sets this model_type apart."""
-        return _kind(self.model_type)
+        return kind_of(self.model_type)
 
     @property
     def position_offset(self) -> int:
@@ -322,7 +271,7 @@ class XLMRobertaConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming the first wrong field; run at construction and before saving."""
-        _kind(self.model_type)
+        kind_of(self.model_type)
         _check_own_code(getattr(self, "auto_map", None))
         for name, (smallest, largest) in SIZES.items():
             _check_integer(name, getattr(self, name), smallest, largest)
@@ -405,13 +354,6 @@ def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
         return copy.deepcopy(values)
     except RecursionError:
         raise ValueError("the configuration is nested too deeply") from None
-
-
-def _kind(model_type: Any) -> Kind:
-    if isinstance(model_type, str) and model_type in KINDS:
-        return KINDS[model_type]
-    reason = LOOKALIKES.get(model_type, "another architecture") if isinstance(model_type, str) else "not a name"
-    raise ValueError(f"model_type is {reprlib.repr(model_type)} ({reason}); allowed: {', '.join(map(repr, KINDS))}")
 
 
 def _check_own_code(auto_map: Any) -> None:

@@ -359,7 +359,8 @@ class XLMRobertaForMultipleChoice(XLMRobertaHead):
 
     def __init__(self, config: XLMRobertaConfig, **path: Any):
         super().__init__(config, **path)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        as_classifiers = config.kind.choices_drop_as_classifiers
+        self.dropout = nn.Dropout(classifier_dropout(config) if as_classifiers else config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.roberta = XLMRobertaModel(config, add_pooling_layer=True)
         self.post_init()

@@ -24,21 +24,13 @@ from torch import Tensor, nn
 
 from .block import Block, begin
 from .config import XLMRobertaConfig
+from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
 from .ops import dense_attention, resolve
 from .varlen import plan
 
-FAMILY = {"xlm-roberta": "XLMRoberta", "roberta": "Roberta", "camembert": "Camembert", "bert": "Bert"}
-REFUSED = {
-    "xlm-roberta-xl": "its layers normalise before attention and feed-forward, not after",
-    "deberta": "its attention has relative positions",
-    "deberta-v2": "its attention has relative positions",
-    "modernbert": "its layers normalise first, rotate positions and attend locally",
-    "mpnet": "its attention has relative positions",
-    "xlm": "its layers have language embeddings and another mask",
-}
 # The heads that read masked positions: those of the first line always, the others where a masked token has a label.
-ALWAYS = "ForQuestionAnswering", "ForCausalLM", "LMHeadModel"
+ALWAYS = "ForQuestionAnswering", "ForCausalLM"
 LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 
@@ -58,11 +50,11 @@ def patch_transformers() -> None:
     try:
         from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
     except ModuleNotFoundError:
-        for kind, prefix in FAMILY.items():
-            _replace(_host_module(kind), f"{prefix}Encoder", _packed_class(kind))
+        for model_type, kind in KINDS.items():
+            _replace(_host_module(model_type), kind.named("Encoder"), _packed_class(model_type))
         return
     # Keys are searched as patterns: "BertEncoder" alone would replace MegatronBertEncoder too.
-    mapping = {f"^{prefix}Encoder$": _packed_class(kind) for kind, prefix in FAMILY.items()}
+    mapping = {f"^{kind.named('Encoder')}$": _packed_class(model_type) for model_type, kind in KINDS.items()}
     if not mapping.keys() <= get_patch_mapping().keys():
         register_patch_mapping(mapping)
         _replaced.update(dict.fromkeys(mapping))
@@ -78,10 +70,10 @@ def accelerate(model: Any, *, unpad: bool = True) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch module, such as a transformers model")
     _require_transformers()
-    ours = {_host_class(kind): _packed_class(kind) for kind in FAMILY}
+    ours = {_host_class(model_type): _packed_class(model_type) for model_type in KINDS}
     encoders = [module for module in model.modules() if getattr(type(module), "host_class", type(module)) in ours]
     if not encoders:
-        raise TypeError(f"{type(model).__name__} {_why_not(model)}; supported are {', '.join(FAMILY)}")
+        raise TypeError(f"{type(model).__name__} {_why_not(model)}; supported are {', '.join(KINDS)}")
     for encoder in encoders:
         _check_mathematics(encoder.config)
     _watch_heads()
@@ -152,18 +144,18 @@ def attention_forward(
 
 def __getattr__(name: str) -> Any:
     """The packed classes by name: what unpickles a model that has them."""
-    for kind, prefix in FAMILY.items():
-        if name == f"Packed{prefix}Encoder":
-            return _packed_class(kind)
+    for model_type, kind in KINDS.items():
+        if name == f"Packed{kind.named('Encoder')}":
+            return _packed_class(model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @functools.cache
-def _packed_class(kind: str) -> type[nn.Module]:
+def _packed_class(model_type: str) -> type[nn.Module]:
     """The subclass of a host's encoder class whose forward packs."""
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
-    host = _host_class(kind)
+    host = _host_class(model_type)
     namesake = importlib.import_module("transformers.models.bert_generation.modeling_bert_generation").BertEncoder
 
     def __new__(cls: Any, config: Any = None, *args: Any, **kw: Any) -> Any:
@@ -217,11 +209,11 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
 def _watch_heads() -> None:
     """Lets the host's heads tell our encoder when they read masked positions."""
-    for kind, prefix in FAMILY.items():
-        for suffix in (*ALWAYS, *LABELLED):
-            head = getattr(_host_module(kind), prefix + suffix, None)
+    for model_type, kind in KINDS.items():
+        for part in (*ALWAYS, *LABELLED):
+            head = getattr(_host_module(model_type), kind.named(part), None)
             if head is not None and (head, "forward") not in _replaced:
-                _replace(head, "forward", _watched(head.forward, suffix in ALWAYS))
+                _replace(head, "forward", _watched(head.forward, part in ALWAYS))
 
 
 def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
@@ -297,7 +289,7 @@ def _host_module(model_type: str) -> Any:
 
 
 def _host_class(model_type: str) -> Any:
-    module, name = _host_module(model_type), f"{FAMILY[model_type]}Encoder"
+    module, name = _host_module(model_type), KINDS[model_type].named("Encoder")
     return _replaced.get((module, name)) or getattr(module, name)
 
 
@@ -308,12 +300,12 @@ def _check_mathematics(config: Any) -> None:
 
 
 def _why_not(model: nn.Module) -> str:
-    kinds = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()}
-    named = sorted(str(kind) for kind in kinds if kind)
-    for kind in named:
-        if kind in REFUSED:
-            return f"holds a {kind} model: {REFUSED[kind]}"
-    if FAMILY.keys() & set(named):
+    types = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()}
+    named = sorted(str(model_type) for model_type in types if model_type)
+    for model_type in named:
+        if model_type in REFUSED:
+            return f"holds a model of type {model_type} ({REFUSED[model_type]})"
+    if KINDS.keys() & set(named):
         return f"calls itself {', '.join(named)} but has no encoder of transformers: its code may compute anything"
     return f"holds no encoder of the family (model_type {', '.join(named) or 'not given'})"
 

@@ -30,7 +30,7 @@ def check_config(config: Any, cls: type) -> None:
         raise TypeError(f"config is a {given}: give an xlmr.XLMRobertaConfig, such as .from_dict(config.to_dict())")
     for base in cls.__mro__:
         if reason := config.kind.refused.get(base.__name__):
-            theirs = base.__name__.replace("XLMRoberta", config.kind.classes)
+            theirs = config.kind.theirs(base.__name__)
             raise ValueError(
                 f"{base.__name__} does not take model_type {config.model_type!r}: {reason}. Put {theirs}'s head on an "
                 "XLMRobertaModel, which does, or keep that class and patch it: xlmr.accelerate"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .encode import POOLINGS, check_pooling
+from .family import KINDS, REFUSED
 from .files import read_json
 from .weights import read_weights
 
@@ -43,19 +44,6 @@ TRANSFORMER_FILES = (
     "sentence_bert_config.json", "sentence_roberta_config.json", "sentence_camembert_config.json",
     "sentence_xlm-roberta_config.json",
 )  # fmt: skip
-MODEL_TYPES = ("xlm-roberta", "bert")  # BERT trees with XLM-R's tokenizer: multilingual-e5-small, MiniLM
-OTHER_MODELS = {  # sentence encoders that share XLM-R's tokenizer or its name, but not its mathematics
-    "new": "the gte-multilingual family: rotary positions and gated feed-forward layers",
-    "nomic_bert": "the nomic-embed family: rotary positions, gated feed-forward layers or mixtures of experts",
-    "deberta-v2": "DeBERTa: attention with relative positions",
-    "camembert": "CamemBERT: its tokenizer's special tokens have other ids",
-    "roberta": "RoBERTa: its tokenizer is a byte-level BPE",
-    "xlm-roberta-xl": "XLM-R XL: its layers normalise before attention and feed-forward, not after",
-    "modernbert": "ModernBERT: rotary positions and local attention",
-    "mpnet": "MPNet: attention with relative positions",
-    "distilbert": "DistilBERT: another tree, without token types",
-    "t5": "T5: attention with relative positions",
-}
 
 
 @dataclass(frozen=True)
@@ -230,11 +218,13 @@ def _read_prompts(find: Find) -> dict[str, Any]:
 def check_architecture(config: dict[str, Any], where: Any) -> None:
     """ValueError for a model that takes XLM-R's name or tokenizer, but is something else."""
     model_type = config.get("model_type")
+    allowed = [name for name, kind in KINDS.items() if kind.tokenizer is None]
     if "lora_adaptations" in config or config.get("position_embedding_type") == "rotary":
         reason = "the jina-embeddings-v3 family: rotary positions and an adapter per task"
-    elif model_type not in MODEL_TYPES:
-        known = OTHER_MODELS.get(model_type) if isinstance(model_type, str) else None
-        reason = known or f"model_type {model_type!r:.40}, where {' and '.join(map(repr, MODEL_TYPES))} are read"
+    elif model_type not in allowed:
+        reasons = {**REFUSED, **{name: kind.tokenizer for name, kind in KINDS.items()}}
+        known = reasons.get(model_type) if isinstance(model_type, str) else None
+        reason = known or f"model_type {model_type!r:.40}, where {' and '.join(map(repr, allowed))} are read"
     else:
         return
     raise ValueError(f"{where} is another architecture, which is not loaded: {reason}")

@@ -34,13 +34,15 @@ class Part:
     timed: bool = False
 
 
-def parts(out: Path, gpu: bool) -> list[Part]:
-    """In the order in which they run."""
+def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
+    """In the order in which they run; `tune` is for a GPU."""
     python = (sys.executable, "-m")
     csv = str(out / "kernels.csv")
     found = []
     if gpu:
-        found.append(Part("tests on the GPU", (*python, "pytest", "-q", "-x", "-m", "cuda or not cuda", "tests"), 0.4))
+        found.append(Part("tests on the GPU", (*python, "pytest", "-q", "-x", "-m", "cuda", "tests"), 0.3))
+    if gpu and tune:
+        found.append(Part("tuning", (*python, "bench.tune", "--write"), 0.5, timed=True))
     models = (*python, "bench.bench_model", "--rounds", "5", "--out", str(out / "models.json"))
     found.append(Part("models", models, 0.4, timed=True))
     for i, kernel in enumerate(KERNELS):
@@ -87,10 +89,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.round", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory to write into, or to go on with")
     parser.add_argument("--minutes", type=float, default=9, help="time for all parts together (default 9)")
+    parser.add_argument(
+        "--tune", action="store_true", help="first tune the kernels' tables, and write the winners there"
+    )
     args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    if args.tune and not gpu:
+        parser.error("--tune measures on a GPU, and PyTorch sees none (torch.cuda.is_available() is False)")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "environment.json").write_text(json.dumps(harness.environment(), indent=1) + "\n", encoding="utf-8")
-    state = measure(parts(args.out, torch.cuda.is_available()), args.out, args.minutes)
+    state = measure(parts(args.out, gpu, args.tune), args.out, args.minutes)
     print(harness.table([{"part": name, "result": found} for name, found in state.items()], ["part", "result"]))
     print(report.write(args.out, state))
     return 0 if all(not found.startswith("failed") for found in state.values()) else 1

@@ -76,6 +76,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of kernels, so that `pytest -m cuda` runs them all on a GPU and nothing else."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("cuda")
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels are tested: a GPU where there is one, else the CPU under Triton's interpreter."""

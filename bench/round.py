@@ -89,9 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.round", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory to write into, or to go on with")
     parser.add_argument("--minutes", type=float, default=9, help="time for all parts together (default 9)")
-    parser.add_argument(
-        "--tune", action="store_true", help="first tune the kernels' tables, and write the winners there"
-    )
+    parser.add_argument("--tune", action="store_true", help="first tune the kernels' tables, and write them back")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     if args.tune and not gpu:

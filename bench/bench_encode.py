@@ -29,7 +29,7 @@ import xlmr
 from xlmr.demo import CHECKPOINT, HELD_OUT
 
 from . import harness
-from .bench_model import BASE, DTYPES
+from .shapes import BASE, DTYPES
 
 TINY = {**BASE, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 LIMITS = {"fp32": 1e-3, "bf16": 0.5}  # on `error`; the results in another order would give about 1.4

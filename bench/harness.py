@@ -33,7 +33,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One point of a sweep. `inputs` are made anew from a generator; every provider is called with them and returns one
     tensor or a tuple; the first provider, xlmr's eager twin, is the judge when its inputs are float64. `wanted` are the
@@ -167,9 +167,14 @@ def _row(case: Case, mode: str, provider: str, found: dict[str, float], check: C
 
 def check(case: Case, provider: Callable[..., Any], mode: str) -> Check:
     """Whether a provider is right by the rule of the tests: at most twice as far from float64 as the eager twin."""
-    judge = next(iter(case.providers.values()))
-    out, twin = (_results(way, _inputs(case), case.wanted, mode) for way in (provider, judge))
-    return compare(case.operation, out, twin, _results(judge, _double(_inputs(case)), case.wanted, mode))
+    return compare(case.operation, _results(provider, _inputs(case), case.wanted, mode), *_judged(case, mode))
+
+
+@functools.lru_cache(maxsize=1)  # the same for every provider
+def _judged(case: Case, mode: str) -> tuple[Any, Any]:
+    """What the eager twin computes, in the case's dtype and in float64."""
+    judge, inputs = next(iter(case.providers.values())), _inputs(case)
+    return tuple(_results(judge, given, case.wanted, mode) for given in (inputs, _double(inputs)))
 
 
 def _inputs(case: Case) -> tuple[Any, ...]:

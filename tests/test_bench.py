@@ -82,8 +82,21 @@ def test_a_slowed_provider_is_a_regression(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(sys, "argv", ["compare", str(a), str(b)])
         assert compare.main() == code
     monkeypatch.setattr(sys, "argv", ["compare", str(before), str(tmp_path)])
-    with pytest.raises(SystemExit, match="no CSV file"):
+    with pytest.raises(SystemExit, match="no CSV or JSON file"):
         compare.main()
+
+
+def test_a_slowed_model_is_a_regression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = harness.RESULTS / "model_cpu.json"
+    results = json.loads(stored.read_text(encoding="utf-8"))
+    results["rows"][1] |= {name: 2 * results["rows"][1][name] for name in ("median_ms", "q20_ms", "q80_ms")}
+    harness.write(tmp_path / "models.json", results)
+    for after, code in ((tmp_path, 1), (stored, 0)):
+        monkeypatch.setattr(sys, "argv", ["compare", str(stored), str(after)])
+        assert compare.main() == code
+    assert capsys.readouterr().out.count("REGRESSION") == 1
 
 
 def test_nsight_compute(tmp_path: Path) -> None:
@@ -259,6 +272,8 @@ def test_the_cases_cover_what_they_should() -> None:
         assert {case.head for case in found} == set(shapes.HEADS)
         assert {case.text.split(",")[0] for case in found if case.group == "mix"} == set(shapes.MIXES)
         assert {case.size for case in found} == set(shapes.SIZES)
+        assert {name for case in found for name in case.providers or ()} <= set(providers.PROVIDERS)
+        assert any(case.providers is None for case in found)
     lengths = {case.lens[0] for case in shapes.cases(gpu=True) if case.group == "fixed"}
     assert lengths == {32, 64, 128, 256, 512, 1024, 2048, 4096, 8192}
 

@@ -106,7 +106,7 @@ def throughput(rows: Iterable[Mapping[str, Any]], directory: Path) -> list[Path]
             fixed[f"{row['size']}, {row['dtype']}"][row["provider"]][row["longest"]] = row["tokens_per_s"] / 1e3
         elif row.get("group") == "mix":
             mixes[f"{row['case']}, {row['dtype']}"][row["provider"]] = row["tokens_per_s"] / 1e3
-    unit, x = "1,000 tokens/s", "tokens in each text"
+    unit, x = "k tokens/s", "tokens in each text"
     return [
         *(lines(series, directory / f"fixed-{_slug(name)}.svg", f"Fixed lengths, {name}", x, unit, log="xy")
           for name, series in fixed.items()),

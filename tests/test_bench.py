@@ -1,6 +1,8 @@
 """The benchmarks' tools: what is wrong is not timed, what is slower is reported, a round goes on where it stopped."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 import time
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.flop_counter
+import transformers
 from torch import Tensor
 
 from bench import bench_model, bench_peers, compare, forward, harness, ncu, plots, providers, report, roofline, shapes
@@ -221,6 +224,33 @@ def test_a_wrong_model_stops_the_measurement(
     assert not right
     assert results["rows"] == []
     assert "WRONG: xlmr eager differs by" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_packed_ways_are_right_but_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU alone can run, with a plain loop in flash attention's place and no graph around the call."""
+
+    def loop(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **given: Any) -> Any:
+        assert mask is None
+        assert given["max_length_q"] == given["max_length_k"] == 9
+        ends = given["cu_seq_lens_q"].tolist()
+        texts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        parts = [torch.nn.functional.scaled_dot_product_attention(*(t[:, :, at] for t in (q, k, v))) for at in texts]
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+
+    monkeypatch.setattr(providers, "FLASH", "planted")
+    monkeypatch.setattr(providers, "_need_gpu", lambda: None)
+    monkeypatch.setattr(providers, "_need_package", lambda name: None)
+    monkeypatch.setattr(providers, "captured", lambda call: call)
+    own = providers.own
+    monkeypatch.setattr(providers, "own", lambda backend, *given: own("eager", *given))
+    transformers.AttentionInterface.register("planted", loop)
+    names = "transformers flash", providers.GRAPH
+    with torch.inference_mode():
+        given = providers.prepare(dataclasses.replace(model_case(), dtype="bf16"))  # flash attention has no fp32
+        calls, differences = forward.checked(given, names, forward.Found())
+    assert tuple(calls) == names
+    assert max(differences.values()) < 0.1
 
 
 @pytest.mark.usefixtures("tiny")

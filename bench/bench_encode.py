@@ -30,7 +30,7 @@ import xlmr
 from xlmr.demo import CHECKPOINT, HELD_OUT
 
 from . import harness
-from .bench_model import BASE, DTYPES
+from .shapes import BASE, DTYPES
 
 MODELS = {
     "small": {**BASE, "hidden_size": 384, "intermediate_size": 1536},

@@ -1,7 +1,8 @@
 """What became slower between two runs, beyond their noise: `python -m bench.compare A B`.
 
-A and B are CSV files of the kernel benchmarks, or directories of bench.round. A figure has regressed where B's 20 %
-quantile lies above A's 80 % quantile and the median grew by more than the tolerance. Exit 1 on a regression.
+A and B are CSV files of the kernel benchmarks, JSON files of bench_model, or directories of bench.round. A figure has
+regressed where B's 20 % quantile lies above A's 80 % quantile and the median grew by more than the tolerance. Exit 1 on
+a regression.
 """
 
 import argparse
@@ -20,20 +21,42 @@ TOLERANCE = 0.05
 SHOWN = ("kernel_name", "kernel_provider", "kernel_operation_mode", "x_value", "A_ms", "B_ms", "B/A", "verdict")
 
 
-def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
+def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     """The rows of a run by what they measure; of several measurements the last."""
-    file = path / "kernels.csv" if path.is_dir() else path
-    if not file.is_file():
-        raise SystemExit(f"{path} is no CSV file of the kernel benchmarks and no directory of bench.round")
+    files = [path / "kernels.csv", path / "models.json"] if path.is_dir() else [path]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        raise SystemExit(f"{path} is no CSV or JSON file of the benchmarks and no directory of bench.round")
+    rows = [row for file in found for row in (_models(file) if file.suffix == ".json" else _kernels(file))]
+    return {tuple(row[name] for name in KEY): row for row in rows}
+
+
+def _kernels(file: Path) -> list[dict[str, Any]]:
     with file.open(newline="", encoding="utf-8") as lines:
         reader = csv.DictReader(lines)
         missing = [name for name in (*KEY, "y_value_50") if name not in (reader.fieldnames or ())]
         if missing:
             raise SystemExit(f"{file} lacks the columns {', '.join(missing)}: was it written by bench.bench_<kernel>?")
-        return {tuple(row[name] for name in KEY): row for row in reader}
+        return list(reader)
 
 
-def compare(before: dict[str, str], after: dict[str, str], tolerance: float) -> dict[str, Any]:
+def _models(file: Path) -> list[dict[str, Any]]:
+    """The rows of bench_model, in the kernels' columns."""
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if not results.get("rows") or "median_ms" not in results["rows"][0]:
+        raise SystemExit(f"{file} has no rows with a median: was it written by bench.bench_model?")
+    machine = results["environment"]["gpu"] or f"CPU: {results['environment']['cpu']}"
+    return [
+        {
+            "kernel_name": row["case"], "kernel_provider": row["provider"], "kernel_operation_mode": row["dtype"],
+            "extra_benchmark_config_str": "", "x_name": "", "x_value": "", "gpu_name": machine,
+            **{f"y_value_{q}": row[name] for q, name in ((20, "q20_ms"), (50, "median_ms"), (80, "q80_ms"))},
+        }
+        for row in results["rows"]
+    ]  # fmt: skip
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> dict[str, Any]:
     """One line of the comparison."""
     ratio = float(after["y_value_50"]) / float(before["y_value_50"])
     slower = float(after["y_value_20"]) > float(before["y_value_80"]) and ratio > 1 + tolerance

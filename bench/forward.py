@@ -90,7 +90,7 @@ def checked(given: providers.Setting, names: Iterable[str], found: Found) -> tup
             call = PROVIDERS[name](given)
             out = given.read(call())
         except (NotHere, RuntimeError, NotImplementedError, ImportError) as error:  # what this machine lacks
-            found.leave_out(case.title, str(error).splitlines()[0], name)
+            found.leave_out(case.title, str(error).partition("\n")[0] or type(error).__name__, name)
             continue
         worst, typical = apart(out, exact)
         if not (worst <= LIMITS[case.dtype][0] and typical <= LIMITS[case.dtype][1]):

@@ -98,22 +98,24 @@ def bars(values: Mapping[str, float], path: Path, title: str, unit: str) -> Path
 
 
 def throughput(rows: Iterable[Mapping[str, Any]], directory: Path) -> list[Path]:
-    """Real tokens a second of whole models: over the length where it is fixed, as bars for each mix of lengths."""
+    """Thousands of real tokens a second of whole models: over the length if fixed, as bars for each mix."""
     fixed: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     mixes: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row.get("group") == "fixed":
-            fixed[f"{row['size']}, {row['dtype']}"][row["provider"]][row["longest"]] = row["tokens_per_s"]
+            fixed[f"{row['size']}, {row['dtype']}"][row["provider"]][row["longest"]] = row["tokens_per_s"] / 1e3
         elif row.get("group") == "mix":
-            mixes[f"{row['case']}, {row['dtype']}"][row["provider"]] = row["tokens_per_s"]
-    unit = "real tokens/s"
-    drawn = [
-        lines(series, directory / f"fixed {name}.svg".replace(" ", "-"), f"Fixed lengths, {name}", "S", unit, log="xy")
-        for name, series in fixed.items()
-    ]
-    return drawn + [
-        bars(values, directory / f"mix {name}.svg".replace(" ", "-"), name, unit) for name, values in mixes.items()
-    ]
+            mixes[f"{row['case']}, {row['dtype']}"][row["provider"]] = row["tokens_per_s"] / 1e3
+    unit, x = "k tokens/s", "tokens in each text"
+    return [
+        *(lines(series, directory / f"fixed-{_slug(name)}.svg", f"Fixed lengths, {name}", x, unit, log="xy")
+          for name, series in fixed.items()),
+        *(bars(values, directory / f"mix-{_slug(name)}.svg", name, unit) for name, values in mixes.items()),
+    ]  # fmt: skip
+
+
+def _slug(name: str) -> str:
+    return name.replace(", ", "-").replace(",", "").replace(" ", "-")
 
 
 def lines(

@@ -20,6 +20,7 @@ from .shapes import DTYPES, HEADS, Case, batch
 
 JUDGE = "transformers sdpa"
 GRAPH = "xlmr triton, graph"
+FLASH = "flash_attention_2"  # transformers' name
 PER_TOKEN = ("Model", "ForMaskedLM", "ForCausalLM", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -97,7 +98,7 @@ def flash(given: Setting) -> Call:
     _need_encoder(given)
     if given.case.dtype == "fp32":
         raise NotHere("flash attention has no fp32")
-    model, rows = twin(given.reference, "flash_attention_2"), _rows(given)
+    model, rows = twin(given.reference, FLASH), _rows(given)
     positions = torch.cat([torch.arange(n) for n in given.case.lens]).to(given.ids.device) + 2
     ends = {f"cu_seq_lens_{which}": rows.cu_seqlens for which in "qk"}
     longest = {f"max_length_{which}": rows.max_seqlen for which in "qk"}

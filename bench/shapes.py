@@ -16,6 +16,10 @@ SIZES = {"base": BASE, "large": LARGE}
 LONG = 8194  # positions of a model whose texts are longer than 512 tokens, as bge-m3 has them
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAIR = ("transformers sdpa", "xlmr eager")
+# Who is ready at once: compiling takes up to a minute a case.
+QUICK = (
+    "transformers sdpa", "transformers eager", "transformers flash", "xlmr eager", "xlmr triton", "xlmr triton, graph",
+)  # fmt: skip
 # What each kind of model returns that depends on its inputs.
 HEADS = {
     "Model": ("last_hidden_state",),
@@ -125,9 +129,9 @@ def _gpu_cases() -> list[Case]:
     for dtype in DTYPES:
         for size in SIZES:
             found += [_mix(kind, count, dtype, size) for kind, count in counts.items()]
-            found += [_fixed(16384 // S, S, dtype, size) for S in every]
-            found += [_single(S, dtype, size) for S in (32, 128, 512, 8192) if (S, size) != (32, "base")]
-        found += _heads(32, 128, dtype)
+            found += [_fixed(16384 // S, S, dtype, size, QUICK) for S in every]
+            found += [_single(S, dtype, size, QUICK) for S in (32, 128, 512, 8192) if (S, size) != (32, "base")]
+        found += _heads(32, 128, dtype, QUICK)
     return found
 
 

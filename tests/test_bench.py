@@ -1,5 +1,8 @@
 """The benchmarks' tools: what is wrong is not timed, what is slower is reported, a round goes on where it stopped."""
 
+import dataclasses
+import importlib.util
+import itertools
 import json
 import sys
 import time
@@ -8,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.flop_counter
+import transformers
 from torch import Tensor
 
-from bench import compare, harness, ncu, plots, report, roofline
+from bench import bench_model, bench_peers, compare, forward, harness, ncu, plots, providers, report, roofline, shapes
 from bench import round as bench_round
 
 
@@ -80,8 +85,21 @@ def test_a_slowed_provider_is_a_regression(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(sys, "argv", ["compare", str(a), str(b)])
         assert compare.main() == code
     monkeypatch.setattr(sys, "argv", ["compare", str(before), str(tmp_path)])
-    with pytest.raises(SystemExit, match="no CSV file"):
+    with pytest.raises(SystemExit, match="no CSV or JSON file"):
         compare.main()
+
+
+def test_a_slowed_model_is_a_regression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = harness.RESULTS / "model_cpu.json"
+    results = json.loads(stored.read_text(encoding="utf-8"))
+    results["rows"][1] |= {name: 2 * results["rows"][1][name] for name in ("median_ms", "q20_ms", "q80_ms")}
+    harness.write(tmp_path / "models.json", results)
+    for after, code in ((tmp_path, 1), (stored, 0)):
+        monkeypatch.setattr(sys, "argv", ["compare", str(stored), str(after)])
+        assert compare.main() == code
+    assert capsys.readouterr().out.count("REGRESSION") == 1
 
 
 def test_nsight_compute(tmp_path: Path) -> None:
@@ -136,3 +154,171 @@ def test_a_round_goes_on_and_ends_in_a_page(tmp_path: Path) -> None:
     assert "&lt;GPU&gt;" in page
     assert page.count("<svg") == 1
     assert "failed (exit 3)" in page
+
+
+TINY = {
+    **shapes.BASE, "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.SIZES, "base", TINY)
+
+
+def model_case(head: str = "Model", **settings: Any) -> shapes.Case:
+    return shapes.Case("4 texts", (9, 4, 7, 5), "fp32", "mix", head=head, **settings)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("head", shapes.HEADS)
+def test_a_model_case(head: str) -> None:
+    found = forward.measure(model_case(head), 3, ["transformers eager", "xlmr eager", "xlmr triton", providers.GRAPH])
+    assert [row["provider"] for row in found.rows[:2]] == ["transformers eager", "xlmr eager"]
+    for row in found.rows:
+        assert row["max_difference"] < 1e-4
+        assert row["tokens_per_s"] == pytest.approx(25e3 / row["median_ms"])
+        assert row["padding"] == pytest.approx(1 - 25 / 36)
+        assert "ratio" not in row  # transformers sdpa judged and was not measured
+    if not torch.cuda.is_available():
+        assert {each["provider"]: each["reason"] for each in found.not_run} == {
+            "xlmr triton": "needs a GPU", providers.GRAPH: "needs a GPU",
+        }  # fmt: skip
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    for head in ("Model", "ForMaskedLM"):
+        case = shapes.Case("2 texts", (8, 8), "fp32", "fixed", "tiny", head)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(shapes.SIZES, "tiny", TINY)
+            call = providers.PROVIDERS["transformers eager"](providers.prepare(case))
+            with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+                call()
+            assert counter.get_total_flops() == case.flops() == case.flops(padded=True)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("wrong", ["one value", "everything a little", "no mask", "nan"])
+def test_a_wrong_model_stops_the_measurement(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planted(given: providers.Setting) -> providers.Call:
+        def call() -> dict[str, Tensor]:
+            mask = None if wrong == "no mask" else given.mask
+            out = given.reference(given.ids, attention_mask=mask).last_hidden_state.clone()
+            if wrong == "one value":
+                out[2, 3, 5] += 0.01
+            elif wrong == "everything a little":
+                out *= 1.0005
+            elif wrong == "nan":
+                out[1, 0, 0] = float("nan")
+            return {"last_hidden_state": out}
+
+        return call
+
+    monkeypatch.setitem(providers.PROVIDERS, "xlmr eager", planted)
+    monkeypatch.setattr(forward, "timed", lambda *args: pytest.fail("timed beside a wrong output"))
+    todo = [("planted", lambda: forward.measure(model_case(providers=shapes.PAIR), 3))]
+    results, right = bench_model.run(todo, tmp_path / "m.json", minutes=1)
+    assert not right
+    assert results["rows"] == []
+    assert "WRONG: xlmr eager differs by" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_packed_ways_are_right_but_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU alone can run, with a plain loop in flash attention's place and no graph around the call."""
+
+    def loop(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **given: Any) -> Any:
+        assert mask is None
+        assert given["max_length_q"] == given["max_length_k"] == 9
+        ends = given["cu_seq_lens_q"].tolist()
+        texts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        parts = [torch.nn.functional.scaled_dot_product_attention(*(t[:, :, at] for t in (q, k, v))) for at in texts]
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+
+    monkeypatch.setattr(providers, "FLASH", "planted")
+    monkeypatch.setattr(providers, "_need_gpu", lambda: None)
+    monkeypatch.setattr(providers, "_need_package", lambda name: None)
+    monkeypatch.setattr(providers, "captured", lambda call: call)
+    own = providers.own
+    monkeypatch.setattr(providers, "own", lambda backend, *given: own("eager", *given))
+    transformers.AttentionInterface.register("planted", loop)
+    names = "transformers flash", providers.GRAPH
+    with torch.inference_mode():
+        given = providers.prepare(dataclasses.replace(model_case(), dtype="bf16"))  # flash attention has no fp32
+        calls, differences = forward.checked(given, names, forward.Found())
+    assert tuple(calls) == names
+    assert max(differences.values()) < 0.1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_not_measured_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = forward.measure(model_case(providers=shapes.PAIR), 3)
+    others = set(providers.PROVIDERS) - set(shapes.PAIR)
+    assert {each["provider"] for each in found.not_run} == others
+    assert "transformers compiled" in capsys.readouterr().err
+    assert found.rows[0]["ratio"] == 1
+
+    def breaks(given: providers.Setting) -> providers.Call:
+        raise RuntimeError("out of memory\nand a long story")
+
+    monkeypatch.setitem(providers.PROVIDERS, "xlmr eager", breaks)
+    assert forward.measure(model_case(), 3, ["xlmr eager"]).not_run[0]["reason"] == "out of memory"
+    monkeypatch.setattr(forward, "predicted", lambda case: 11.6)
+    too_long = forward.measure(model_case(), 3)
+    assert (too_long.rows, too_long.not_run[0]["reason"]) == ([], "a call would take about 12 s")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert {each["provider"] for each in bench_model.runtimes(1).not_run} == {"onnx runtime", "ctranslate2"}
+    assert not bench_peers.installed("onnx runtime", "onnxruntime")
+
+
+def test_a_time_limit_ends_the_models_and_results_stand_after_every_case(tmp_path: Path) -> None:
+    path = tmp_path / "models.json"
+
+    def job(name: str, seconds: float) -> forward.Found:
+        if name == "second":
+            assert [row["case"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["first"]
+        time.sleep(seconds)
+        return forward.Found([{"case": name}])
+
+    todo = [(name, lambda name=name, s=s: job(name, s)) for name, s in (("first", 0), ("second", 0.3), ("third", 0))]
+    results, right = bench_model.run(todo, path, minutes=0.2 / 60)
+    assert right
+    assert [row["case"] for row in results["rows"]] == ["first", "second"]
+    assert results["not_run"] == [{"case": "third", "provider": "all", "reason": "the 0.00333333 minutes were over"}]
+    assert json.loads(path.read_text(encoding="utf-8")) == results
+    assert [file.name for file in tmp_path.iterdir()] == ["models.json"]
+
+
+def test_the_cases_cover_what_they_should() -> None:
+    for gpu in (False, True):
+        found = shapes.cases(gpu)
+        assert len({case.title for case in found}) == len(found)
+        assert [case.group for case in found[:4]] == ["headline"] * 4
+        assert {case.head for case in found} == set(shapes.HEADS)
+        assert {case.text.split(",")[0] for case in found if case.group == "mix"} == set(shapes.MIXES)
+        assert {case.size for case in found} == set(shapes.SIZES)
+        assert {name for case in found for name in case.providers or ()} <= set(providers.PROVIDERS)
+        assert any(case.providers is None for case in found)
+    lengths = {case.lens[0] for case in shapes.cases(gpu=True) if case.group == "fixed"}
+    assert lengths == {32, 64, 128, 256, 512, 1024, 2048, 4096, 8192}
+
+
+def test_models_are_drawn(tmp_path: Path) -> None:
+    common = {"dtype": "bf16", "provider": "xlmr eager", "size": "base", "median_ms": 1.0}
+    rows = [
+        {**common, "case": f"fixed, {S}", "group": "fixed", "longest": S, "tokens_per_s": 1e6 / S} for S in (32, 64)
+    ]
+    rows.append({**common, "case": "queries", "group": "mix", "longest": 64, "tokens_per_s": 1e5})
+    results = {"rows": rows, "not_run": [{"case": "queries", "provider": "<flash>", "reason": "needs a GPU"}]}
+    harness.write(tmp_path / "models.json", results)
+    (tmp_path / "environment.json").write_text(json.dumps(harness.environment()), encoding="utf-8")
+    page = report.write(tmp_path, {}).read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "&lt;flash&gt;" in page
+    (tmp_path / "models.json").write_text((harness.RESULTS / "model_cpu.json").read_text(encoding="utf-8"), "utf-8")
+    assert "32 texts, 40% fill" in report.write(tmp_path, {}).read_text(encoding="utf-8")  # a run of an older version

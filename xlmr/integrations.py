@@ -35,29 +35,20 @@ LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
-_replaced: dict[Any, Any] = {}  # (class or module, attribute) → what it was before; or a registered pattern → None
+_replaced: dict[tuple[Any, str], Any] = {}  # (class or module, attribute) → what it was before
 
 
 def patch_transformers() -> None:
-    """Every XLM-R, RoBERTa, CamemBERT and BERT encoder that transformers loads from now on is ours, also inside
-    AutoModel, SentenceTransformer and CrossEncoder; undone by `unpatch`. Positions whose mask is 0 give zeros, except
-    under a head of transformers that reads them.
+    """Every XLM-R, RoBERTa, CamemBERT and BERT encoder that is built from now on is ours, also inside AutoModel,
+    SentenceTransformer and CrossEncoder; undone by `unpatch`. Positions whose mask is 0 give zeros, except under a head
+    of transformers that reads them. ImportError without transformers 5.
 
-    Before transformers.monkey_patching existed, the classes are exchanged in their modules, for direct construction
-    too. ImportError without transformers 5.
+    The classes are exchanged in their modules. transformers.monkey_patching does the same while a model is built, but
+    in 5.6 to 5.15 it imports every image processor on its way, and so fails without torchvision.
     """
     _require_transformers()
-    try:
-        from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
-    except ModuleNotFoundError:
-        for model_type, kind in KINDS.items():
-            _replace(_host_module(model_type), kind.named("Encoder"), _packed_class(model_type))
-        return
-    # Keys are searched as patterns: "BertEncoder" alone would replace MegatronBertEncoder too.
-    mapping = {f"^{kind.named('Encoder')}$": _packed_class(model_type) for model_type, kind in KINDS.items()}
-    if not mapping.keys() <= get_patch_mapping().keys():
-        register_patch_mapping(mapping)
-        _replaced.update(dict.fromkeys(mapping))
+    for model_type, kind in KINDS.items():
+        _replace(_host_module(model_type), kind.named("Encoder"), _packed_class(model_type))
 
 
 def accelerate(model: Any, *, unpad: bool = True) -> Any:
@@ -95,12 +86,8 @@ def unpatch(model: nn.Module | None = None) -> None:
             _ours.discard(module)
     if model is not None:
         return
-    for key, former in _replaced.items():
-        if former is None:
-            importlib.import_module("transformers.monkey_patching").unregister_patch_mapping([key])
-        else:
-            owner, name = key
-            setattr(owner, name, former)
+    for (owner, name), former in _replaced.items():
+        setattr(owner, name, former)
     _replaced.clear()
 
 
@@ -156,12 +143,8 @@ def _packed_class(model_type: str) -> type[nn.Module]:
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     host = _host_class(model_type)
-    namesake = importlib.import_module("transformers.models.bert_generation.modeling_bert_generation").BertEncoder
 
-    def __new__(cls: Any, config: Any = None, *args: Any, **kw: Any) -> Any:
-        """transformers has two classes BertEncoder and patches by name: that of bert-generation stays."""
-        if getattr(config, "model_type", "") == "bert-generation":
-            return namesake(config)
+    def __new__(cls: Any, *args: Any, **kw: Any) -> Any:
         encoder = nn.Module.__new__(cls)
         _watch_heads()
         _ours.add(encoder)
@@ -257,7 +240,9 @@ def _hooked(module: nn.Module) -> bool:
     state = module.__dict__
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     hooks = (hook for name in names for hook in state[name].values())
-    own = "forward" in state and state["forward"] != type(module).forward.__get__(module)  # 5.0 leaves the class's there
+    own = "forward" in state and state["forward"] != type(module).forward.__get__(
+        module
+    )  # 5.0 leaves the class's there
     return own or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
 
 

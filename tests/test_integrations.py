@@ -19,6 +19,7 @@ from xlmr import integrations
 from xlmr.demo import CHECKPOINT
 from xlmr.family import KINDS, REFUSED
 
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 40, "initializer_range": 0.3, "hidden_dropout_prob": 0.0,
@@ -170,6 +171,11 @@ def test_masked_positions_are_zeros_unless_asked_for() -> None:
     torch.testing.assert_close(whole, host(**batch()).last_hidden_state, rtol=1e-4, atol=1e-5)
 
 
+def zeros(module: Any, inputs: Any, output: Any) -> Any:
+    """A hook on a layer, which gives a tuple in transformers 4."""
+    return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+
 def test_recording_once_does_not_slow_what_follows() -> None:
     """transformers leaves its hooks on the layers: they are not taken for somebody's own."""
     ours = integrations.accelerate(build("XLMRoberta", "Model"))
@@ -179,9 +185,9 @@ def test_recording_once_does_not_slow_what_follows() -> None:
     ours(**batch())
     assert rows == [9 + 4 + 6]
     assert len(ours(**batch(), output_hidden_states=True).hidden_states) == 3
-    ours.encoder.layer[0].register_forward_hook(lambda m, x, y: y * 0)
+    ours.encoder.layer[0].register_forward_hook(zeros)
     assert len(rows) == 2  # the recorded call ran the host's layers on [B, S, N]
-    ours.encoder.layer[1].register_forward_hook(lambda m, x, y: y * 0)
+    ours.encoder.layer[1].register_forward_hook(zeros)
     assert not ours(**batch()).last_hidden_state.any()  # somebody's own hooks are called
 
 
@@ -376,12 +382,15 @@ def test_a_plain_loop_learns_with_our_class() -> None:
     assert accuracy(model) >= 0.95
 
 
-def test_attn_implementation_masks_padding() -> None:
-    host = build("XLMRoberta", "Model")
+@pytest.mark.skipif(VERSION < (5,), reason="transformers 4's encoders take no attention by name")
+def test_attn_implementation_masks_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, calls, attention = build("XLMRoberta", "Model"), [], integrations.attention_forward
     want = host(**batch()).last_hidden_state
+    monkeypatch.setattr(integrations, "attention_forward", lambda *a, **k: calls.append(1) or attention(*a, **k))
     integrations.register_attention()
     host.set_attn_implementation("xlmr")
     torch.testing.assert_close(host(**batch()).last_hidden_state, want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # DeBERTa's modules in transformers 5.0
@@ -408,7 +417,36 @@ def test_what_is_no_encoder_of_the_family_is_refused() -> None:
         integrations.accelerate(torch.nn.Linear(1, 1))
 
 
-def test_versions_that_are_not_supported_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
-    with pytest.raises(ImportError, match=r"transformers 4\.57\.6 is not supported: install 5\.0"):
-        integrations.patch_transformers()
+@pytest.mark.skipif(VERSION >= (5,), reason="transformers 5's encoders know absolute positions only")
+@pytest.mark.parametrize("family", FAMILY)
+def test_relative_positions_are_left_to_the_host(family: str) -> None:
+    host = build(family, position_embedding_type="relative_key")
+    integrations.patch_transformers()
+    ours = type(host)(host.config).eval()
+    ours.load_state_dict(host.state_dict())
+    assert hasattr(ours.base_model.encoder, "host_class")
+    torch.testing.assert_close(ours(**batch()).logits, host(**batch()).logits)
+
+
+@pytest.mark.skipif(VERSION >= (5,), reason="transformers 5 knows no head_mask")
+def test_a_head_mask_is_left_to_the_host() -> None:
+    host = build("XLMRoberta")
+    ours, mask = integrations.accelerate(copy.deepcopy(host)), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    torch.testing.assert_close(ours(**batch(), head_mask=mask).logits, host(**batch(), head_mask=mask).logits)
+    assert not torch.equal(ours(**batch()).logits, ours(**batch(), head_mask=mask).logits)
+
+
+@pytest.mark.parametrize(
+    ("call", "version", "least"),
+    [
+        (integrations.patch_transformers, "4.56.2", "4.57"),
+        (lambda: integrations.accelerate(torch.nn.Linear(1, 1)), "4.9.0", "4.57"),
+        (integrations.register_attention, "4.57.6", "5.0"),
+    ],
+)
+def test_versions_that_are_not_supported_are_named(
+    monkeypatch: pytest.MonkeyPatch, call: Any, version: str, least: str
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=f"transformers {version} is not supported: install {least} or later"):
+        call()

@@ -179,9 +179,11 @@ def _packed_class(model_type: str) -> type[nn.Module]:
 
 def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
     """Whether a call of an encoder wants what only the host computes: cross attention, a cache, recorded outputs."""
-    beyond = *args, *(kw.get(name) for name in ("encoder_hidden_states", "past_key_values"))
+    heads = kw.get("head_mask")  # of transformers 4, which gives a list of None for no mask
+    given = (kw.get(name) for name in ("encoder_hidden_states", "past_key_values"))
+    beyond = *args, *given, *(() if heads is None else heads)
     recorded = "output_hidden_states", "output_attentions"
-    asked = *(kw.get(name, getattr(config, name, False)) for name in recorded), *(kw.get("head_mask") or ())
+    asked = (kw.get(name, getattr(config, name, False)) for name in recorded)
     return any(x is not None for x in beyond) or any(x is not None and x is not False for x in asked)
 
 

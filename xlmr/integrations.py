@@ -6,7 +6,8 @@ compute (a decoder, recorded hidden states, a hooked or replaced layer) the host
 
 Positions whose mask is 0 are not computed: the encoder gives zeros there. transformers' own heads that read them
 (question answering, causal language models, labels on masked tokens) get them computed; a head of your own that does
-needs `accelerate(model, unpad=False)`.
+needs `accelerate(model, unpad=False)`. Run on transformers 4.57.6 (with sentence-transformers 5.7) and on
+5.0.0, 5.1.0, 5.3.0, 5.6.0, 5.10.4, 5.15.1 and 5.23.0 (with 6.2).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import Block, begin
+from .block import EVERY_POSITION, Block, begin
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
@@ -35,29 +36,20 @@ LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
-_replaced: dict[Any, Any] = {}  # (class or module, attribute) → what it was before; or a registered pattern → None
+_replaced: dict[tuple[Any, str], Any] = {}  # (class or module, attribute) → what it was before
 
 
 def patch_transformers() -> None:
-    """Every XLM-R, RoBERTa, CamemBERT and BERT encoder that transformers loads from now on is ours, also inside
-    AutoModel, SentenceTransformer and CrossEncoder; undone by `unpatch`. Positions whose mask is 0 give zeros, except
-    under a head of transformers that reads them.
+    """Every XLM-R, RoBERTa, CamemBERT and BERT encoder that is built from now on is ours, also inside AutoModel,
+    SentenceTransformer and CrossEncoder; undone by `unpatch`. Positions whose mask is 0 give zeros, except under a head
+    of transformers that reads them. ImportError without transformers 4.57 or later.
 
-    Before transformers.monkey_patching existed, the classes are exchanged in their modules, for direct construction
-    too. ImportError without transformers 5.
+    The classes are exchanged in their modules. transformers.monkey_patching does the same while a model is built, but
+    in 5.6 to 5.15 it imports every image processor on its way, and so fails without torchvision.
     """
     _require_transformers()
-    try:
-        from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
-    except ModuleNotFoundError:
-        for model_type, kind in KINDS.items():
-            _replace(_host_module(model_type), kind.named("Encoder"), _packed_class(model_type))
-        return
-    # Keys are searched as patterns: "BertEncoder" alone would replace MegatronBertEncoder too.
-    mapping = {f"^{kind.named('Encoder')}$": _packed_class(model_type) for model_type, kind in KINDS.items()}
-    if not mapping.keys() <= get_patch_mapping().keys():
-        register_patch_mapping(mapping)
-        _replaced.update(dict.fromkeys(mapping))
+    for model_type, kind in KINDS.items():
+        _replace(_host_module(model_type), kind.named("Encoder"), _packed_class(model_type))
 
 
 def accelerate(model: Any, *, unpad: bool = True) -> Any:
@@ -65,7 +57,8 @@ def accelerate(model: Any, *, unpad: bool = True) -> Any:
     returns it; parameters, state_dict and config stay. Undone by `unpatch`, of this model or of all.
 
     unpad: whether positions whose mask is 0 are left out and give zeros, except under a head of transformers that
-    reads them; False computes every position. TypeError where there is no encoder of the family, with the reason.
+    reads them; False computes every position. TypeError where there is no encoder of the family, with the reason;
+    ImportError without transformers 4.57 or later.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch module, such as a transformers model")
@@ -75,7 +68,8 @@ def accelerate(model: Any, *, unpad: bool = True) -> Any:
     if not encoders:
         raise TypeError(f"{type(model).__name__} {_why_not(model)}; supported are {', '.join(KINDS)}")
     for encoder in encoders:
-        _check_mathematics(encoder.config)
+        if (kind := _positions(encoder.config)) != "absolute":
+            raise TypeError(f"position_embedding_type is {kind!r}: only 'absolute' is computed here")
     _watch_heads()
     for encoder in encoders:
         encoder.__class__ = ours.get(type(encoder), type(encoder))  # a subclass of what it was
@@ -95,21 +89,18 @@ def unpatch(model: nn.Module | None = None) -> None:
             _ours.discard(module)
     if model is not None:
         return
-    for key, former in _replaced.items():
-        if former is None:
-            importlib.import_module("transformers.monkey_patching").unregister_patch_mapping([key])
-        else:
-            owner, name = key
-            setattr(owner, name, former)
+    for (owner, name), former in _replaced.items():
+        setattr(owner, name, former)
     _replaced.clear()
 
 
 def register_attention() -> None:
     """Makes attn_implementation="xlmr" known to transformers: our attention, inside its own layers.
 
-    The mask is registered too: without it transformers hands over none, and padding would be attended to.
+    The mask is registered too: without it transformers hands over none, and padding would be attended to. ImportError
+    without transformers 5: the encoders of 4.57 do not ask for an attention by name.
     """
-    _require_transformers()
+    _require_transformers((5, 0))
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -156,12 +147,8 @@ def _packed_class(model_type: str) -> type[nn.Module]:
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     host = _host_class(model_type)
-    namesake = importlib.import_module("transformers.models.bert_generation.modeling_bert_generation").BertEncoder
 
-    def __new__(cls: Any, config: Any = None, *args: Any, **kw: Any) -> Any:
-        """transformers has two classes BertEncoder and patches by name: that of bert-generation stays."""
-        if getattr(config, "model_type", "") == "bert-generation":
-            return namesake(config)
+    def __new__(cls: Any, *args: Any, **kw: Any) -> Any:
         encoder = nn.Module.__new__(cls)
         _watch_heads()
         _ours.add(encoder)
@@ -173,15 +160,13 @@ def _packed_class(model_type: str) -> type[nn.Module]:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *args: Any,
-        every_position: bool = False,
         **kw: Any,
     ) -> Any:
         view = None if _asks_more(self.config, args, kw) else _view(self, hidden_states.device)
         if view is None:
             return host.forward(self, hidden_states, attention_mask, *args, **kw)
-        state = begin(
-            hidden_states, attention_mask, reads_first=True, every_position=every_position or self.every_position
-        )
+        whole = self.every_position or EVERY_POSITION.get()
+        state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole)
         return Output(last_hidden_state=state.layout.pad(view.rows(state.layout.unpad(hidden_states), state)))
 
     def __getstate__(self: Any) -> dict[str, Any]:
@@ -194,7 +179,9 @@ def _packed_class(model_type: str) -> type[nn.Module]:
 
 def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
     """Whether a call of an encoder wants what only the host computes: cross attention, a cache, recorded outputs."""
-    beyond = *args, *(kw.get(name) for name in ("encoder_hidden_states", "past_key_values"))
+    heads = kw.get("head_mask")  # of transformers 4, which gives a list of None for no mask
+    given = (kw.get(name) for name in ("encoder_hidden_states", "past_key_values"))
+    beyond = *args, *given, *(() if heads is None else heads)
     recorded = "output_hidden_states", "output_attentions"
     asked = (kw.get(name, getattr(config, name, False)) for name in recorded)
     return any(x is not None for x in beyond) or any(x is not None and x is not False for x in asked)
@@ -230,9 +217,13 @@ def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
         return mask.shape != labels.shape or bool(((mask == 0).to(labels.device) & (labels != -100)).any())
 
     @functools.wraps(forward)
+    @functools.partial(torch.compiler.disable, recursive=False)
     def watched(self: Any, *args: Any, **kw: Any) -> Any:
-        more = {"every_position": True} if reads_masked(self, args, kw) else {}
-        return forward(self, *args, **kw, **more)
+        token = EVERY_POSITION.set(reads_masked(self, args, kw))
+        try:
+            return forward(self, *args, **kw)
+        finally:
+            EVERY_POSITION.reset(token)
 
     return watched
 
@@ -241,7 +232,8 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     """Our blocks over the leaf modules of `encoder`, rebuilt when one was exchanged; None where the host must run."""
     modules = list(encoder.modules())
     layers = encoder.layer
-    if encoder.config.is_decoder or any(layer.training and layer.gradient_checkpointing for layer in layers):
+    beyond = encoder.config.is_decoder or _positions(encoder.config) != "absolute"
+    if beyond or any(layer.training and layer.gradient_checkpointing for layer in layers):
         return None
     known = encoder.__dict__.get("view")
     if known is None or known[1] != device or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
@@ -257,7 +249,10 @@ def _hooked(module: nn.Module) -> bool:
     state = module.__dict__
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     hooks = (hook for name in names for hook in state[name].values())
-    return "forward" in state or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+    own = "forward" in state and state["forward"] != type(module).forward.__get__(
+        module
+    )  # 5.0 leaves the class's there
+    return own or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
 
 
 def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
@@ -276,7 +271,8 @@ def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
                 return None  # somebody's own layer
             ours.ops = ops
             if hasattr(ours, "scaling"):
-                ours.scaling, ours.attention_head_size = theirs.scaling, theirs.attention_head_size
+                ours.attention_head_size = theirs.attention_head_size
+                ours.scaling = getattr(theirs, "scaling", theirs.attention_head_size**-0.5)  # 4.57 keeps none
         elif not isinstance(ours, nn.ModuleList) and not (name.endswith("act_fn") and config.hidden_act == "gelu"):
             parent, _, leaf = name.rpartition(".")
             setattr(view.get_submodule(parent), leaf, theirs)
@@ -293,10 +289,9 @@ def _host_class(model_type: str) -> Any:
     return _replaced.get((module, name)) or getattr(module, name)
 
 
-def _check_mathematics(config: Any) -> None:
-    kind = getattr(config, "position_embedding_type", None) or "absolute"
-    if kind != "absolute":
-        raise TypeError(f"position_embedding_type is {kind!r}: only 'absolute' is computed here")
+def _positions(config: Any) -> str:
+    """How attention sees positions: before 5.0 BERT's and RoBERTa's encoders may know relative ones."""
+    return getattr(config, "position_embedding_type", None) or "absolute"
 
 
 def _why_not(model: nn.Module) -> str:
@@ -310,12 +305,15 @@ def _why_not(model: nn.Module) -> str:
     return f"holds no encoder of the family (model_type {', '.join(named) or 'not given'})"
 
 
-def _require_transformers() -> None:
+def _require_transformers(least: tuple[int, int] = (4, 57)) -> None:
+    wanted = ".".join(map(str, least))
     try:
         from transformers import __version__
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise ImportError("transformers is not installed: pip install 'transformers>=5'") from None
-    if int(__version__.partition(".")[0]) < 5:
-        raise ImportError(f"transformers {__version__} is not supported: install 5.0 or later, or use xlmr's classes")
+        raise ImportError(f"transformers is not installed: pip install 'transformers>={wanted}'") from None
+    if tuple(map(int, __version__.split(".")[:2])) < least:
+        raise ImportError(
+            f"transformers {__version__} is not supported: install {wanted} or later, or use xlmr's classes"
+        )

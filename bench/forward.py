@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # Of the largest and of the root mean square difference, in standard deviations of the output.
 LIMITS = {"fp32": (1e-3, 1e-4), "bf16": (0.5, 0.05)}
 LONGEST_CALL = 10.0  # seconds that one call may take
-CASE_SECONDS = 20.0  # that the measured calls of one case may take, three of each provider aside
+CASE_SECONDS = 20.0  # that the measured calls of one case may take, if three of each provider take less
 
 
 class Wrong(Exception):
@@ -64,10 +64,12 @@ def measure(case: Case, rounds: int, chosen: Iterable[str] | None = None) -> Fou
 
 
 def predicted(case: Case) -> float:
-    """Seconds of a call on a CPU: the padded batch at half the rate of the matrix product. On a GPU all are short."""
+    """Seconds of a call on a CPU: the padded batch's products with weights at half the machine's rate, its attention at
+    a tenth, as torch's has been seen to run. On a GPU all calls are short."""
     if torch.cuda.is_available():
         return 0.0
-    return 2 * case.flops(padded=True) / harness.roofs(DTYPES[case.dtype])[0]
+    products, scores = case.work([max(case.lens)] * len(case.lens))
+    return (2 * products + 10 * scores) / harness.roofs(DTYPES[case.dtype])[0]
 
 
 def wanted(case: Case, chosen: Iterable[str] | None, found: Found) -> list[str]:
@@ -108,11 +110,15 @@ def apart(out: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def timed(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
-    """Quantiles of each; fewer rounds where they would take long, but three."""
-    once = sum(seconds[0] for seconds in harness.interleaved(calls, 1, warm_up=0).values())
+    """Quantiles of each; fewer rounds where they would take long, but three, of which a trial is then the first."""
+    trial = harness.interleaved(calls, 1, warm_up=0)  # the check warmed up
+    once = sum(seconds[0] for seconds in trial.values())
     rounds = max(3, min(rounds, int(CASE_SECONDS / once)))
-    warm_up = 2 if once < 1 else 0  # the check and the trial were two
-    return {name: harness.quantiles(t) for name, t in harness.interleaved(calls, rounds, warm_up).items()}
+    if once < 1:
+        trial, rest = {name: [] for name in calls}, harness.interleaved(calls, rounds)
+    else:
+        rest = harness.interleaved(calls, rounds - 1, warm_up=0)
+    return {name: harness.quantiles(trial[name] + rest[name]) for name in calls}
 
 
 def facts(case: Case, seconds: float) -> dict[str, Any]:

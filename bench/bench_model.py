@@ -33,7 +33,7 @@ import xlmr
 from xlmr.demo import CHECKPOINT, HELD_OUT
 
 from . import harness, providers
-from .forward import ROOT, Found, Wrong, measure, peak_memory
+from .forward import ROOFS, ROOT, Found, Wrong, add_utilisation, measure, peak_memory
 from .providers import PROVIDERS
 from .shapes import BASE, cases, lengths
 
@@ -99,7 +99,8 @@ def run(todo: Iterable[Job], path: Path, minutes: float) -> tuple[dict[str, Any]
     rows: list[dict[str, Any]] = []
     not_run: list[dict[str, str]] = []
     right = True
-    results = {"environment": harness.environment(), "lengths": lengths(32, 128, 0.4), "rows": rows, "not_run": not_run}
+    results = {"environment": harness.environment(), "lengths": lengths(32, 128, 0.4), "roofs": ROOFS,
+               "rows": rows, "not_run": not_run}  # fmt: skip
     end = time.monotonic() + 60 * minutes
     for title, job in todo:
         harness.log(title)
@@ -115,6 +116,7 @@ def run(todo: Iterable[Job], path: Path, minutes: float) -> tuple[dict[str, Any]
             except torch.OutOfMemoryError:  # of the judge; another provider's is noted where it is called
                 found.leave_out(title, "transformers (sdpa), the judge, has not enough memory", "all")
         rows += found.rows
+        add_utilisation(rows)
         not_run += found.not_run
         write(path, results)
     return results, right

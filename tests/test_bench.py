@@ -35,7 +35,8 @@ def case(**providers: Any) -> harness.Case:
 
 @pytest.fixture(autouse=True)
 def known_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "roofs", lambda dtype: (1e12, 1e9))
+    for name in ("roofs", "measured_roofs"):
+        monkeypatch.setattr(harness, name, lambda dtype: (1e12, 1e9))
 
 
 def rows(**providers: Any) -> list[dict[str, Any]]:
@@ -185,6 +186,18 @@ def test_a_model_case(head: str) -> None:
         assert {each["provider"]: each["reason"] for each in found.not_run} == {
             "xlmr triton": "needs a GPU", providers.GRAPH: "needs a GPU",
         }  # fmt: skip
+
+
+@pytest.mark.usefixtures("tiny")
+def test_utilisation_is_of_the_best_roof_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter((2e12, 3e12, 1e12))
+    monkeypatch.setattr(forward, "ROOFS", {})
+    monkeypatch.setattr(harness, "measured_roofs", lambda dtype: (next(rates), 1e9))
+    todo = [(str(i), lambda: forward.measure(model_case(), 3, ["xlmr eager"])) for i in range(3)]
+    results, _ = bench_model.run(todo, tmp_path / "m.json", minutes=1)
+    for row in results["rows"]:
+        assert row["mfu"] == pytest.approx(model_case().flops() / (row["median_ms"] / 1e3) / 3e12)
+    assert len(results["rows"]) == 3
 
 
 def test_flops_are_those_that_torch_counts() -> None:

@@ -6,8 +6,8 @@ against transformers in its ways (providers.py). What a machine lacks, or would 
 reason. Writes bench/results/model_cpu.json or model_gpu.json after every case and prints the table. `--cpu` leaves a
 GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors: bench_encode.py.
 
-tokens_per_s counts real tokens; mfu is what the real tokens have to compute over what the machine's matrix product,
-measured in the same run, computes in that time; host_share is the share of a call after which it returns (on a GPU);
+tokens_per_s counts real tokens; mfu is what the real tokens have to compute over what the machine's matrix product, the
+best measured in the same run, computes in that time; host_share is the share of a call after which it returns (on a GPU);
 cold_s is import, load and first call in a process of its own.
 """
 
@@ -33,7 +33,7 @@ import xlmr
 from xlmr.demo import CHECKPOINT, HELD_OUT
 
 from . import harness, providers
-from .forward import ROOT, Found, Wrong, measure, peak_memory
+from .forward import ROOFS, ROOT, Found, Wrong, add_utilisation, measure, peak_memory
 from .providers import PROVIDERS
 from .shapes import BASE, cases, lengths
 
@@ -79,7 +79,8 @@ def runtimes(rounds: int) -> Found:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "peers.json"
             command = [sys.executable, "-m", "bench.bench_peers", "--rounds", str(rounds), "--out", str(out)]
-            subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+            if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
+                raise Wrong("bench_peers stopped, for the reason above")
             rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
         found.rows = [{**row, "case": f"{RUNTIMES}: {row['case']}"} for row in rows]
     return found
@@ -99,7 +100,8 @@ def run(todo: Iterable[Job], path: Path, minutes: float) -> tuple[dict[str, Any]
     rows: list[dict[str, Any]] = []
     not_run: list[dict[str, str]] = []
     right = True
-    results = {"environment": harness.environment(), "lengths": lengths(32, 128, 0.4), "rows": rows, "not_run": not_run}
+    results = {"environment": harness.environment(), "lengths": lengths(32, 128, 0.4), "roofs": ROOFS,
+               "rows": rows, "not_run": not_run}  # fmt: skip
     end = time.monotonic() + 60 * minutes
     for title, job in todo:
         harness.log(title)
@@ -115,6 +117,7 @@ def run(todo: Iterable[Job], path: Path, minutes: float) -> tuple[dict[str, Any]
             except torch.OutOfMemoryError:  # of the judge; another provider's is noted where it is called
                 found.leave_out(title, "transformers (sdpa), the judge, has not enough memory", "all")
         rows += found.rows
+        add_utilisation(rows)
         not_run += found.not_run
         write(path, results)
     return results, right

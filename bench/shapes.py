@@ -1,6 +1,7 @@
 """What the model benchmarks measure: two sizes, batches of fixed and of real lengths, and what each has to compute."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,15 +70,17 @@ class Case:
         """The share of the padded batch's positions that hold no token."""
         return 1 - sum(self.lens) / (len(self.lens) * max(self.lens))
 
-    def flops(self, *, padded: bool = False) -> int:
-        """Of one forward, a multiplication and an addition each: of the real tokens, or of all positions."""
+    def flops(self) -> int:
+        """Of one forward of the real tokens, a multiplication and an addition each."""
+        return sum(self.work(self.lens))
+
+    def work(self, lens: Sequence[int]) -> tuple[int, int]:
+        """Flops of a forward of such texts: of the products with weights, and of attention's two products."""
         own = self.settings
-        N, M = own["hidden_size"], own["intermediate_size"]
-        lens = [max(self.lens)] * len(self.lens) if padded else self.lens
+        N, M, layers = own["hidden_size"], own["intermediate_size"], own["num_hidden_layers"]
         scores = sum(n * n for n in lens) // (2 if self.head == "ForCausalLM" else 1)
-        layer = sum(lens) * (8 * N * N + 4 * N * M) + 4 * N * scores
         vocabulary = 2 * sum(lens) * N * (N + own["vocab_size"]) if self.head in ("ForMaskedLM", "ForCausalLM") else 0
-        return own["num_hidden_layers"] * layer + vocabulary
+        return layers * sum(lens) * (8 * N * N + 4 * N * M) + vocabulary, layers * 4 * N * scores
 
 
 def lengths(texts: int, longest: int, fill: float, seed: int = 0) -> list[int]:
@@ -99,11 +102,9 @@ def mixed(kind: str, texts: int) -> tuple[int, ...]:
     return tuple(min(longest, max(4, round(median * draw.lognormvariate(0.0, sigma)))) for _ in range(texts))
 
 
-def batch(
-    lens: list[int] | tuple[int, ...], seed: int = 0, vocabulary: int = BASE["vocab_size"]
-) -> tuple[Tensor, Tensor]:
+def batch(lens: Sequence[int], vocabulary: int = BASE["vocab_size"]) -> tuple[Tensor, Tensor]:
     """Random ids [B, S] with pads to the right, and their mask."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     mask = (torch.arange(max(lens)) < torch.tensor(lens)[:, None]).long()
     ids = torch.randint(4, vocabulary - 2, mask.shape, generator=generator)
     return ids.masked_fill(mask == 0, 1), mask

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from numerics import assert_accurate
@@ -28,6 +29,7 @@ def build(name: str, *, path: dict[str, Any] | None = None, **settings: Any) -> 
     reference_class = getattr(transformers, f"XLMRoberta{name}")
     extra = {} if name != "Model" else {"add_pooling_layer": True}
     reference = reference_class(transformers.XLMRobertaConfig(**settings, attn_implementation="eager"), **extra).eval()
+    skip_without_pooler(name, reference)
     with torch.no_grad():
         for parameter in reference.parameters():
             if parameter.dim() == 1:
@@ -37,6 +39,12 @@ def build(name: str, *, path: dict[str, Any] | None = None, **settings: Any) -> 
     assert not missing
     assert not unexpected
     return reference, ours
+
+
+def skip_without_pooler(name: str, reference: Any) -> None:
+    """transformers 5.0 to 5.12 builds ForMultipleChoice of XLM-R and CamemBERT without the pooler that it reads."""
+    if name == "ForMultipleChoice" and reference.base_model.pooler is None:
+        pytest.skip(f"transformers {transformers.__version__} builds {type(reference).__name__} without a pooler")
 
 
 def double(reference: Any) -> Any:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from reference import assert_gradients, assert_same, double, gradients
+from reference import assert_gradients, assert_same, double, gradients, skip_without_pooler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import xlmr
 from xlmr import eager
+from xlmr.demo import CHECKPOINT
 
 KINDS = {"roberta": "Roberta", "camembert": "Camembert", "bert": "Bert"}
 HEADS = {
@@ -45,6 +46,7 @@ def save(tmp_path: Path) -> Save:
     def saved(kind: str, name: str = "Model", **settings: Any) -> tuple[Any, Path]:
         config = getattr(transformers, f"{KINDS[kind]}Config")(**{**SIZES, **settings}, attn_implementation="eager")
         model = getattr(transformers, f"{KINDS[kind]}{name}")(config).eval()
+        skip_without_pooler(name, model)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -199,7 +201,8 @@ def test_transformers_loads_what_is_saved(save: Save, tmp_path: Path, kind: str,
     assert [name for name, weight in theirs.state_dict().items() if not torch.equal(weight, state[name])] == []
     configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("theirs", "ours")]
     assert configs[0]["architectures"] == configs[1]["architectures"]
-    assert again.config.to_dict().keys() == theirs.config.to_dict().keys()
+    added = again.config.to_dict().keys() ^ theirs.config.to_dict().keys()
+    assert added <= {"tie_word_embeddings"}  # which CamembertConfig does not name before transformers 5.4
 
 
 def test_bert_as_google_wrote_it(save: Save, tmp_path: Path) -> None:
@@ -290,15 +293,16 @@ def test_a_configuration_that_names_another_kind_lacks_the_weights(save: Save) -
         xlmr.XLMRobertaModel.from_pretrained(directory, model_type="roberta", pad_token_id=1)
 
 
+WORDS = xlmr.XLMRobertaConfig.from_pretrained(CHECKPOINT).vocab_size
 BASE_ONLY = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForPreTraining", "LMHeadModel"]
 
 
 @pytest.mark.parametrize(("kind", "head"), [*EVERY_HEAD, *(("bert", name) for name in BASE_ONLY)])
-def test_pipelines_load_the_class_that_was_saved(save: Save, checkpoint: Path, kind: str, head: str) -> None:
+def test_pipelines_load_the_class_that_was_saved(save: Save, kind: str, head: str) -> None:
     """Or, where its head computes something else than ours, its base model."""
     given = head if head in BASE_ONLY else f"For{head}"
-    theirs, directory = save(kind, given, vocab_size=250)
-    pipe = xlmr.pipeline("feature-extraction", directory, checkpoint, device="cpu")
+    theirs, directory = save(kind, given, vocab_size=WORDS)
+    pipe = xlmr.pipeline("feature-extraction", directory, CHECKPOINT, device="cpu")
     assert type(pipe.model).__name__ == ("XLMRobertaModel" if head in BASE_ONLY else f"XLMRoberta{given}")
     ids = torch.tensor([pipe.tokenizer("is Paris")["input_ids"]])
     with torch.no_grad():
@@ -306,10 +310,10 @@ def test_pipelines_load_the_class_that_was_saved(save: Save, checkpoint: Path, k
     torch.testing.assert_close(pipe("is Paris", return_tensors=True), expected, **CLOSE)
 
 
-def test_a_pipeline_needs_a_head_that_computes_the_same(save: Save, checkpoint: Path) -> None:
+def test_a_pipeline_needs_a_head_that_computes_the_same(save: Save) -> None:
     for kind in ("roberta", "camembert"):
-        _, directory = save(kind, "ForSequenceClassification", vocab_size=250)
-        assert xlmr.pipeline("text-classification", directory, checkpoint, device="cpu")("is Paris")[0]["score"] > 0.5
-    _, directory = save("bert", "ForSequenceClassification", vocab_size=250)
+        _, directory = save(kind, "ForSequenceClassification", vocab_size=WORDS)
+        assert xlmr.pipeline("text-classification", directory, CHECKPOINT, device="cpu")("is Paris")[0]["score"] > 0.5
+    _, directory = save("bert", "ForSequenceClassification", vocab_size=WORDS)
     with pytest.raises(ValueError, match=r"a single linear layer on the pooler's vector. Put BertForSequence"):
-        xlmr.pipeline("text-classification", directory, checkpoint, device="cpu")
+        xlmr.pipeline("text-classification", directory, CHECKPOINT, device="cpu")

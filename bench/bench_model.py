@@ -7,8 +7,8 @@ reason. Writes bench/results/model_cpu.json or model_gpu.json after every case a
 GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors: bench_encode.py.
 
 tokens_per_s counts real tokens; mfu is what the real tokens have to compute over what the machine's matrix product, the
-best measured in the same run, computes in that time; host_share is the share of a call after which it returns (on a GPU);
-cold_s is import, load and first call in a process of its own.
+best measured in the same run, computes in that time; host_share is the share of a call after which it returns (on a
+GPU); cold_s is import, load and first call in a process of its own.
 """
 
 import argparse

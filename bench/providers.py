@@ -117,7 +117,7 @@ def sentence_transformers(given: Setting) -> Call:
     from . import bench_encode
 
     with tempfile.TemporaryDirectory() as folder:  # a tiny checkpoint, of which only the modules' order is used
-        bench_encode.write_checkpoint(Path(folder), bench_encode.TINY, given.case.dtype, pairs=False)
+        bench_encode.write_checkpoint(Path(folder), bench_encode.MODELS["tiny"], given.case.dtype, pairs=False)
         modules = bench_encode.SentenceTransformer(folder, device=str(given.ids.device))
     modules[0].model = twin(given.reference, "sdpa")
 

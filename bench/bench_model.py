@@ -6,9 +6,9 @@ against transformers in its ways (providers.py). What a machine lacks, or would 
 reason. Writes bench/results/model_cpu.json or model_gpu.json after every case and prints the table. `--cpu` leaves a
 GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors: bench_encode.py.
 
-tokens_per_s counts real tokens; mfu is what the real tokens have to compute over what the machine's matrix product, the
-best measured in the same run, computes in that time; host_share is the share of a call after which it returns (on a
-GPU); cold_s is import, load and first call in a process of its own.
+tokens_per_s counts real tokens; mfu is what these have to compute over what the machine's matrix product, at the best
+measured in the same run, computes in that time; host_share is the share of a call after which it returns (on a GPU);
+cold_s is import, load and first call in a process of its own.
 """
 
 import argparse

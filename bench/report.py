@@ -1,13 +1,12 @@
 """One page of a round: environment, tables and pictures in a single HTML file that needs nothing beside it."""
 
-import csv
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import harness, plots, roofline
+from . import compare, harness, plots, roofline
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -60,8 +59,7 @@ def _models(file: Path, pictures: Path) -> list[str]:
 def _kernels(file: Path, pictures: Path) -> list[str]:
     if not file.exists():
         return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = list(compare.read(file).values())  # a part that ran out of time has begun anew in the next round
     drawn = plots.sweeps(rows, pictures)
     roofs = roofline.roofs(rows)
     ours = "xlmr triton" if any(row["kernel_provider"] == "xlmr triton" for row in rows) else "xlmr eager"

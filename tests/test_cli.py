@@ -266,6 +266,7 @@ def test_demo_shows_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> No
         (["embed", "a", "--dtype", "int4"], b"", "xlmr embed: dtype is 'int4'"),
         (["embed", "a", "--backend", "triton"], b"", "xlmr embed: backend 'triton' cannot run"),
         (["info", "--device", "gpu"], b"", "xlmr info: device is 'gpu': allowed are cpu, cuda"),
+        (["rerank", "a", "b", "--device", "gpu"], b"", "xlmr rerank: device is 'gpu': allowed are cpu, cuda"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_1(

@@ -18,7 +18,7 @@ from transformers import DataCollatorForLanguageModeling
 
 from xlmr import XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaTokenizer, cli, pretrain
 from xlmr.encode import Packed
-from xlmr.pretrain import Encoder, Lines, Position, Recipe, Run, mask_tokens, read_batches
+from xlmr.pretrain import Lines, LineTokenizer, Position, Recipe, Run, mask_tokens, read_batches
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -93,7 +93,7 @@ def test_an_epoch_reads_each_line_once_in_batches_of_like_lengths(
 ) -> None:
     monkeypatch.setattr(pretrain, "POOL", 16)
     (tmp_path / "text").write_text("\n".join("Paris " * (1 + i % 9) + str(i) for i in range(50)), encoding="utf-8")
-    lines, encode = Lines([tmp_path / "text"]), Encoder(tokenizer, 48)
+    lines, encode = Lines([tmp_path / "text"]), LineTokenizer(tokenizer, 48)
     recipe = Recipe(batch_tokens=64)
     stream = read_batches(lines, encode, recipe, Position())
     epochs: dict[int, list[list[int]]] = {0: [], 1: []}
@@ -267,13 +267,13 @@ def test_either_path_and_bf16(
 
 def test_long_texts_are_cut_and_counted(tokenizer: XLMRobertaTokenizer) -> None:
     short = tokenizer("Paris")["input_ids"]
-    encode = Encoder(tokenizer, len(short))
+    encode = LineTokenizer(tokenizer, len(short))
     rows = encode([TEXTS[0], "Paris", f"{TEXTS[0]}\t{TEXTS[3]}", "Paris\t"])
     assert (encode.texts, encode.cut) == (4, 2)
     assert [len(row) for row in rows] == [len(short)] * 4
     assert rows[1] == rows[3] == short
     assert rows[2] == tokenizer(TEXTS[0], TEXTS[3], truncation=True, max_length=len(short))["input_ids"]
-    assert Encoder(tokenizer, 48)(["Paris\tFrance"]) == [tokenizer("Paris", "France")["input_ids"]]
+    assert LineTokenizer(tokenizer, 48)(["Paris\tFrance"]) == [tokenizer("Paris", "France")["input_ids"]]
 
 
 def test_bad_input_is_named(

@@ -83,7 +83,7 @@ class Collected:
 
 # Set for the length of one forward pass: what a foreign module calls begins its own Pass and collects into the same.
 COLLECTED: ContextVar[Collected | None] = ContextVar("collected", default=None)
-# Set by a head while it calls a base model that is not plain: the head sees the padded shape, so nothing is left out.
+# Set by a head while it calls a base model whose masked positions it reads: nothing is left out.
 EVERY_POSITION: ContextVar[bool] = ContextVar("every_position", default=False)
 
 

@@ -39,6 +39,8 @@ from .spans import STRATEGIES
 from .verify import Verdict, verify, verify_gradients
 from .weights import SHARD, WEIGHTS, read_weights, write_weights
 
+Command = Callable[..., argparse.ArgumentParser]  # adds the parser of a command
+Parsers = tuple[argparse.ArgumentParser, ...]
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
 SHOWN = 4  # numbers of a vector that a table shows
@@ -86,22 +88,42 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         sub.set_defaults(run=run, command=name)
         return sub
 
+    for sub in (*_of_words(command), *_of_tasks(command)):
+        sub.add_argument("texts", nargs="*", metavar="TEXT", help="by default standard input, one text a line")
+        _add_model(sub)
+    for sub in _of_models(command):
+        _add_model(sub)
+    _of_files(command)
+    return parser, commands.choices
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a model."""
+    sub.add_argument("--model", metavar="DIR|NAME", help="checkpoint directory or hub name (default: the demo model)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    sub.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's)")
+    sub.add_argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)")
+    sub.add_argument("--json", action="store_true", help="write JSON, one object a line")
+
+
+def _of_words(command: Command) -> Parsers:
+    """fill-mask and embed, which every model can do."""
     fill = command("fill-mask", _fill_mask, "Fill each <mask> in the texts with the most probable words.")
     fill.add_argument("--top-k", type=int, default=5, metavar="K", help="how many words to show (default 5)")
-    fill.add_argument(
-        "--target", action="append", metavar="WORD", help="let only this word, and others so given, compete"
-    )
-
+    words = "let only this word, and others so given, compete"
+    fill.add_argument("--target", action="append", metavar="WORD", help=words)
     vectors = command("embed", _embed, "Turn each text into a vector.")
     vectors.add_argument("--pooling", choices=POOLINGS, default="mean", help="mean of all tokens, or the first one's")
     vectors.add_argument("--no-normalize", action="store_true", help="keep the lengths of the vectors")
-    vectors.add_argument(
-        "--max-length", type=int, metavar="N", help="truncate to N tokens (default: the model's limit)"
-    )
-    vectors.add_argument(
-        "--output", type=Path, metavar="FILE", help="write a NumPy array [texts, N] to this file instead"
-    )
+    limit = "truncate to N tokens (default: the model's limit)"
+    vectors.add_argument("--max-length", type=int, metavar="N", help=limit)
+    array = "write a NumPy array [texts, N] to this file instead"
+    vectors.add_argument("--output", type=Path, metavar="FILE", help=array)
+    return fill, vectors
 
+
+def _of_tasks(command: Command) -> Parsers:
+    """The commands on texts that need a task head."""
     classify = command("classify", _classify, "Give each text its classes.")
     classify.add_argument("--top-k", type=int, metavar="K", help="how many classes to show (default: all)")
     entities = command("ner", _ner, "Find the named entities in each text.")
@@ -117,35 +139,29 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     ranks = command("rerank", _rerank, "Order passages by how well they answer a query.")
     ranks.add_argument("query", metavar="QUERY")
     ranks.add_argument("--normalize", action="store_true", help="scores from 0 to 1, by a sigmoid")
+    return classify, entities, zero, answer, ranks
 
-    texts = (fill, vectors, classify, entities, zero, answer, ranks)
-    for sub in texts:
-        sub.add_argument("texts", nargs="*", metavar="TEXT", help="by default standard input, one text a line")
+
+def _of_models(command: Command) -> Parsers:
+    """The commands about a model itself."""
     info = command("info", _info, "Show the environment, the device, and which path computes a model and why.")
     show = command("demo", _demo, "Show a model at work: filled masks, nearest sentences across languages.")
-    check = command(
-        "verify", _verify, "Compare each operation and the whole model with float64; exit 1 if one is wrong."
-    )
+    about = "Compare each operation and the whole model with float64; exit 1 if one is wrong."
+    check = command("verify", _verify, about)
     check.add_argument("--gradients", action="store_true", help="compare the gradients of a training step instead")
     check.add_argument("--text", action="append", metavar="TEXT", help="compute this text, and others so given")
-    for sub in (*texts, info, show, check):
-        sub.add_argument(
-            "--model", metavar="DIR|NAME", help="checkpoint directory or hub name (default: the demo model)"
-        )
-        sub.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
-        sub.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's)")
-        sub.add_argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)")
-        sub.add_argument("--json", action="store_true", help="write JSON, one object a line")
+    return info, show, check
 
+
+def _of_files(command: Command) -> None:
+    """The commands that make a checkpoint."""
     rewrite = command("convert", _convert, "Rewrite the weights of a checkpoint directory as safetensors.")
-    rewrite.add_argument(
-        "source", type=Path, metavar="SRC", help="checkpoint directory: .bin or safetensors, shards too"
-    )
+    source = "checkpoint directory: .bin or safetensors, shards too"
+    rewrite.add_argument("source", type=Path, metavar="SRC", help=source)
     rewrite.add_argument("target", type=Path, metavar="DST", help="directory to make; it must be empty if it exists")
     rewrite.add_argument("--json", action="store_true", help="write JSON, one object a line")
     training = command("pretrain", pretrain.main, "Train a masked language model on text files, or go on training one.")
     pretrain.add_arguments(training)
-    return parser, commands.choices
 
 
 def _fill_mask(args: argparse.Namespace) -> None:

@@ -119,6 +119,29 @@ def check_length(max_length: int | None, longest: int, least: int = 2) -> int:
     return max_length or longest
 
 
+def choose_device(device: int | str | torch.device | None) -> torch.device:
+    """By default a GPU where there is one; a number is a GPU's, −1 the CPU. ValueError for what PyTorch has not."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, int):
+        device = "cpu" if device < 0 else f"cuda:{device}"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device is {device!r}: allowed are cpu, cuda, cuda:1, … and PyTorch's other devices"
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}: PyTorch sees no GPU here; give cpu")
+    return found
+
+
+def first_logits(model: Any, packed: Packed) -> Tensor:
+    """The logits [B, labels] of a ForSequenceClassification: of the last layer only the first tokens are computed."""
+    first = model.base_model.forward_packed(*packed, rows=rows_read(packed, ["cls"]))
+    return model.classifier(first[:, None])
+
+
 def rows_read(packed: Packed, modes: Sequence[str]) -> Tensor | None:
     """The rows of the last layer that a pooling reads, where that is one a text: sorted int64 [B]; else None."""
     if list(modes) == ["cls"]:

@@ -23,6 +23,8 @@ from .encode import (
     check_eval,
     check_length,
     check_pooling,
+    choose_device,
+    first_logits,
     pack,
     pool,
     rows_read,
@@ -336,8 +338,7 @@ class Encoder:
         out = torch.empty(len(ids), dtype=at_least_fp32(self.model.dtype))
         for batch in batches([len(one) for one in ids], batch_tokens):
             packed = pack([ids[i] for i in batch], self.model.device)
-            first = self.model.base_model.forward_packed(*packed, rows=rows_read(packed, ["cls"]))
-            out[batch] = self.model.classifier(first[:, None])[:, 0].to(out)
+            out[batch] = first_logits(self.model, packed)[:, 0].to(out)
             advance(len(batch))
         return out
 
@@ -385,15 +386,11 @@ def _converted(value: Any, output: str) -> Any:
     return value.numpy() if output == "numpy" and isinstance(value, Tensor) else value
 
 
-def _pooled_size(recipe: Recipe, hidden_size: int) -> int:
-    return len(recipe.pooling) * hidden_size
-
-
 def _dimension(recipe: Recipe, hidden_size: int) -> int:
     """The size of a vector; ValueError where the modules of a directory do not follow one another."""
     if recipe.hidden_size not in (None, hidden_size):
         raise ValueError(f"the Pooling is for {recipe.hidden_size} hidden units, the model has {hidden_size}")
-    size = _pooled_size(recipe, hidden_size)
+    size = len(recipe.pooling) * hidden_size
     for step in recipe.steps:
         if isinstance(step, Dense):
             outputs, inputs = step.weight.shape
@@ -408,7 +405,7 @@ def load(
     *,
     pooling: str | Sequence[str] | None = None,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
+    device: int | str | torch.device | None = None,
     backend: str = "auto",
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -440,7 +437,7 @@ def load(
     check_architecture(config, name_or_dir)
     cls = _model_class(config, recipe, pooling)
     tokenizer = XLMRobertaTokenizer.from_pretrained(name_or_dir, subfolder=folder, **source)
-    options: dict[str, Any] = {"dtype": dtype, "device": device or _default_device(), "backend": backend}
+    options: dict[str, Any] = {"dtype": dtype, "device": choose_device(device), "backend": backend}
     if cls is XLMRobertaModel:
         options["add_pooling_layer"] = False
     model, info = cls.from_pretrained(name_or_dir, subfolder=folder, output_loading_info=True, **options, **source)
@@ -471,7 +468,3 @@ def _default_recipe(heads: TokenHeads, pooling: Any, where: Any) -> Recipe:
     if pooling is None:
         logger.warning("%s does not say how to pool (no modules.json): the mean is taken; load(…, pooling=…)", where)
     return Recipe()
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

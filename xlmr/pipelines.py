@@ -21,7 +21,7 @@ from . import heads
 from .checkpoint import place_on
 from .config import XLMRobertaConfig
 from .demo import CHECKPOINT
-from .encode import BATCH_TOKENS, batches, pack, rows_read
+from .encode import BATCH_TOKENS, batches, choose_device, first_logits, pack
 from .encoder import Encoder, load
 from .files import own_keywords
 from .heads import (
@@ -42,7 +42,7 @@ LONG_LIST = 1000  # from so many texts on, a bar on standard error shows the pro
 Text = str | tuple[str, str]  # a text, or a pair of them
 
 
-class Encoded(NamedTuple):
+class Unpadded(NamedTuple):
     """A text's token ids, those that attention leaves out dropped, and where the others stood among how many."""
 
     ids: list[int]
@@ -116,7 +116,7 @@ class Pipeline(ABC):
         # transformers' enumerations hold the same names
         return {name: getattr(value, "value", value) for name, value in options.items()}
 
-    def _encode(self, texts: Sequence[Text], tokenizer_kwargs: dict[str, Any] | None) -> list[Encoded]:
+    def _encode(self, texts: Sequence[Text], tokenizer_kwargs: dict[str, Any] | None) -> list[Unpadded]:
         batch = self.tokenizer(list(texts), **(tokenizer_kwargs or {})) if texts else {"input_ids": []}
         if len(batch["input_ids"]) != len(texts):
             raise ValueError("return_overflowing_tokens cuts a text into several: a pipeline takes each text whole")
@@ -125,7 +125,7 @@ class Pipeline(ABC):
         for text, ids, mask in zip(texts, batch["input_ids"], masks, strict=True):
             kept = [i for i, keep in enumerate(mask) if keep]
             self._check_length(text, len(kept))
-            encoded.append(Encoded([ids[i] for i in kept], kept, len(ids)))
+            encoded.append(Unpadded([ids[i] for i in kept], kept, len(ids)))
         return encoded
 
     def _check_length(self, text: Text, tokens: int) -> None:
@@ -318,13 +318,12 @@ class SequencePipeline(Pipeline):
 
     model_class = XLMRobertaForSequenceClassification
 
-    def _logits(self, encoded: Sequence[Encoded], batch_size: int | None) -> Tensor:
+    def _logits(self, encoded: Sequence[Unpadded], batch_size: int | None) -> Tensor:
         """fp32 [len(encoded), labels], on the CPU. Of the last layer only the first tokens are computed."""
         out = torch.empty(len(encoded), self.model.config.num_labels)
         for batch in self._batches([one.ids for one in encoded], batch_size):
             packed = pack([encoded[i].ids for i in batch], self.device)
-            first = self.model.base_model.forward_packed(*packed, rows=rows_read(packed, ["cls"]))
-            out[batch] = self.model.classifier(first[:, None]).float().cpu()
+            out[batch] = first_logits(self.model, packed).float().cpu()
         return out
 
 
@@ -577,20 +576,26 @@ class QuestionAnsweringPipeline(Pipeline):
             found[owner].append((row, best_spans(logits[row], allowed, top_k, max_answer_len)))
         answers = []
         for (_, context), windows in zip(texts, found, strict=True):
-            by_text: dict[str, dict[str, Any]] = {}
-            for row, window in windows:
-                for first, last, score in window.spans:
-                    start, end = self._characters(batch[row], first, last, align_to_words)
-                    text = context[start:end]
-                    one = {"score": 0.0, "start": start, "end": end, "answer": text}
-                    by_text.setdefault(text.lower(), one)["score"] += score  # equal answers add up
-            own = list(by_text.values())
+            own = self._merged(context, windows, batch, align_to_words)
             if handle_impossible_answer:
                 none = min(window.none for _, window in windows)
                 own.append({"score": none, "start": 0, "end": 0, "answer": ""})
             own = sorted(own, key=lambda one: -one["score"])[:top_k]
             answers.append(own[0] if len(own) == 1 else own)
         return answers
+
+    def _merged(
+        self, context: str, windows: list[tuple[int, Window]], batch: Any, align_to_words: bool
+    ) -> list[dict[str, Any]]:
+        """The answers of all windows (row of the batch, best spans) of a context; the scores of equal ones add up."""
+        by_text: dict[str, dict[str, Any]] = {}
+        for row, window in windows:
+            for first, last, score in window.spans:
+                start, end = self._characters(batch[row], first, last, align_to_words)
+                text = context[start:end]
+                one = {"score": 0.0, "start": start, "end": end, "answer": text}
+                by_text.setdefault(text.lower(), one)["score"] += score
+        return list(by_text.values())
 
     @staticmethod
     def _characters(row: Any, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
@@ -682,13 +687,13 @@ def pipeline(
     source: Any = CHECKPOINT if model is None else model
     if isinstance(source, Encoder) or (cls is SentenceSimilarityPipeline and isinstance(source, (str, PathLike))):
         if isinstance(source, (str, PathLike)):
-            source = load(source, device=_device(device), **own_keywords(path), **hub)
+            source = load(source, device=choose_device(device), **own_keywords(path), **hub)
         return cls(source, None, **options)
     words = source if tokenizer is None else tokenizer
     if isinstance(source, (str, PathLike)):
-        source = _load(cls, source, device=_device(device), **path, **hub)
+        source = _load(cls, source, device=choose_device(device), **path, **hub)
     elif device is not None:
-        source = source.to(_device(device))
+        source = source.to(choose_device(device))
     if isinstance(words, XLMRobertaPreTrainedModel):
         raise ValueError("a model was given without its tokenizer: pass tokenizer=, a tokenizer or its directory")
     if isinstance(words, (str, PathLike)):
@@ -711,19 +716,3 @@ def _load(cls: type[Pipeline], where: Any, *, revision: Any, token: Any, **path:
             f"an xlmr.{kind.__name__}: it lacks {', '.join(missing[:4])}"
         )
     return model
-
-
-def _device(device: int | str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(device, int):
-        device = "cpu" if device < 0 else f"cuda:{device}"
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(
-            f"device is {device!r}: allowed are cpu, cuda, cuda:1, … and PyTorch's other devices"
-        ) from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}: PyTorch sees no GPU here; give cpu")
-    return found

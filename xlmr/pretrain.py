@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import XLMRobertaConfig
-from .encode import Packed, batches, pack
+from .encode import Packed, batches, choose_device, pack
 from .files import write_atomically
 from .heads import IGNORED, XLMRobertaForMaskedLM
 from .ops import BACKENDS
@@ -118,7 +118,7 @@ class Lines(Sequence[str]):
         return [[len(mapped), len(offsets)] for mapped, offsets in zip(self._maps, self._offsets, strict=True)]
 
 
-class Encoder:
+class LineTokenizer:
     """Lines to token ids, cut to `max_length`; counts the texts and those it cut, in all and before its last call."""
 
     def __init__(self, tokenizer: XLMRobertaTokenizer, max_length: int) -> None:
@@ -160,7 +160,7 @@ class Position:
 
 
 def read_batches(
-    lines: Lines, encode: Encoder, recipe: Recipe, position: Position
+    lines: Lines, encode: LineTokenizer, recipe: Recipe, position: Position
 ) -> Iterator[tuple[Position, list[list[int]]]]:
     """Batches of token ids from `position` on, without end, each with the position after it. Texts of a batch are of
     like lengths; pools of lines and the batches in a pool come in a new random order every epoch."""
@@ -227,7 +227,9 @@ def masked_loss(model: XLMRobertaForMaskedLM, packed: Packed, labels: Tensor, bf
 
 
 @torch.no_grad()
-def held_out_loss(model: XLMRobertaForMaskedLM, lines: Lines, encode: Encoder, masker: Masker, recipe: Recipe) -> float:
+def held_out_loss(
+    model: XLMRobertaForMaskedLM, lines: Lines, encode: LineTokenizer, masker: Masker, recipe: Recipe
+) -> float:
     """Mean cross entropy of masked tokens of `lines`; the masks are the same at every call."""
     model.eval()
     total = count = 0.0
@@ -260,7 +262,7 @@ class Run:
         if recipe.max_length > limit:
             raise ValueError(f"max_length is {recipe.max_length}: this model takes at most {limit} tokens")
         self.model, self.tokenizer, self.lines, self.recipe = model, tokenizer, lines, recipe
-        self.encode = Encoder(tokenizer, recipe.max_length or limit)
+        self.encode = LineTokenizer(tokenizer, recipe.max_length or limit)
         self.masker = Masker(tokenizer, recipe.mask_probability)
         self.optimizer = _optimizer(model, recipe)
         self.step, self.tokens, self.position = 0, 0, Position()
@@ -409,7 +411,7 @@ def pretrain(
     else:
         model = XLMRobertaForMaskedLM.from_pretrained(init, dtype=torch.float32)
         _check_vocabulary(model.config, tokenizer)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).set_backend(backend)
+    model.to(choose_device(device)).set_backend(backend)
     run = Run(model.train(), tokenizer, lines, recipe)
     if found:
         run.restore(found[-1])
@@ -478,7 +480,7 @@ def _log_line(entry: dict[str, Any]) -> str:
 
 
 def _held_out(run: Run, held: Lines) -> dict[str, float]:
-    encode = Encoder(run.tokenizer, run.encode.max_length)
+    encode = LineTokenizer(run.tokenizer, run.encode.max_length)
     loss = held_out_loss(run.model, held, encode, run.masker, run.recipe)
     return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss)}
 

@@ -48,7 +48,7 @@ setup(
             "pytest>=8",
             "sentence-transformers>=6",
             "setuptools>=77.0.3",
-            "transformers>=5.0",
+            "transformers>=5.3",
             TRITON,
         ],
         "bench": [
@@ -56,7 +56,7 @@ setup(
             "matplotlib",
             "pytest-benchmark>=5",
             "sentence-transformers>=6",
-            "transformers>=5.0",
+            "transformers>=5.3",
             TRITON,
         ],
         "peers": ["ctranslate2", "onnx", "onnxruntime", "onnxscript"],  # beside "bench": other runtimes

@@ -15,7 +15,7 @@ from . import sweep
 from .harness import Case
 
 WORDS, TOP = 250002, 5
-ROWS = (64, 1024, 4096) if sweep.GPU else (16, 128)
+ROWS = (64, 1024, 4096) if sweep.GPU else (32,)  # there each pass through the vocabulary takes a second
 
 
 def torch_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:

@@ -75,11 +75,10 @@ def measure(todo: Sequence[Part], out: Path, minutes: float) -> dict[str, str]:
     state_file = out / "state.json"
     state: dict[str, str] = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else {}
     end = time.monotonic() + 60 * minutes
-    for part in (bar := tqdm(todo, unit="part")):
+    left = [part for part in todo if state.get(part.name) != "done"]
+    for part in (bar := tqdm(left, unit="part")):
         bar.set_description(part.name)
-        seconds = (end - time.monotonic()) * (1.0 if part is todo[-1] else part.share)
-        if state.get(part.name) == "done":
-            continue
+        seconds = (end - time.monotonic()) * (1.0 if part is left[-1] else part.share)
         state[part.name] = run(part, out, seconds) if seconds >= LEAST_SECONDS else "out of time"
         state_file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     return {part.name: state[part.name] for part in todo}

@@ -93,7 +93,7 @@ def test_a_slowed_provider_is_a_regression(tmp_path: Path, monkeypatch: pytest.M
 def test_a_slowed_model_is_a_regression(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored = harness.RESULTS / "model_cpu.json"
+    stored = harness.RESULTS / "round_cpu/models.json"
     results = json.loads(stored.read_text(encoding="utf-8"))
     results["rows"][1] |= {name: 2 * results["rows"][1][name] for name in ("median_ms", "q20_ms", "q80_ms")}
     harness.write(tmp_path / "models.json", results)
@@ -333,5 +333,5 @@ def test_models_are_drawn(tmp_path: Path) -> None:
     page = report.write(tmp_path, {}).read_text(encoding="utf-8")
     assert page.count("<svg") == 2
     assert "&lt;flash&gt;" in page
-    (tmp_path / "models.json").write_text((harness.RESULTS / "model_cpu.json").read_text(encoding="utf-8"), "utf-8")
+    (tmp_path / "models.json").write_text((harness.RESULTS / "round_cpu/models.json").read_text(encoding="utf-8"), "utf-8")
     assert "32 texts, 40% fill" in report.write(tmp_path, {}).read_text(encoding="utf-8")  # a run of an older version

@@ -24,6 +24,10 @@ CONTROL_PIECES = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of sentencepiece's ModelProto
 _PIECE, _SCORE, _TYPE = 1, 2, 3  # fields of its SentencePiece
 _CHARSMAP = 2  # field of its NormalizerSpec
+# What Unicode calls white space: rules of normalisation make spaces of it, and where a file has none, this does.
+WHITE_SPACE = dict.fromkeys(
+    [*range(9, 14), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000], " "
+)
 _UNKNOWN, _CONTROL = 2, 3  # values of SentencePiece.type
 _UNSUPPORTED = {3: 1, 24: 0, 35: 0}  # TrainerSpec: model_type other than Unigram, ▁ as a suffix, byte fallback
 
@@ -47,6 +51,7 @@ class SentencePieceModel:
             raise ValueError("the sentencepiece model is not of XLM-R's kind: Unigram, ▁ in front, no byte fallback")
         if self._processor.normalize(" a  b ") != "▁a▁b":
             raise ValueError("the sentencepiece model does not put ▁ in front of a text, or keeps extra spaces")
+        self._spaces = {} if self._charsmap else WHITE_SPACE
         self._leaves_nothing: dict[str, bool] = {}
 
     @classmethod
@@ -77,6 +82,8 @@ class SentencePieceModel:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of every text, in one call that uses all cores. ValueError if a text is not Unicode."""
+        if self._spaces:
+            texts = [text.translate(self._spaces) for text in texts]
         try:
             if len(texts) == 1:  # no threads to start
                 return [self._processor.encode(texts[0])]
@@ -92,6 +99,7 @@ class SentencePieceModel:
         Positions are code points of the text before normalisation, without the spaces around the piece. What a single
         character expands to (㍿ to 株式会社) keeps that character, however many pieces it is cut into.
         """
+        text = text.translate(self._spaces)
         pieces: list[str] = self._processor.encode(text, out_type=str)
         normalized, origin = self._processor.normalize(text, with_offsets=True)
         size, spans, stop = len(normalized), [], 0
@@ -111,7 +119,7 @@ class SentencePieceModel:
     def _is_removed(self, character: str) -> bool:
         """Whether normalisation leaves nothing of it: spaces and most control characters."""
         if character not in self._leaves_nothing:
-            self._leaves_nothing[character] = not self._processor.normalize(character)
+            self._leaves_nothing[character] = not self._processor.normalize(character.translate(self._spaces))
         return self._leaves_nothing[character]
 
     def ids_to_pieces(self, ids: list[int]) -> list[str]:
@@ -313,7 +321,7 @@ def _read_charsmap(normalizer: Any) -> bytes:
                     charsmap = base64.b64decode(encoded, validate=True)
                 except binascii.Error as error:
                     raise ValueError(f"its precompiled_charsmap is not base64: {error}") from error
-            case {"type": "Strip"} | {"type": "Replace", "pattern": {"Regex": " {2,}"} | {"String": " "}}:
+            case {"type": "Strip"} | {"type": "Replace", "pattern": {"Regex": " {2,}"} | {"String": " " | " {2,}"}}:
                 pass
             case _:
                 raise ValueError(f"its normalizer has {part!s:.80}, which XLM-R does not use")

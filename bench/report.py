@@ -52,7 +52,9 @@ def _models(file: Path, pictures: Path) -> list[str]:
     figures = "".join(map(_picture, plots.throughput(found["rows"], pictures)))
     sections = [_section("Models", figures + _table(found["rows"], MODEL_COLUMNS))]
     if found.get("not_run"):
-        sections.append(_section("Models that were not run", _table(found["not_run"], ("case", "provider", "reason"))))
+        reasons = _table(found["not_run"], ("case", "provider", "reason"))
+        title = f"{len(found['not_run'])} that were not run, and why"
+        sections.append(f"<details><summary>{title}</summary>{reasons}</details>")
     return sections
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -333,5 +334,5 @@ def test_models_are_drawn(tmp_path: Path) -> None:
     page = report.write(tmp_path, {}).read_text(encoding="utf-8")
     assert page.count("<svg") == 2
     assert "&lt;flash&gt;" in page
-    (tmp_path / "models.json").write_text((harness.RESULTS / "round_cpu/models.json").read_text(encoding="utf-8"), "utf-8")
-    assert "32 texts, 40% fill" in report.write(tmp_path, {}).read_text(encoding="utf-8")  # a run of an older version
+    shutil.copy(harness.RESULTS / "round_cpu/models.json", tmp_path)  # what is committed can be shown
+    assert "32 texts, 40% fill" in report.write(tmp_path, {}).read_text(encoding="utf-8")

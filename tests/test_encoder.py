@@ -123,6 +123,7 @@ def saved(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         modules.Pooling(32, ("cls", "mean")),
         modules.Dense(64, 20, activation_function=torch.nn.GELU(), use_residual=True),
         modules.Dense(20, 20, bias=False, activation_function=torch.nn.Identity(), use_residual=True),
+        modules.Dropout(0.5),
         modules.Normalize(),
     ]
     model = SentenceTransformer(modules=parts, device="cpu", prompts=prompts, default_prompt_name="query")

@@ -23,7 +23,7 @@ from .weights import read_weights
 
 Find = Callable[[str, str], "Path | None"]  # (file, folder in the checkpoint) → its path, None if there is none
 
-MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")
 OLD_POOLINGS = {  # in the order in which sentence-transformers joins them
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -109,8 +109,8 @@ def read_recipe(find: Find) -> Recipe | None:
             recipe |= _read_pooling(_config(find, place))
         elif kind == "Dense":
             recipe["steps"] += (_read_dense(find, place, _config(find, place)),)
-        else:
-            recipe["steps"] += (unit,)
+        elif kind == "Normalize":
+            recipe["steps"] += (unit,)  # Dropout is for training: nothing
     if not recipe["pooling"] and settings.get("transformer_task") != "sequence-classification":
         raise ValueError(f"{path} names no Pooling: texts get no vector without one")
     return Recipe(**recipe, folder=folder, **_read_limits(settings), **_read_prompts(find))

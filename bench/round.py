@@ -20,25 +20,33 @@ from tqdm import tqdm
 from . import harness, report
 
 KERNELS = ("attention", "linear", "vocab_softmax", "layer_norm", "embedding")
+TESTS = tuple(f"tests/test_{name}.py" for name in (*KERNELS, "dropout", "ops"))  # those that launch kernels
 LEAST_SECONDS = 10  # a part that has less is left for another time
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a round: its command, and what share of the time then left it may take."""
+    """A part of a round: its command, what share of the time then left it may take, and whether the command is told, as
+    --minutes, to begin nothing new after three quarters of that."""
 
     name: str
     command: tuple[str, ...]
     share: float
+    timed: bool = False
 
 
-def parts(out: Path, gpu: bool) -> list[Part]:
-    """In the order in which they run."""
+def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
+    """In the order in which they run. On a GPU first the tests that only a GPU can run; those that the interpreter runs
+    too come last, for each launches kernels of its own and compiling them takes minutes."""
     python = (sys.executable, "-m")
     csv = str(out / "kernels.csv")
     found = []
+    tests = (*python, "pytest", "-q", "--maxfail", "20", *TESTS, "-m")
     if gpu:
-        found.append(Part("tests on the GPU", (*python, "pytest", "-q", "-x", "-m", "cuda or not cuda", "tests"), 0.4))
+        found.append(Part("tests that need a GPU", (*tests, "cuda"), 0.25))
+    if gpu and tune:  # what follows is measured with what it found
+        tuning = (*python, "bench.tune", "--write", "--out", str(out / "tune.json"))
+        found.append(Part("tuning", tuning, 0.5, timed=True))
     found.append(
         Part("models", (*python, "bench.bench_model", "--rounds", "5", "--out", str(out / "models.json")), 0.4)
     )
@@ -51,6 +59,8 @@ def parts(out: Path, gpu: bool) -> list[Part]:
         found.append(
             Part(name, (*python, "bench.profile", "--out", directory, "--layers", "12" if gpu else "4", *flags), 0.5)
         )
+    if gpu:
+        found.append(Part("other tests of the kernels", (*tests, "not cuda"), 1.0))
     return found
 
 
@@ -58,9 +68,10 @@ def run(part: Part, out: Path, seconds: float) -> str:
     """Runs a part, its messages into DIR/logs; "done", "out of time" or "failed (exit …)"."""
     log = out / "logs" / f"{part.name.replace(' ', '-')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
+    command = [*part.command, *(["--minutes", str(0.75 * seconds / 60)] if part.timed else [])]
     with log.open("w", encoding="utf-8") as file:
         try:
-            code = subprocess.run(part.command, stdout=file, stderr=file, timeout=seconds, check=False).returncode
+            code = subprocess.run(command, stdout=file, stderr=file, timeout=seconds, check=False).returncode
         except subprocess.TimeoutExpired:
             return "out of time"
     return "done" if code == 0 else f"failed (exit {code}), see {log}"
@@ -85,10 +96,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.round", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory to write into, or to go on with")
     parser.add_argument("--minutes", type=float, default=9, help="time for all parts together (default 9)")
+    parser.add_argument("--tune", action="store_true", help="on a GPU: tune the kernels' tables first, and write them")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "environment.json").write_text(json.dumps(harness.environment(), indent=1) + "\n", encoding="utf-8")
-    state = measure(parts(args.out, torch.cuda.is_available()), args.out, args.minutes)
+    state = measure(parts(args.out, torch.cuda.is_available(), args.tune), args.out, args.minutes)
     print(harness.table([{"part": name, "result": found} for name, found in state.items()], ["part", "result"]))
     print(report.write(args.out, state))
     return 0 if all(not found.startswith("failed") for found in state.values()) else 1

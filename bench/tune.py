@@ -211,11 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.write and (found := changed([source(file) for file in files])):
         parser.exit(2, f"--write changes files that git knows as they stand; commit or take back first:\n{found}")
     target = _launch.target(device)
-    gate, todo, rows = (
-        Gate(target, given.cache, len(os.sched_getaffinity(0))),
-        tables.entries(files, target),
-        list[dict[str, Any]](),
-    )
+    try:
+        gate = Gate(target, given.cache, len(os.sched_getaffinity(0)))
+    except ValueError as error:
+        parser.exit(2, f"python -m bench.tune: {error}\n")
+    todo, rows = tables.entries(files, target), list[dict[str, Any]]()
     for entry in tqdm(todo, unit="entry"):
         if time.monotonic() > end:
             harness.log(f"out of time: {len(todo) - len(rows)} of {len(todo)} entries are left as they are")

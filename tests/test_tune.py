@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import KernelInterface
 
-from bench import loads, tables, tune
+from bench import loads, report, tables, tune
+from bench import round as bench_round
 from bench.candidates import limits, neighbours, same_bits
 from bench.tables import Entry
 from xlmr.kernels import _launch
@@ -256,6 +258,63 @@ def test_without_a_gpu_it_says_what_is_needed(
             tune.main(arguments)
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted")
+def test_what_wins_is_written_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class AllButThere:
+        def __init__(self, *_: Any) -> None: ...
+
+        def fitting(self, entry: Entry, candidates: Sequence[Config]) -> list[Config]:
+            return [candidate for candidate in candidates if candidate == THERE]
+
+    def clock(found: Mapping[Config, Any]) -> dict[Config, dict[str, float]]:
+        return {c: {"q20_ms": ms, "median_ms": ms, "q80_ms": ms} for c, ms in ((c, 1 + (c == HERE)) for c in found)}
+
+    copied = tmp_path / "layer_norm.py"
+    copied.write_bytes((ROOT / "kernels/layer_norm.py").read_bytes())
+    before = copied.read_text(encoding="utf-8")
+    planted = {"Gate": AllButThere, "graphs": clock, "copies": lambda *_: [rows()], "source": lambda file: copied}
+    for name, value in {**planted, "changed": lambda paths: ""}.items():
+        monkeypatch.setattr(tune, name, value)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # put back afterwards
+    monkeypatch.setattr(_launch, "unsupported", lambda device: None)
+    monkeypatch.setattr(_launch, "target", lambda device: "sm_90" if device.type == "cuda" else "portable")
+    monkeypatch.setattr(tables, "entries", lambda files, target: [ROWS])
+    out = ["layer_norm", "--out", str(tmp_path / "tune.json")]
+    for options, now in (([], {}), (["--write", "--minutes", "0"], {}), (["--write"], {128: THERE})):
+        assert tune.main([*out, *options]) == 0
+        assert ("out of time: 1 of 1" in capsys.readouterr().err) == ("--minutes" in options)
+        part = imported(copied)["CONFIGS"].get("sm_90", {})
+        assert {bucket: part[bucket] for bucket in now} == now
+        assert (copied.read_text(encoding="utf-8") == before) == (now == {})
+    results = json.loads((tmp_path / "tune.json").read_text())
+    (row,) = results["rows"]
+    refused = len(neighbours(HERE, limits(ROWS))) - 1
+    assert (row["ratio"], row["better"], row["refused"], results["written"]) == (2.0, True, refused, True)
+    assert "config(4, 1, BLOCK_T=4, BLOCK_N=128)" in "".join(report._tuning(tmp_path / "tune.json"))
+    monkeypatch.setattr(tune, "changed", lambda paths: " M kernels/layer_norm.py")
+    with pytest.raises(SystemExit):
+        tune.main([*out, "--write"])
+    assert "commit or take back first:\n M kernels/layer_norm.py" in capsys.readouterr().err
+
+
+def test_a_round_tunes_on_a_gpu_where_it_is_asked_to(tmp_path: Path) -> None:
+    def names(**on: bool) -> list[str]:
+        return [part.name for part in bench_round.parts(tmp_path, **on)]
+
+    usual = names(gpu=False)
+    assert names(gpu=False, tune=True) == usual
+    first, *between, last = names(gpu=True)
+    assert (first, between, last) == ("tests that need a GPU", usual, "other tests of the kernels")
+    assert names(gpu=True, tune=True) == [first, "tuning", *usual, last]
+    for part in bench_round.parts(tmp_path, gpu=True):
+        assert all((ROOT / word).exists() for word in part.command if word.startswith("tests/"))
+    say = (sys.executable, "-c", "import sys; print(*sys.argv[1:])")
+    assert bench_round.run(bench_round.Part("told", say, 1.0, timed=True), tmp_path, 120) == "done"
+    assert (tmp_path / "logs/told.txt").read_text() == "--minutes 1.5\n"
 
 
 REFUSED = """

@@ -10,11 +10,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ COLUMNS = (
     "timestamp", "xlmr_version", "gflops", "gbytes", "roof", "fraction_of_roof", "error", "bound",
     "commit", "torch", "triton", "driver", "clocks",
 )  # fmt: skip
-Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +73,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def interleaved(candidates: dict[Name, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[Name, list[float]]:
+def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Seconds of `rounds` calls of each candidate, in turn, so that a disturbance meets them all: by CUDA events where
     there is a GPU, by the wall clock elsewhere."""
     for _ in range(warm_up):
         for call in candidates.values():
             call()
     clock = _cuda_clock if torch.cuda.is_available() else _wall_clock
-    readings: dict[Name, list[Callable[[], float]]] = {name: [] for name in candidates}
+    readings: dict[str, list[Callable[[], float]]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
             readings[name].append(clock(call))
@@ -168,17 +167,17 @@ def _row(case: Case, mode: str, provider: str, found: dict[str, float], check: C
 
 def check(case: Case, provider: Callable[..., Any], mode: str) -> Check:
     """Whether a provider is right by the rule of the tests: at most twice as far from float64 as the eager twin."""
-    return compare(case.operation, results(provider, inputs_of(case), case.wanted, mode), *_judged(case, mode))
+    return compare(case.operation, _results(provider, _inputs(case), case.wanted, mode), *_judged(case, mode))
 
 
 @functools.lru_cache(maxsize=1)  # the same for every provider
 def _judged(case: Case, mode: str) -> tuple[Any, Any]:
     """What the eager twin computes, in the case's dtype and in float64."""
-    judge, inputs = next(iter(case.providers.values())), inputs_of(case)
-    return tuple(results(judge, given, case.wanted, mode) for given in (inputs, _double(inputs)))
+    judge, inputs = next(iter(case.providers.values())), _inputs(case)
+    return tuple(_results(judge, given, case.wanted, mode) for given in (inputs, _double(inputs)))
 
 
-def inputs_of(case: Case) -> tuple[Any, ...]:
+def _inputs(case: Case) -> tuple[Any, ...]:
     torch.manual_seed(0)
     made = case.inputs()
     return tuple(t.requires_grad_(True) if i in case.wanted else t for i, t in enumerate(made))
@@ -198,7 +197,7 @@ def _upstream(out: Any) -> list[Tensor]:
     return [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
 
 
-def results(provider: Callable[..., Any], inputs: tuple[Any, ...], wanted: tuple[int, ...], mode: str) -> Any:
+def _results(provider: Callable[..., Any], inputs: tuple[Any, ...], wanted: tuple[int, ...], mode: str) -> Any:
     """What a provider computes: its outputs, and but for the mode "forward" the gradients too."""
     if mode == "forward":
         with torch.no_grad():
@@ -211,7 +210,7 @@ def timed(provider: Callable[..., Any], case: Case, mode: str) -> Callable[[], A
     """A call of `provider`, each on the next of several copies of the inputs: so many that none is in a GPU's cache."""
     size = sum(t.nbytes for t in case.inputs() if isinstance(t, Tensor))
     count = min(32, 1 + 4 * _cache_bytes() // max(size, 1))
-    copies = [inputs_of(case) for _ in range(count)]
+    copies = [_inputs(case) for _ in range(count)]
     turn = iter(range(1 << 62))
 
     def arguments() -> tuple[Any, ...]:

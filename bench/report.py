@@ -20,6 +20,7 @@ MODEL_COLUMNS = (
     "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb",
     "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
 )  # fmt: skip
+TUNING_COLUMNS = ("entry", "present", "best", "present_ms", "best_ms", "ratio", "better")
 KERNEL_COLUMNS = (
     "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_value", "kernel_provider", "y_value_50",
     "roof", "fraction_of_roof",
@@ -34,6 +35,7 @@ def write(directory: Path, state: Mapping[str, str]) -> Path:
     sections += _kernels(directory / "kernels.csv", directory / "pictures")
     for name in ("profile", "profile-of-training"):
         sections += _profile(directory / name, name.replace("-", " "))
+    sections += _tuning(directory / "tune.json")
     facts = _table([{"what": k, "value": v} for k, v in environment.items()], ("what", "value"))
     title = f"xlmr on {environment['gpu'] or environment['cpu']}, {environment['date']}"
     page = (
@@ -80,6 +82,13 @@ def _profile(directory: Path, title: str) -> list[str]:
     rows = json.loads((directory / "operations.json").read_text(encoding="utf-8"))["rows"]
     columns = ("operation", "calls", "ms", "share", "gflops", "gbytes", "fraction_of_roof")
     return [_section(title.capitalize(), _picture(directory / "operations.svg") + _table(rows, columns))]
+
+
+def _tuning(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return [_section("Tuning", _table(rows, TUNING_COLUMNS))]
 
 
 def _section(title: str, body: str) -> str:

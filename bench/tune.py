@@ -1,261 +1,236 @@
-"""Tunes the kernels' configuration tables for the GPU at hand: `python -m bench.tune [KERNEL …] [--write]`.
+"""Tuning of the kernels' configuration tables for the GPU at hand: `python -m bench.tune [KERNEL …] [--write]`.
 
-Every entry that a benchmark reaches is raced against its neighbours (a tile or the warps halved or doubled, a stage
-more or less) on the largest case that reaches it, interleaved; the winner's neighbours come next, until none is faster
-by more than noise. A neighbour has to give the same bits as the present entry: the tables promise orders of sums, and
-that one text gives the same bits in every batch. `--write` puts the winners into the table of this GPU's target.
+For each entry of the tables that this GPU uses, its neighbours are tried: configurations one step away in a tile, the
+warps, the stages, or in a tile and the warps together (candidates.py says what may vary). One that the compile gate
+refuses, in any of its cases, is not run; one whose results differ is not timed. What is timed are the launches that the
+entry decides, replayed as CUDA graphs, on inputs that no cache holds, interleaved. A neighbour is better where it is
+more than 3 % faster, beyond the quantiles, among all and again alone with the present one. `--write` puts it into the
+kernel's file, which must have no uncommitted changes; tuning again goes on from there.
 """
 
 import argparse
-import ast
-import functools
-import importlib
+import contextlib
+import itertools
 import json
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import date
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from xlmr.files import write_atomically
 from xlmr.kernels import _launch
-from xlmr.kernels._launch import Config, Table
+from xlmr.kernels._launch import Config
 
-from . import harness
+from . import harness, loads, tables
+from .candidates import Gate, limits, neighbours, same_bits, standing
+from .tables import Entry
 
-KERNELS = ("attention", "linear", "vocab_softmax", "layer_norm", "embedding")
-TABLES = (*KERNELS, "_products")  # the files of kernels/ that have some
-GAIN = 1.03  # what a winner must be faster by, beside quantiles that do not overlap
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 8), "tile": (1, 256)}
+Call = Callable[[], Any]
+Clock = Callable[[Mapping[Config, Sequence[Call]]], dict[Config, dict[str, float]]]
 
-Work = tuple[harness.Case, str]  # a case and a mode
-Race = Callable[[dict[Config, Callable[[], Any]]], dict[Config, dict[str, float]]]  # to harness.quantiles of each
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of a table for the target at hand."""
-
-    module: str
-    table: str
-    bucket: Any
-    present: Config
+GAIN = 1.03  # less is left alone
+ROUNDS = 30
+MOST_COPIES = 32  # of the inputs, so that none is in a cache
+COLUMNS = ("entry", "present", "best", "present_ms", "best_ms", "ratio", "refused", "wrong", "timed", "better")
 
 
-@dataclass
-class Picker:
-    """Stands in for _launch.pick: gives what is `chosen` for an entry, and remembers which entries were asked for."""
+@contextlib.contextmanager
+def launches(entry: Entry) -> Iterator[list[Call]]:
+    """Collects the launches that the entry decides: each the next one after it was picked."""
+    from triton.runtime.jit import KernelInterface
 
-    modules: Iterable[ModuleType]
-    chosen: dict[Entry, Config] = field(default_factory=dict)
-    reached: list[Entry] = field(default_factory=list)
+    found: list[Call] = []
+    chosen = False
+    pick, launcher = entry.module.pick, KernelInterface.__getitem__
 
-    def __post_init__(self) -> None:
-        self.names = {id(table): (module, name) for module in self.modules for name, table in tables(module)}
+    def picked(table: _launch.Table, device: torch.device, bucket: object) -> Config:
+        nonlocal chosen
+        chosen = table is vars(entry.module)[entry.table] and bucket == entry.bucket
+        return pick(table, device, bucket)
 
-    def __call__(self, table: Table, device: torch.device, bucket: object) -> Config:
-        module, name = self.names[id(table)]
-        entry = Entry(module.__name__, name, bucket, _launch.pick(table, device, bucket))
-        self.reached.append(entry)
-        return self.chosen.get(entry, entry.present)
+    def launching(kernel: Any, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            nonlocal chosen
+            if chosen:
+                found.append(partial(launcher(kernel, grid), *args, **kwargs))
+            chosen = False
+            return launcher(kernel, grid)(*args, **kwargs)
 
-    def __enter__(self) -> "Picker":
-        self.patches = [mock.patch.object(m, "pick", self) for m in self.modules if hasattr(m, "pick")]
-        for patch in self.patches:
-            patch.start()
-        return self
+        return launch
 
-    def __exit__(self, *_: object) -> None:
-        for patch in self.patches:
-            patch.stop()
-
-
-def tables(module: ModuleType) -> Iterator[tuple[str, Table]]:
-    return ((name, value) for name, value in vars(module).items() if isinstance(value, Mapping) and "portable" in value)
-
-
-def neighbours(config: Config) -> list[Config]:
-    """What differs from `config` in one step of one number, within LIMITS."""
-
-    def within(limits: tuple[int, int], *values: int) -> list[int]:
-        return [value for value in values if limits[0] <= value <= limits[1]]
-
-    warps, stages = config.num_warps, config.num_stages
-    found = [replace(config, num_warps=n) for n in within(LIMITS["num_warps"], warps // 2, 2 * warps)]
-    found += [replace(config, num_stages=n) for n in within(LIMITS["num_stages"], stages - 1, stages + 1)]
-    for i, (name, size) in enumerate(config.tiles):
-        for other in within(LIMITS["tile"], size // 2, 2 * size):
-            found.append(replace(config, tiles=(*config.tiles[:i], (name, other), *config.tiles[i + 1 :])))
-    return found
+    with (
+        mock.patch.object(entry.module, "pick", picked),
+        mock.patch.object(KernelInterface, "__getitem__", launching),
+    ):
+        yield found
 
 
-def reached(picker: Picker, works: Iterable[Work]) -> dict[Entry, Work]:
-    """The entries that the works reach, each with the largest work that does: a forward pass, unless only gradients
-    need the entry."""
-    found: dict[Entry, tuple[bool, int, Work]] = {}
-    for case, mode in works:
-        picker.reached.clear()
-        harness.results(case.providers["xlmr triton"], harness.inputs_of(case), case.wanted, mode)
-        rank = mode == "forward", sum(case.cost(mode == "backward"))
-        for entry in picker.reached:
-            if entry not in found or rank > found[entry][:2]:
-                found[entry] = *rank, (case, mode)
-    return {entry: work for entry, (*_, work) in found.items()}
+def run(entry: Entry, config: Config, copies: Sequence[Sequence[Call]]) -> tuple[list[Tensor], list[Call]]:
+    """With `config` in the entry's place: what the first copy's calls return, and the launches of all copies."""
+    first, *others = copies
+    with standing(entry, config), launches(entry) as found, torch.no_grad():
+        torch.manual_seed(0)  # of dropout
+        with poisoned():
+            results = list(tensors([call() for call in first]))
+        for call in itertools.chain.from_iterable(others):
+            call()
+    return results, found
 
 
-def same_bits(picker: Picker, entry: Entry, config: Config, work: Work) -> bool:
-    """Whether `config` computes what the entry's present configuration computes; False where it cannot run."""
-    case, mode = work
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, not what an earlier configuration wrote there."""
 
-    def computed(chosen: Config) -> list[torch.Tensor]:
-        picker.chosen[entry] = chosen
-        out = harness.results(case.providers["xlmr triton"], harness.inputs_of(case), case.wanted, mode)
-        return list(out) if isinstance(out, tuple) else [out]
+    def poison(allocate: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    expected = computed(entry.present)
-    try:
-        found = computed(config)
-    except Exception as error:  # Triton has no common class: too much shared memory, an assertion, the compiler's
-        harness.log(f"  {shown(config)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-        return False
-    return all(map(torch.equal, expected, found))
+    with (
+        mock.patch.object(torch, "empty", partial(poison, torch.empty)),
+        mock.patch.object(torch, "empty_like", partial(poison, torch.empty_like)),
+    ):
+        yield
 
 
-def interleaved(calls: dict[Config, Callable[[], Any]]) -> dict[Config, dict[str, float]]:
-    return {config: harness.quantiles(t) for config, t in harness.interleaved(calls, rounds=20, warm_up=3).items()}
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
 
 
-def climb(
-    picker: Picker, entry: Entry, work: Work, race: Race = interleaved, end: float = float("inf")
-) -> tuple[Config, float]:
-    """The fastest configuration of an entry that can be reached step by step, each faster than the one before, and how
-    many times faster than the present one it is."""
-    case, mode = work
-    run = harness.timed(case.providers["xlmr triton"], case, mode)
-
-    def calling(config: Config) -> Any:
-        picker.chosen[entry] = config
-        return run()
-
-    best, ratio, tried = entry.present, 1.0, {entry.present}
-    while time.monotonic() < end:
-        fresh = [config for config in neighbours(best) if config not in tried]
-        tried.update(fresh)
-        fit = [config for config in fresh if same_bits(picker, entry, config, work)]
-        times = race({config: functools.partial(calling, config) for config in (best, *fit)})
-        winner = min(times, key=lambda config: times[config]["median_ms"])
-        if not faster(times[winner], times[best]):
-            break
-        best, ratio = winner, ratio * times[best]["median_ms"] / times[winner]["median_ms"]
-    picker.chosen.pop(entry, None)
-    return best, ratio
-
-
-def faster(a: dict[str, float], b: dict[str, float]) -> bool:
-    """Whether a is faster than b by more than noise."""
-    return GAIN * a["median_ms"] < b["median_ms"] and a["q80_ms"] < b["q20_ms"]
-
-
-def rewritten(source: str, table: str, target: str, entries: Mapping[Any, Config], note: str) -> str:
-    """The source of a file of kernels/ whose `table` has these entries for `target`, and nothing else changed."""
-    (assignment,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == table
+def agree(results: Sequence[Tensor], expected: Sequence[Tensor], bits: bool) -> bool:
+    """Whether they are the same: to the bit, or as two orders of a sum are, measured by element and its like."""
+    if bits:
+        return all(map(torch.equal, results, expected))
+    pairs = [(a.float(), b.float(), b.dtype) for a, b in zip(results, expected, strict=True) if b.is_floating_point()]
+    return all(
+        bool(((a - b).abs() <= max(8 * torch.finfo(dtype).eps, 1e-4) * (b.abs() + b.square().mean().sqrt())).all())
+        for a, b, dtype in pairs
     )
-    assert isinstance(assignment.value, ast.Dict)
-    keys = [key.value if isinstance(key, ast.Constant) else None for key in assignment.value.keys]
-    lines = [f"        {literal(bucket)}: {shown(config)},\n" for bucket, config in entries.items()]
-    text = f"{{  # {note}\n{''.join(lines)}    }}"
-    if target in keys:
-        place: ast.expr = assignment.value.values[keys.index(target)]
-        return source[: _offset(source, place)] + text + source[_offset(source, place, end=True) :]
-    last = _offset(source, assignment.value.values[-1], end=True)
-    return f'{source[:last]},\n    "{target}": {text},\n}}{source[_offset(source, assignment, end=True) :]}'
 
 
-def _offset(source: str, node: ast.expr | ast.stmt, end: bool = False) -> int:
-    line, column = (node.end_lineno, node.end_col_offset) if end else (node.lineno, node.col_offset)
-    assert line is not None
-    assert column is not None
-    before = "".join(source.splitlines(keepends=True)[: line - 1])
-    return len(before) + len(source.splitlines()[line - 1].encode()[:column].decode())
+def graphs(found: Mapping[Config, Sequence[Call]]) -> dict[Config, dict[str, float]]:
+    """The clock: median and quantiles, in ms, of replaying each configuration's launches, in turn."""
+    replays = {}
+    for config, calls in found.items():
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        replays[tables.text(config)] = graph.replay
+    seconds = harness.interleaved(replays, ROUNDS)
+    return {config: harness.quantiles(seconds[tables.text(config)]) for config in found}
 
 
-def literal(bucket: Any) -> str:
-    if isinstance(bucket, tuple):
-        return f"({', '.join(map(literal, bucket))})"
-    return json.dumps(bucket)
+def faster(present: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether `other` is, beyond noise."""
+    return present["median_ms"] > GAIN * other["median_ms"] and present["q20_ms"] > other["q80_ms"]
 
 
-def shown(config: Config) -> str:
-    """As the tables write it."""
-    tiles = "".join(f", {name}={size}" for name, size in config.tiles)
-    return f"config({config.num_warps}, {config.num_stages}{tiles})"
+def tuned(
+    entry: Entry, candidates: Sequence[Config], copies: Sequence[Sequence[Call]], clock: Clock
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration that the entry should have, the present one if none is better, and what was measured."""
+    expected, calls = run(entry, entry.present, copies)
+    if not calls:
+        raise RuntimeError(f"{entry}: none of its calls launches a kernel with it")
+    found = {entry.present: calls}
+    for config in candidates:
+        results, calls = run(entry, config, copies)
+        if agree(results, expected, same_bits(entry)):
+            found[config] = calls
+    times = clock(found)
+    best = min(times, key=lambda config: times[config]["median_ms"])
+    better = faster(times[entry.present], times[best])
+    if better:  # the best of many was lucky too: alone with the present one it must win again
+        times = clock({config: found[config] for config in (entry.present, best)})
+        better = faster(times[entry.present], times[best])
+    present_ms, best_ms = (times[config]["median_ms"] / len(copies) for config in (entry.present, best))
+    row = {
+        "entry": str(entry), "present": tables.text(entry.present), "best": tables.text(best),
+        "present_ms": present_ms, "best_ms": best_ms, "ratio": present_ms / best_ms,
+        "wrong": len(candidates) + 1 - len(found), "timed": len(found), "better": better,
+    }  # fmt: skip
+    return best if better else entry.present, row
 
 
-def write(winners: Mapping[Entry, Config], target: str, note: str) -> list[Path]:
-    """Puts the winners into the files of kernels/; the other entries of the target stay as they are."""
-    changed: dict[Path, str] = {}
-    for name, table in dict.fromkeys((entry.module, entry.table) for entry in winners):
-        module = importlib.import_module(name)
-        path = Path(str(module.__file__)).resolve()
-        found = {e.bucket: config for e, config in winners.items() if (e.module, e.table) == (name, table)}
-        former = getattr(module, table)
-        entries = {**former.get(target, former["portable"]), **found}
-        source = changed.get(path) or path.read_text(encoding="utf-8")
-        changed[path] = rewritten(source, table, target, entries, note)
-    for path, source in changed.items():
-        write_atomically(path.parent, {path.name: source})
-    return list(changed)
+def copies(entry: Entry, device: torch.device, cache: int) -> list[list[partial[Any]]]:
+    """The calls that an entry is tuned for, on so many inputs that `cache` bytes hold a quarter of them at most."""
+    first = loads.calls(entry, device)
+    size = sum(t.nbytes for call in first for t in tensors([call.args, call.keywords]))
+    count = min(MOST_COPIES, 1 + 4 * cache // max(size, 1))
+    return [first, *(loads.calls(entry, device) for _ in range(count - 1))]
 
 
-def works(kernel: str) -> Iterator[Work]:
-    """The benchmark's cases of a kernel in every dtype, and their gradients."""
-    cases = importlib.import_module(f"bench.bench_{kernel}").cases
-    for dtype in ("bf16", "fp32"):
-        for case in cases(dtype):
-            yield from ((case, mode) for mode in (("forward", "backward") if case.wanted else ("forward",)))
+def changed(paths: Sequence[Path]) -> str:
+    """What git does not know of these files, or why it cannot say: what is written should be all that is new."""
+    command = ["git", "-C", str(paths[0].parent), "status", "--porcelain", "--", *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)}; default: all")
-    parser.add_argument("--minutes", type=float, default=20, help="time for all entries (default 20)")
-    parser.add_argument("--write", action="store_true", help="put the winners into the tables in kernels/")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
-    args = parser.parse_args()
-    if unknown := set(args.kernels) - set(KERNELS):
-        parser.error(f"unknown kernel {', '.join(sorted(unknown))}: allowed are {', '.join(KERNELS)}")
-    if not torch.cuda.is_available():
-        parser.error("tuning measures on a GPU, and PyTorch sees none (torch.cuda.is_available() is False)")
-    end = time.monotonic() + 60 * args.minutes
-    target = _launch.target(torch.device("cuda"))
-    winners: dict[Entry, Config] = {}
-    rows = []
-    with Picker([importlib.import_module(f"xlmr.kernels.{name}") for name in TABLES]) as picker:
-        for kernel in args.kernels or KERNELS:
-            for entry, work in reached(picker, works(kernel)).items():
-                if time.monotonic() > end:
-                    harness.log(f"out of time: {entry.table} {entry.bucket} stays as it is")
-                    continue
-                harness.log(f"{kernel}: {entry.table} {entry.bucket}")
-                best, ratio = climb(picker, entry, work, end=end)
-                if best != entry.present:
-                    winners[entry] = best
-                rows.append({"kernel": kernel, "table": entry.table, "bucket": literal(entry.bucket),
-                             "present": shown(entry.present), "best": shown(best), "ratio": ratio})  # fmt: skip
-    columns = ["kernel", "table", "bucket", "present", "best", "ratio"]
-    print(json.dumps(rows) if args.json else harness.table(rows, columns))
-    if args.write and winners:
-        note = f"measured on {harness.device_name()}, {date.today().isoformat()}: python -m bench.tune"
-        harness.log(f"written: {', '.join(map(str, write(winners, target, note)))}")
+def source(file: str) -> Path:
+    return Path(__file__).resolve().parent.parent / "kernels" / f"{file}.py"
+
+
+def kernel(name: str) -> str:
+    if name not in tables.FILES:
+        raise argparse.ArgumentTypeError(f"{name!r} has no tables: allowed are {', '.join(tables.FILES)}")
+    return name
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("kernel", nargs="*", type=kernel, help=f"files of kernels/; default: {' '.join(tables.FILES)}")
+    parser.add_argument("--minutes", type=float, default=30, help="begin no entry after that time (default 30)")
+    parser.add_argument("--write", action="store_true", help="write what is better into the kernels' files")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "tune.json", help="JSON file of all rows")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/xlmr/compile_gate", metavar="DIR")
+    given = parser.parse_args(arguments)
+    files, end = given.kernel or list(tables.FILES), time.monotonic() + 60 * given.minutes
+    os.environ["TRITON_INTERPRET"] = "0"  # read when a kernel is defined: here it is to be compiled
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9's default; unset, it warns
+    device = torch.device("cuda")
+    why = _launch.unsupported(device)
+    if why is not None:
+        parser.exit(2, f"python -m bench.tune times kernels on the GPU at hand: {why}. Without one, "
+                    "python -m bench.compile_gate says which configurations compile.\n")  # fmt: skip
+    if given.write and (found := changed([source(file) for file in files])):
+        parser.exit(2, f"--write changes files that git knows as they stand; commit or take back first:\n{found}")
+    target = _launch.target(device)
+    try:
+        gate = Gate(target, given.cache, len(os.sched_getaffinity(0)))
+    except ValueError as error:
+        parser.exit(2, f"python -m bench.tune: {error}\n")
+    todo, rows = tables.entries(files, target), list[dict[str, Any]]()
+    for entry in tqdm(todo, unit="entry"):
+        if time.monotonic() > end:
+            harness.log(f"out of time: {len(todo) - len(rows)} of {len(todo)} entries are left as they are")
+            break
+        candidates = neighbours(entry.present, limits(entry))
+        fitting = gate.fitting(entry, candidates)
+        best, row = tuned(entry, fitting, copies(entry, device, harness._cache_bytes()), graphs)
+        rows.append({**row, "refused": len(candidates) - len(fitting)})
+        if given.write and best != entry.present:
+            tables.write(source(entry.file), entry.table, target, {entry.bucket: best})
+    results = {"environment": harness.environment(), "written": given.write, "rows": rows}
+    print(json.dumps(results, indent=1) if given.json else harness.table(rows, COLUMNS))
+    harness.log(
+        f"{sum(row['better'] for row in rows)} of {len(rows)} are better; wrote {harness.write(given.out, results)}"
+    )
     return 0
 
 

@@ -66,6 +66,9 @@ CHOICE_ROWS = [
     for a, b in itertools.pairwise(ROWS)
 ]
 WORD_ROWS = [row | {"labels": row["input_ids"]} for row in ROWS]
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"  # its name up to transformers 5.17
 DATA = {
     "SequenceClassification": ROWS, "TokenClassification": TOKEN_ROWS, "QuestionAnswering": QUESTION_ROWS,
     "MultipleChoice": CHOICE_ROWS, "MaskedLM": WORD_ROWS, "CausalLM": WORD_ROWS,
@@ -104,7 +107,7 @@ def test_trainer_accumulates(name: str, tmp_path: Path) -> None:
     curves = []
     for settings in (
         {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
-        {"per_device_train_batch_size": 12, "activation_checkpointing": True},
+        {"per_device_train_batch_size": 12, CHECKPOINTING: True},
     ):
         torch.manual_seed(0)
         _, ours = trained(name)

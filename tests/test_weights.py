@@ -315,6 +315,7 @@ def pickled(value: Any, path: Path) -> None:
     path.write_bytes(pickle.dumps(value, protocol=2))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11, of a sparse tensor
 @pytest.mark.parametrize(
     ("write_file", "value", "message"),
     [

@@ -350,7 +350,9 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
             return F.cross_entropy(logits, labels.long())
         if config.problem_type == "regression":
             logits, labels = (logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else (logits, labels)
-            return F.mse_loss(logits, as_targets(labels, logits))
+            targets = as_targets(labels, logits)
+            dtype = torch.promote_types(logits.dtype, targets.dtype)
+            return F.mse_loss(logits.to(dtype), targets.to(dtype))  # torch 2.11 promotes them in forward only
         return F.binary_cross_entropy_with_logits(logits, as_targets(labels, logits))
 
 

@@ -106,6 +106,8 @@ def checked(given: providers.Setting, names: Iterable[str], found: Found) -> tup
             call = PROVIDERS[name](given)
             out = given.read(call())
         except (NotHere, RuntimeError, NotImplementedError, ImportError) as error:  # what this machine lacks
+            if name.startswith(harness.OURS) and not isinstance(error, NotHere | torch.OutOfMemoryError):
+                raise Wrong(f"{name} failed: {error}") from error
             found.leave_out(case.title, str(error).partition("\n")[0] or type(error).__name__, name)
             continue
         worst, typical = apart(out, exact)

@@ -24,6 +24,7 @@ from xlmr.ops import Check, compare
 
 RESULTS = Path(__file__).parent / "results"
 MODES = ("forward", "backward", "full")
+OURS = "xlmr"  # how the names of this package's providers begin
 # Liger-Kernel's columns, with our version for theirs, then what else a figure needs to be read.
 COLUMNS = (
     "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "gpu_name",
@@ -116,17 +117,23 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> Iterator[dict[str, Any]]:
     """Rows of COLUMNS: every provider of a case in every mode that gradients allow. A provider that is wrong, by the
-    rule of the tests, is reported and not timed; one that cannot run says why."""
+    rule of the tests, is reported and not timed; one that cannot run says why. Of this package's own either is an
+    error: RuntimeError."""
     for mode in modes if case.wanted else ("forward",):
         calls, checks = {}, {}
         for name, provider in case.providers.items():
             try:
                 checks[name] = check(case, provider, mode)
             except (RuntimeError, NotImplementedError, ImportError) as error:  # what this machine lacks
+                if name.startswith(OURS) and not isinstance(error, torch.OutOfMemoryError):
+                    raise
                 log(f"{case.kernel} {case.shape}: {name} cannot run: {str(error).splitlines()[0]}")
                 continue
             if not checks[name].right:
-                log(f"{case.kernel} {case.shape}: {name} is wrong by {checks[name].error:.2e}; not measured")
+                message = f"{case.kernel} {case.shape}: {name} is wrong by {checks[name].error:.2e}; not measured"
+                if name.startswith(OURS):
+                    raise RuntimeError(message)
+                log(message)
                 continue
             calls[name] = timed(provider, case, mode)
         for name, times in interleaved(calls, _rounds(calls, seconds)).items():

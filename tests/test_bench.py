@@ -61,6 +61,16 @@ def test_what_is_wrong_or_missing_is_not_timed(capsys: pytest.CaptureFixture[str
     assert row["fraction_of_roof"] == pytest.approx(4096 / 1e9 / (row["y_value_50"] / 1e3))
 
 
+def test_what_is_wrong_or_fails_of_our_own_ends_the_command() -> None:
+    def failing(x: Tensor) -> Tensor:
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        rows(**{"xlmr triton": failing})
+    with pytest.raises(RuntimeError, match="xlmr triton is wrong by"):
+        rows(**{"xlmr triton": lambda x: x * 2.001})
+
+
 def test_a_wrong_gradient_is_not_timed() -> None:
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -278,10 +288,18 @@ def test_what_is_not_measured_is_said(
     assert found.rows[0]["ratio"] == 1
 
     def breaks(given: providers.Setting) -> providers.Call:
-        raise RuntimeError("out of memory\nand a long story")
+        raise torch.OutOfMemoryError("out of memory\nand a long story")
+
+    def fails(given: providers.Setting) -> providers.Call:
+        raise RuntimeError("illegal memory access")
 
     monkeypatch.setitem(providers.PROVIDERS, "xlmr eager", breaks)
     assert forward.measure(model_case(), 3, ["xlmr eager"]).not_run[0]["reason"] == "out of memory"
+    monkeypatch.setitem(providers.PROVIDERS, "transformers eager", fails)  # what this machine lacks
+    assert forward.measure(model_case(), 3, ["transformers eager"]).not_run[0]["reason"] == "illegal memory access"
+    monkeypatch.setitem(providers.PROVIDERS, "xlmr eager", fails)
+    with pytest.raises(forward.Wrong, match="xlmr eager failed: illegal memory access"):
+        forward.measure(model_case(), 3, ["xlmr eager"])
     monkeypatch.setattr(forward, "predicted", lambda case: 11.6)
     too_long = forward.measure(model_case(), 3)
     assert (too_long.rows, too_long.not_run[0]["reason"]) == ([], "a call would take about 12 s")

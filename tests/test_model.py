@@ -195,7 +195,7 @@ def test_the_longest_sequence() -> None:
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 12, rows=torch.tensor([7, 1])), "must be sorted"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 12, rows=torch.tensor([12])), "rows holds 12"),
         (lambda m: setattr(m, "ops", nn.Linear), "give an xlmr.ops.Ops"),
-        (lambda m: m.set_backend("cuda"), "allowed are 'auto', 'eager', 'triton'"),
+        (lambda m: m.set_backend("cuda"), "allowed are 'auto', 'eager', 'prepacked', 'triton'"),
         (lambda m: xlmr.XLMRobertaModel({"hidden_size": 8}), r"config is a builtins.dict: give an xlmr"),
         (lambda m: m.resize_token_embeddings(1), "allowed are more than 1"),
     ],

@@ -211,5 +211,5 @@ def test_resolve_and_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> No
     assert "need a GPU" in waiting.backend_report()
     with pytest.raises(RuntimeError, match="need a GPU and the tensors are on 'cpu'"):
         waiting(torch.tensor([[5, 6]]))
-    with pytest.raises(ValueError, match="allowed are 'auto', 'eager', 'triton'"):
+    with pytest.raises(ValueError, match="allowed are 'auto', 'eager', 'prepacked', 'triton'"):
         resolve("cuda", cpu)

@@ -40,6 +40,7 @@ from .multi_vector import (
     lexical_weights,
     read_token_heads,
 )
+from .ops import for_inference
 from .sentence_directory import Dense, Recipe, check_architecture, read_recipe, unit
 from .tokenizer import XLMRobertaTokenizer
 
@@ -417,6 +418,8 @@ def load(
     pooling: modes of xlmr.encode.pool, instead of the directory's. A directory without modules.json is a cross-encoder
     if its model is a ForSequenceClassification; a bge-m3 ("cls", normalised) if it has one's heads; else its vectors
     are the mean, as in sentence-transformers, which a warning says. device: by default a GPU where there is one.
+    backend: "auto" is the kernels on a GPU and "prepacked" on a CPU: the linear layers' weights are in memory twice
+    (see xlmr.prepacked); "eager" keeps them once.
 
     OSError: no such checkpoint, or files missing. ValueError: another architecture, modules and poolings unknown here,
     parts that do not fit each other, missing weights, damaged or hostile files.
@@ -437,7 +440,8 @@ def load(
     check_architecture(config, name_or_dir)
     cls = _model_class(config, recipe, pooling)
     tokenizer = XLMRobertaTokenizer.from_pretrained(name_or_dir, subfolder=folder, **source)
-    options: dict[str, Any] = {"dtype": dtype, "device": choose_device(device), "backend": backend}
+    device = choose_device(device)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "backend": for_inference(backend, device)}
     if cls is XLMRobertaModel:
         options["add_pooling_layer"] = False
     model, info = cls.from_pretrained(name_or_dir, subfolder=folder, output_loading_info=True, **options, **source)

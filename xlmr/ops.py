@@ -1,8 +1,9 @@
 """The seam between the module tree and the two paths that compute it.
 
-`Ops` is a frozen record of functions. `EAGER` is plain PyTorch (xlmr.eager), `triton()` the kernels (xlmr.kernels). A
-model holds one Ops and calls `self.ops.linear(…)`; putting another there, or `dataclasses.replace(ops, attention=…)`,
-swaps a path or one operation. What cuts across operations is a function from Ops to Ops: `checked`, `traced`.
+`Ops` is a frozen record of functions. `EAGER` is plain PyTorch (xlmr.eager), `triton()` the kernels (xlmr.kernels),
+`prepacked()` eager with weights packed for a CPU (xlmr.prepacked). A model holds one Ops and calls
+`self.ops.linear(…)`; putting another there, or `dataclasses.replace(ops, attention=…)`, swaps a path or one operation.
+What cuts across operations is a function from Ops to Ops: `checked`, `traced`.
 """
 
 import contextlib
@@ -17,13 +18,15 @@ import torch
 
 from . import eager
 from .eager import dense_attention
+from .prepacked import PackedLinear
+from .prepacked import unsupported as unpackable
 
 __all__ = [
-    "BACKENDS", "EAGER", "Check", "Ops", "checked", "checked_gradients", "compare", "dense_attention", "gradients",
-    "resolve", "traced", "triton",
+    "BACKENDS", "EAGER", "Check", "Ops", "checked", "checked_gradients", "compare", "dense_attention",
+    "for_inference", "gradients", "prepacked", "resolve", "traced", "triton",
 ]  # fmt: skip
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "prepacked", "triton")
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,17 @@ def triton() -> Ops:
     )
 
 
-def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
-    """The Ops that `backend` ("auto", "eager" or "triton") means for parameters on `device`, and why, in words.
+def prepacked() -> Ops:
+    """EAGER with the weights of the linear layers packed for a CPU: of one model, which packs them as it uses them."""
+    packed = PackedLinear()
+    return replace(EAGER, linear=packed.linear, linear_act=packed.linear_act, qkv_projection=packed.qkv_projection)
 
-    "auto" takes the kernels on a GPU that can run them. "triton" raises RuntimeError where they cannot, except that a
+
+def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
+    """The Ops that `backend` (one of BACKENDS) means for parameters on `device`, and why, in words.
+
+    "auto" takes the kernels on a GPU that can run them, else eager. "prepacked" raises RuntimeError elsewhere than on a
+    CPU with oneDNN. "triton" raises RuntimeError where they cannot, except that a
     model on its way to a GPU (on the meta device, or on the CPU of a machine that has one) waits for it; every call
     before that is refused: nothing falls back silently.
     """
@@ -93,6 +103,10 @@ def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
         raise ValueError(f"backend is {backend!r}: allowed are {', '.join(map(repr, BACKENDS))}")
     if backend == "eager":
         return EAGER, "eager, as asked"
+    if backend == "prepacked":
+        if why := unpackable(device):
+            raise RuntimeError(f"backend 'prepacked' cannot run: {why}; use 'auto' or 'eager'")
+        return prepacked(), "eager with packed weights, as asked"
     if backend == "auto" and device.type in ("cpu", "meta"):
         return EAGER, f"eager on {device.type}: the kernels are for GPUs"
     from .kernels._launch import unsupported
@@ -105,6 +119,12 @@ def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
     if why is not None:
         return EAGER, f"eager on {device.type}: {why}"
     return triton(), f"triton on {device.type}"
+
+
+def for_inference(backend: str, device: torch.device) -> str:
+    """What `backend` means to a loader whose models only infer on `device`: to "auto" packed weights are as good as
+    eager's on a CPU."""
+    return "prepacked" if backend == "auto" and device.type == "cpu" and not unpackable(device) else backend
 
 
 @dataclass(frozen=True)

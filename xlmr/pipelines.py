@@ -31,6 +31,7 @@ from .heads import (
     XLMRobertaForTokenClassification,
 )
 from .model import XLMRobertaModel
+from .ops import for_inference
 from .pretrained import XLMRobertaPreTrainedModel
 from .spans import STRATEGIES, Window, best_spans, entities, tokens_of, without_overlaps
 from .tokenizer import XLMRobertaTokenizer
@@ -673,7 +674,8 @@ def pipeline(
 
     model: None is the embedded demo. tokenizer: by default the one beside the model's weights. device: by default a GPU
     where there is one, while a model that is given stays where it is; a number is a GPU's, -1 the CPU. device_map,
-    dtype, torch_dtype, backend, revision and token are from_pretrained's, model_kwargs more of its keywords. options:
+    dtype, torch_dtype, backend, revision and token are from_pretrained's (backend as in xlmr.load: "auto" packs weights
+    on a CPU), model_kwargs more of its keywords. options:
     defaults for those of the task's calls. Raises ValueError and TypeError for an unknown task, option or kind of
     model, OSError for a checkpoint that cannot be read.
     """
@@ -691,7 +693,8 @@ def pipeline(
         return cls(source, None, **options)
     words = source if tokenizer is None else tokenizer
     if isinstance(source, (str, PathLike)):
-        source = _load(cls, source, device=choose_device(device), **path, **hub)
+        device = choose_device(device)
+        source = _load(cls, source, device=device, **{**path, "backend": for_inference(path["backend"], device)}, **hub)
     elif device is not None:
         source = source.to(choose_device(device))
     if isinstance(words, XLMRobertaPreTrainedModel):

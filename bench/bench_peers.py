@@ -25,7 +25,7 @@ import xlmr
 from xlmr.demo import CHECKPOINT
 
 from . import harness
-from .shapes import BASE, batch, lengths
+from .shapes import BASE, DTYPES, batch, lengths
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 COLUMNS = ("case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference")
@@ -83,8 +83,11 @@ def providers(directory: Path) -> dict[tuple[str, str], Provider]:
     """By name and dtype; transformers in fp32, the judge, first."""
     reference = checkpoint(directory)
     ours = {
-        name: xlmr.XLMRobertaModel.from_pretrained(directory, dtype=dtype, backend="eager", add_pooling_layer=False)
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        (f"xlmr {way}", name): xlmr.XLMRobertaModel.from_pretrained(
+            directory, dtype=DTYPES[name], backend=way, add_pooling_layer=False
+        )
+        for way in ("eager", "prepacked")
+        for name in DTYPES
     }
     found: dict[tuple[str, str], Provider] = {("transformers sdpa", "fp32"): torch_model(reference)}
     if installed("onnx runtime", "onnxruntime", "onnxscript"):
@@ -92,7 +95,7 @@ def providers(directory: Path) -> dict[tuple[str, str], Provider]:
     if installed("ctranslate2", "ctranslate2"):
         for name, compute_type in (("fp32", "float32"), ("int8", "int8")):
             found["ctranslate2", name] = ctranslate2(directory, compute_type)
-    return found | {("xlmr eager", name): torch_model(model) for name, model in ours.items()}
+    return found | {key: torch_model(model) for key, model in ours.items()}
 
 
 def installed(provider: str, *packages: str) -> bool:

@@ -175,7 +175,7 @@ def add_cold_starts(given: providers.Setting, rows: list[dict[str, Any]]) -> Non
     with tempfile.TemporaryDirectory() as folder:
         given.reference.save_pretrained(folder)
         for row in rows:
-            if row["provider"] in ("transformers sdpa", "transformers eager", "xlmr eager", "xlmr triton"):
+            if row["provider"].partition(" ")[2] in ("sdpa", "eager", "prepacked", "triton"):
                 row["cold_s"] = in_own_process("bench.cold", folder, row["provider"], str(providers.device()))
 
 

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 
 # One colour a provider, the same in every picture (Okabe & Ito, 2008: told apart by every eye).
 COLOURS = {
-    "xlmr triton": "#D55E00", "xlmr eager": "#E69F00", "torch": "#0072B2", "torch.compile": "#56B4E9",
-    "transformers sdpa": "#0072B2", "liger": "#009E73", "cut cross entropy": "#CC79A7",
+    "xlmr triton": "#D55E00", "xlmr eager": "#E69F00", "xlmr prepacked": "#CC79A7", "torch": "#0072B2",
+    "torch.compile": "#56B4E9", "transformers sdpa": "#0072B2", "liger": "#009E73", "cut cross entropy": "#CC79A7",
 }  # fmt: skip
 OTHERS = ("#999999", "#000000", "#F0E442", "#009E73", "#CC79A7")
 

@@ -142,6 +142,8 @@ def own(backend: str, head: str, reference: Any) -> Any:
 def ours(backend: str, given: Setting) -> Call:
     if backend == "triton":
         _need_gpu()
+    if backend == "prepacked" and device().type != "cpu":
+        raise NotHere("packs weights for a CPU")
     return padded(own(backend, given.case.head, given.reference), given)
 
 
@@ -195,6 +197,7 @@ PROVIDERS: dict[str, Callable[[Setting], Call]] = {
     "transformers flash": flash,
     "sentence-transformers": sentence_transformers,
     "xlmr eager": functools.partial(ours, "eager"),
+    "xlmr prepacked": functools.partial(ours, "prepacked"),
     "xlmr triton": functools.partial(ours, "triton"),
     GRAPH: graph,
 }

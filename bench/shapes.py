@@ -17,6 +17,7 @@ SIZES = {"base": BASE, "large": LARGE}
 LONG = 8194  # positions of a model whose texts are longer than 512 tokens, as bge-m3 has them
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAIR = ("transformers sdpa", "xlmr eager")
+ON_CPU = (*PAIR, "xlmr prepacked")
 # Who is ready at once: compiling takes up to a minute a case.
 QUICK = (
     "transformers sdpa", "transformers eager", "transformers flash", "xlmr eager", "xlmr triton", "xlmr triton, graph",
@@ -115,7 +116,7 @@ def cases(gpu: bool) -> list[Case]:
     headline = tuple(lengths(32, 128, 0.4))
     fill = sum(headline) / (len(headline) * max(headline))
     first = [
-        Case(text, lens, dtype, "headline", providers=None if gpu else PAIR)
+        Case(text, lens, dtype, "headline", providers=None if gpu else ON_CPU)
         for dtype in DTYPES
         for text, lens in ((f"32 texts, {fill:.0%} fill", headline), ("1 text of 32", (32,)))
     ]
@@ -140,13 +141,13 @@ def _cpu_cases() -> list[Case]:
     """Batches of about 1,024 to 2,048 tokens; all providers in one of them, for some take a minute to prepare."""
     counts = {"queries": 64, "passages": 8}
     found = [_mix("sentences", 32, "bf16", "base")]
-    found += [_mix(kind, count, "bf16", "base", PAIR) for kind, count in counts.items()]
-    found += [_fixed(max(1, 2048 // S), S, "bf16", "base", PAIR) for S in (32, 128, 512, 2048, 8192)]
-    found += _heads(8, 64, "bf16", PAIR)
-    found += [_single(128, "bf16", "base", PAIR), _single(512, "bf16", "base", PAIR)]
-    found += [_mix(kind, count, "fp32", "base", PAIR) for kind, count in {"sentences": 32, **counts}.items()]
-    found += [_single(32, "bf16", "large", PAIR), _mix("sentences", 32, "bf16", "large", PAIR)]
-    return found + [_fixed(1, S, "bf16", "large", PAIR) for S in (512, 8192)]
+    found += [_mix(kind, count, "bf16", "base", ON_CPU) for kind, count in counts.items()]
+    found += [_fixed(max(1, 2048 // S), S, "bf16", "base", ON_CPU) for S in (32, 128, 512, 2048, 8192)]
+    found += _heads(8, 64, "bf16", ON_CPU)
+    found += [_single(128, "bf16", "base", ON_CPU), _single(512, "bf16", "base", ON_CPU)]
+    found += [_mix(kind, count, "fp32", "base", ON_CPU) for kind, count in {"sentences": 32, **counts}.items()]
+    found += [_single(32, "bf16", "large", ON_CPU), _mix("sentences", 32, "bf16", "large", ON_CPU)]
+    return found + [_fixed(1, S, "bf16", "large", ON_CPU) for S in (512, 8192)]
 
 
 def _mix(kind: str, texts: int, dtype: str, size: str, providers: tuple[str, ...] | None = None) -> Case:

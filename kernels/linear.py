@@ -22,8 +22,9 @@ feed-forward's products (11 % of a training step's) for 4 N elements a row that 
 Prediction for an H200 (nothing is measured yet), bf16, where 790 TFLOP/s can be had: from T = 16,384 on tensor cores
 are the roof. wgmma reads a 128×256 tile from shared memory no slower than it computes, and the next tile's first loads
 fly during an epilogue; the epilogue itself is exposed. Counted in cycles at K = 768 (12,300 of wgmma a tile): 1,500 to
-store, 7,900 for GELU's 31 instructions an element. Hence 570–640 TFLOP/s at K ≤ 1024, 400–450 with GELU, 640–700 at
-K ≥ 3072. One text (T ≤ 64) streams the weights through 48 to 192 programs and waits for latency: 2–6 µs a launch.
+store, 3,300 for the 13 instructions an element of a 16-bit GELU (7,900 with erf's 31). Hence 570–640 TFLOP/s at
+K ≤ 1024, 460–530 with GELU, 640–700 at K ≥ 3072. One text (T ≤ 64) streams the weights through 48 to 192 programs and
+waits for latency: 2–6 µs a launch.
 Backward goes through pointers and transposes a tile on its way to wgmma: 400–500 TFLOP/s for dx and dw.
 """
 
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._gelu import gelu_slope_tile, gelu_tile
 from ._launch import (
     Config,
     Table,
@@ -184,7 +186,7 @@ def _finish(
     if b_ptr is not None:
         acc += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        acc = 0.5 * acc * (1.0 + tl.math.erf(acc * 0.7071067811865476))
+        acc = gelu_tile(acc, (y_ptr.dtype if DESCRIPTORS else y_ptr.dtype.element_ty) == tl.float32)
     if DESCRIPTORS:
         y_ptr.store([row, part, col], acc.to(y_ptr.dtype).reshape(BLOCK_M, 1, BLOCK_N))
     else:
@@ -262,8 +264,7 @@ def _linear_dz_kernel(
         d = tl.load(d_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dn, mask=mask, other=0.0).to(tl.float32)
         if z_ptr is not None:
             z = tl.load(z_ptr + rows[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-            d *= 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * density
+            d *= gelu_slope_tile(z, z_ptr.dtype.element_ty == tl.float32)
             tl.store(dz_ptr + rows[:, None] * N + cols[None, :], d.to(dz_ptr.dtype.element_ty), mask=mask)
         total += tl.sum(d, axis=0)
     if db_ptr is not None:

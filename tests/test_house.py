@@ -28,11 +28,12 @@ TREE = {
 }  # fmt: skip
 WORDS = {"xlmr.batch_encoding", "xlmr.files", "xlmr.token_layout", "xlmr.sentencepiece_model", "xlmr.vocabulary"}
 TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
-SHARED = {f"xlmr.kernels.{name}" for name in ("_launch", "_dropout", "_loops", "_norm", "_products")}
+SHARED = {f"xlmr.kernels.{name}" for name in ("_launch", "_dropout", "_gelu", "_loops", "_norm", "_products")}
 KERNEL = Rule({"torch", "triton", *SHARED})
 RULES = {
     "kernels/_launch": Rule({"torch"}, {"triton"}),
     "kernels/_dropout": Rule({"torch", "triton"}),
+    "kernels/_gelu": Rule({"triton"}),
     "kernels/_loops": Rule({"triton"}),
     "kernels/_norm": Rule({"torch", "triton", "xlmr.kernels._launch"}),
     "kernels/_products": Rule({"torch", "triton", "xlmr.kernels._launch", "xlmr.kernels._loops"}),

@@ -18,7 +18,8 @@ Memory: 8 + 8 k bytes a row and chunk: 0.6 % of the fp32 logits at k = 5, 0.9 % 
 
 Backward computes z again, some words at a time: their dz stands in memory, rounded to the dtype of x, until the three
 gradients have taken it up. Of 2,048 words ("chunked") it is 0.4 % of the fp32 logits in bf16, and the products are as
-large as a layer's; of 256 ("recompute") a twentieth of a percent. Kept from forward: x, labels and lse, 4 bytes a row.
+large as a layer's; of 256 ("recompute") a twentieth of a percent. Fewer than 8,192 rows take more words at a time: the
+same 32 or 4 MB. Kept from forward: x, labels and lse, 4 bytes a row.
 
 Prediction for an H200, bf16, V = 250,002. Up to 64 rows (fill-mask) the weights' stream is the roof: 384 MB (N = 768)
 or 512 MB (1024) at 4.3 TB/s are 89 and 119 µs; 80 % of it, since 123 chunks keep 123 of 132 processors at work, with
@@ -43,8 +44,8 @@ def cost(T: int, N: int, V: int, itemsize: int, k: int = 0, backward: bool = Fal
     """Floating-point operations and bytes moved over T rows; k = 0: the loss (T labelled rows). Its backward computes z
     again, moves dz of every word three times, and the sum in dx, in fp32, twice a chunk."""
     if backward:
-        moved = (2 * T * N + 2 * V * N + 2 * V + 3 * T * V) * itemsize + 8 * T * N * triton.cdiv(V, WORDS["chunked"])
-        return 8 * T * N * V, moved
+        chunks = triton.cdiv(V, words_at_once(T, "chunked"))
+        return 8 * T * N * V, (2 * T * N + 2 * V * N + 2 * V + 3 * T * V) * itemsize + 8 * T * N * chunks
     partials = T * triton.cdiv(V, CHUNK) * (8 + 8 * k)
     return 2 * T * N * V, (T * N + V * N + V) * itemsize + 2 * partials + 12 * T * max(k, 1)
 
@@ -55,7 +56,8 @@ def activation_bytes(N: int, itemsize: int) -> int:
 
 
 CHUNK = 2048  # words a program: 123 chunks of 250,002 words
-WORDS = {"chunked": 2048, "recompute": 256}  # whose dz stands in memory at a time
+WORDS = {"chunked": 2048, "recompute": 256}  # whose dz stands in memory at a time, of ROWS or more rows
+ROWS = 8192
 MAX_K = 16  # candidates that a program keeps of a row
 FEW = 64  # rows up to which the weights' stream, not the product, is the cost
 
@@ -105,6 +107,12 @@ DZ_CONFIGS: Table = {
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(2**31 - 1)  # the word of an empty place: higher than any
+
+
+def words_at_once(T: int, backward: str) -> int:
+    """Whose dz stands in memory at a time: of fewer than ROWS rows so many more that it is as large as theirs, for then
+    launches, four for each chunk, are what takes the time."""
+    return WORDS[backward] * max(1, ROWS // max(T, 1))
 
 
 @triton.jit
@@ -568,20 +576,20 @@ class VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, smoothing: float,
-        z_loss: float, words: int,
+        z_loss: float, backward: str,
     ) -> Tensor:  # fmt: skip
         losses, *kept = _losses(x, weight, bias, labels, ignore_index, smoothing, z_loss)
         ctx.save_for_backward(weight, bias, *kept)
-        ctx.arguments, ctx.T = (smoothing, z_loss, words), len(losses)
+        ctx.settings, ctx.mode, ctx.T = (smoothing, z_loss), backward, len(losses)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, x, labels, lse, rows = ctx.saved_tensors
-        g = dlosses[rows].float()
+        g, words = dlosses[rows].float(), words_at_once(len(x), ctx.mode)
         dx, dw, db = vocab_cross_entropy_bwd(
-            g, Head(x, weight, bias), labels, lse, *ctx.arguments, ctx.needs_input_grad[:3]
+            g, Head(x, weight, bias), labels, lse, *ctx.settings, words, ctx.needs_input_grad[:3]
         )
         if dx is not None and len(rows) < ctx.T:
             dx = dx.new_zeros(ctx.T, dx.shape[1]).index_copy_(0, rows, dx)
@@ -611,7 +619,7 @@ def vocab_cross_entropy(
     x, weight, bias = autocast(x, weight, bias)
     arguments = x, weight, bias, labels, ignore_index, label_smoothing, z_loss
     if wants_gradients(x, weight, bias):
-        losses = VocabCrossEntropy.apply(*arguments, WORDS[backward])
+        losses = VocabCrossEntropy.apply(*arguments, backward)
     else:
         losses = _losses(*arguments)[0]
     if reduction == "none":

@@ -26,6 +26,7 @@ LAUNCHED_CHUNK = vocab_softmax.CHUNK
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocab_softmax, "CHUNK", CHUNK)
+    monkeypatch.setattr(vocab_softmax, "ROWS", 1)
     for module in (vocab_softmax, eager):
         monkeypatch.setattr(module, "WORDS", {"chunked": 64, "recompute": 24})
 
@@ -240,6 +241,15 @@ def test_logits_never_stand_in_memory(
     assert {name: 100 * count / 250_002 for name, count in WORDS.items()} == {
         "chunked": pytest.approx(0.82, abs=0.01), "recompute": pytest.approx(0.10, abs=0.01),
     }  # fmt: skip
+
+
+def test_few_rows_take_more_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for mode, megabytes in (("chunked", 32), ("recompute", 4)):
+        sizes = {T: 2 * T * vocab_softmax.words_at_once(T, mode) / 2**20 for T in (0, 1, 1229, 8192, 65536)}
+        assert sizes[0] == 0
+        assert 0.75 * megabytes < sizes[1229] <= sizes[1] == sizes[8192] == megabytes
+        assert sizes[65536] == 8 * megabytes
 
 
 def test_autocast(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as sentence_modules
 
 import xlmr
-from xlmr import integrations
+from xlmr import integrations, ops
 from xlmr.demo import CHECKPOINT
 from xlmr.family import KINDS, REFUSED
 
@@ -80,7 +80,34 @@ def test_accelerate_shares_and_is_undone() -> None:
     assert [type(m) for m in host.modules()] != kinds
     integrations.unpatch(host)
     assert [type(m) for m in host.modules()] == kinds
-    assert not {"view", "every_position"} & vars(host.encoder).keys()
+    assert not {"view", "every_position", "backend"} & vars(host.encoder).keys()
+
+
+@pytest.mark.parametrize("how", ["accelerate", "patch_transformers"])
+def test_packed_weights_inside_a_host(how: str, tmp_path: Any) -> None:
+    host = build("XLMRoberta", "Model")
+    host.save_pretrained(tmp_path)
+    if how == "accelerate":
+        ours = integrations.accelerate(copy.deepcopy(host), backend="prepacked")
+    else:
+        integrations.patch_transformers(backend="eager")
+        integrations.patch_transformers(backend="prepacked")  # the last word counts
+        ours = transformers.XLMRobertaModel.from_pretrained(tmp_path).eval()
+    kept = batch()["attention_mask"] > 0
+    for _ in range(2):
+        with torch.no_grad():
+            a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+        operation = ours.encoder.__dict__["view"][0].layer[0].output.ops.linear
+        assert len(operation.__self__._packed) == 6 * host.config.num_hidden_layers
+        for model in (host, ours):  # as a training step does
+            with torch.no_grad():
+                model.encoder.layer[1].output.dense.weight.mul_(1.5)
+    integrations.accelerate(ours)
+    ours(**batch())
+    assert ours.encoder.__dict__["view"][0].layer[0].output.ops is ops.EAGER
+    with pytest.raises(ValueError, match="allowed are 'auto', 'eager'"):
+        integrations.accelerate(ours, backend="fast")
 
 
 def test_hidden_states_and_attentions_are_the_hosts() -> None:

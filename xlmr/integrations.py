@@ -39,27 +39,33 @@ _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is o
 _replaced: dict[tuple[Any, str], Any] = {}  # (class or module, attribute) → what it was before
 
 
-def patch_transformers() -> None:
+def patch_transformers(*, backend: str = "auto") -> None:
     """Every XLM-R, RoBERTa, CamemBERT and BERT encoder that is built from now on is ours, also inside AutoModel,
     SentenceTransformer and CrossEncoder; undone by `unpatch`. Positions whose mask is 0 give zeros, except under a head
     of transformers that reads them. ImportError without transformers 4.57 or later.
 
+    backend: one of xlmr.ops.BACKENDS; "prepacked" is the fastest on a CPU, for models that only infer (xlmr.prepacked).
+
     The classes are exchanged in their modules. transformers.monkey_patching does the same while a model is built, but
     in 5.6 to 5.15 it imports every image processor on its way, and so fails without torchvision.
     """
+    resolve(backend, torch.device("meta"))
     _require_transformers()
     for model_type, kind in KINDS.items():
-        _replace(_host_module(model_type), kind.named("Encoder"), _packed_class(model_type))
+        packed = _packed_class(model_type)
+        _replace(packed, "backend", backend)
+        _replace(_host_module(model_type), kind.named("Encoder"), packed)
 
 
-def accelerate(model: Any, *, unpad: bool = True) -> Any:
+def accelerate(model: Any, *, unpad: bool = True, backend: str = "auto") -> Any:
     """Makes the encoders inside `model` (of transformers, a SentenceTransformer, a CrossEncoder) ours, in place, and
     returns it; parameters, state_dict and config stay. Undone by `unpatch`, of this model or of all.
 
     unpad: whether positions whose mask is 0 are left out and give zeros, except under a head of transformers that
-    reads them; False computes every position. TypeError where there is no encoder of the family, with the reason;
-    ImportError without transformers 4.57 or later.
+    reads them; False computes every position. backend: as in `patch_transformers`. TypeError where there is no encoder
+    of the family, with the reason; ImportError without transformers 4.57 or later.
     """
+    resolve(backend, torch.device("meta"))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch module, such as a transformers model")
     _require_transformers()
@@ -73,7 +79,7 @@ def accelerate(model: Any, *, unpad: bool = True) -> Any:
     _watch_heads()
     for encoder in encoders:
         encoder.__class__ = ours.get(type(encoder), type(encoder))  # a subclass of what it was
-        encoder.every_position = not unpad  # type: ignore[assignment]
+        encoder.every_position, encoder.backend = not unpad, backend  # type: ignore[assignment]
         _ours.add(encoder)
     return model
 
@@ -83,8 +89,8 @@ def unpatch(model: nn.Module | None = None) -> None:
     for module in list(_ours) if model is None else model.modules():
         host = getattr(type(module), "host_class", None)
         if host is not None:
-            module.__dict__.pop("view", None)
-            module.__dict__.pop("every_position", None)
+            for name in ("view", "every_position", "backend"):
+                module.__dict__.pop(name, None)
             module.__class__ = host
             _ours.discard(module)
     if model is not None:
@@ -173,7 +179,13 @@ def _packed_class(model_type: str) -> type[nn.Module]:
         return {name: value for name, value in self.__dict__.items() if name != "view"}  # rebuilt where needed
 
     members = {"__new__": __new__, "forward": forward, "__getstate__": __getstate__}
-    facts = {"host_class": host, "every_position": False, "__doc__": host.__doc__, "__module__": __name__}
+    facts = {
+        "host_class": host,
+        "every_position": False,
+        "backend": "auto",
+        "__doc__": host.__doc__,
+        "__module__": __name__,
+    }
     return type(f"Packed{host.__name__}", (host,), {**members, **facts})
 
 
@@ -191,7 +203,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
     """Sets an attribute until `unpatch`."""
     if (owner, name) not in _replaced:
         _replaced[owner, name] = getattr(owner, name)
-        setattr(owner, name, value)
+    setattr(owner, name, value)
 
 
 def _watch_heads() -> None:
@@ -236,8 +248,9 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     if beyond or any(layer.training and layer.gradient_checkpointing for layer in layers):
         return None
     known = encoder.__dict__.get("view")
-    if known is None or known[1] != device or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
-        known = encoder.__dict__["view"] = _build(encoder, device), device, modules
+    path = encoder.backend, device
+    if known is None or known[1] != path or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
+        known = encoder.__dict__["view"] = _build(encoder, device), path, modules
     view: XLMRobertaEncoder | None = known[0]
     return None if any(map(_hooked, modules[1:])) else view
 
@@ -263,7 +276,7 @@ def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
                          num_hidden_layers=len(encoder.layer), vocab_size=2,
                          chunk_size_feed_forward=config.chunk_size_feed_forward)
     )  # fmt: skip
-    ops, _ = resolve("auto", device)
+    ops, _ = resolve(encoder.backend, device)
     for name, ours in list(view.named_modules()):
         theirs = encoder.get_submodule(name)
         if isinstance(ours, Block):

@@ -35,7 +35,7 @@ from .files import resolve, write_atomically
 from .kernels._launch import unsupported
 from .ops import BACKENDS
 from .pipelines import Pipeline, pipeline
-from .spans import STRATEGIES
+from .pipelines.token_classification import STRATEGIES
 from .verify import Verdict, verify, verify_gradients
 from .weights import SHARD, WEIGHTS, read_weights, write_weights
 

@@ -1,16 +1,66 @@
-"""Scores of tokens to stretches of a text: named entities and answers, by the rules of transformers' pipelines."""
+"""token-classification: the named entities of a text, by the rules of transformers' pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from .tokenizer import XLMRobertaTokenizer
+from ..heads import XLMRobertaForTokenClassification
+from ..tokenizer import XLMRobertaTokenizer
+from .base import Pipeline
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
+
+
+class TokenClassificationPipeline(Pipeline):
+    """The named entities of a text, as transformers.TokenClassificationPipeline gives them."""
+
+    task = "token-classification"
+    model_class = XLMRobertaForTokenClassification
+
+    @torch.no_grad()
+    def answers(
+        self,
+        texts: list[str],
+        aggregation_strategy: str = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+        batch_size: int | None = None,
+    ) -> list[Any]:
+        """For each text a list, with "none" of a {entity, score, index, word, start, end} a token, else of
+        {entity_group, score, word, start, end}. start and end count characters of the text.
+
+        aggregation_strategy: one of STRATEGIES, see spans.entities. ignore_labels: are left out. stride: a longer text
+        is read in windows that share so many tokens; without it, it is truncated, as in the reference.
+        """
+        strategy = str(aggregation_strategy).lower()
+        if strategy not in STRATEGIES:
+            allowed = ", ".join(map(repr, STRATEGIES))
+            raise ValueError(f"aggregation_strategy is {aggregation_strategy!r}: allowed are {allowed}")
+        if stride is not None and strategy == "none":
+            raise ValueError("stride needs an aggregation_strategy that makes entities, which windows may share")
+        windows: dict[str, Any] = {} if stride is None else {"stride": stride, "return_overflowing_tokens": True}
+        batch = self.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self._longest,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            **windows,
+        )
+        logits = self._token_logits(batch["input_ids"], self.model.classifier, batch_size)
+        owners = batch.get("overflow_to_sample_mapping", range(len(texts)))
+        columns = (batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"])
+        found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
+        for owner, row, ids, offsets, special in zip(owners, logits, *columns, strict=True):
+            tokens = tokens_of(texts[owner], ids, row.softmax(-1).tolist(), offsets, special, self.tokenizer)
+            rows = entities(tokens, strategy, self.model.config.id2label, self.tokenizer)
+            key = "entity" if strategy == "none" else "entity_group"
+            found[owner].append([one for one in rows if one[key] not in ignore_labels])
+        return [without_overlaps(chain.from_iterable(own)) if len(own) > 1 else own[0] for own in found]
 
 
 class Token(NamedTuple):
@@ -123,29 +173,3 @@ def without_overlaps(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _weight(one: dict[str, Any]) -> tuple[int, float]:
     return one["end"] - one["start"], one["score"]
-
-
-class Window(NamedTuple):
-    """The best stretches of tokens (first, last, score) in a window, and the score of there being no answer."""
-
-    spans: list[tuple[int, int, float]]
-    none: float
-
-
-def best_spans(logits: Tensor, allowed: Sequence[bool], k: int, longest: int) -> Window:
-    """The k best answers by logits [L, 2] of starts and ends, at most `longest` tokens long, of `allowed` tokens only.
-
-    The softmax of either runs over the allowed tokens and the first one, `<s>`, which stands for no answer.
-    """
-    outside = torch.tensor([not (ok or i == 0) for i, ok in enumerate(allowed)])
-    start, end = logits.float().masked_fill(outside[:, None], -1e4).softmax(0).unbind(1)
-    none = float(start[0] * end[0])
-    scores = (start[:, None] * end).triu().tril(longest - 1)
-    scores[0], scores[:, 0] = 0, 0
-    values, places = scores.flatten().topk(min(k, scores.numel()))
-    spans = []
-    for value, place in zip(values.tolist(), places.tolist(), strict=True):
-        first, last = divmod(place, len(allowed))
-        if allowed[first] and allowed[last] and first <= last < first + longest:
-            spans.append((first, last, value))
-    return Window(spans, none)

@@ -1,0 +1,107 @@
+"""Text in, answers out: `pipeline(task, model)` gives a callable that returns what transformers' pipeline does.
+
+A task has a file of its own here; base.py is what they share.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+
+from ..checkpoint import place_on
+from ..config import XLMRobertaConfig
+from ..demo import CHECKPOINT
+from ..encode import choose_device
+from ..encoder import Encoder, load
+from ..files import own_keywords
+from ..model import XLMRobertaModel
+from ..pretrained import XLMRobertaPreTrainedModel
+from ..tokenizer import XLMRobertaTokenizer
+from .base import Pipeline
+from .feature_extraction import FeatureExtractionPipeline
+from .fill_mask import FillMaskPipeline
+from .question_answering import QuestionAnsweringPipeline
+from .sentence_similarity import SentenceSimilarityPipeline
+from .text_classification import TextClassificationPipeline
+from .token_classification import TokenClassificationPipeline
+from .zero_shot_classification import ZeroShotClassificationPipeline
+
+PIPELINES: dict[str, type[Pipeline]] = {
+    cls.task: cls
+    for cls in (
+        FillMaskPipeline,
+        FeatureExtractionPipeline,
+        TextClassificationPipeline,
+        TokenClassificationPipeline,
+        QuestionAnsweringPipeline,
+        ZeroShotClassificationPipeline,
+        SentenceSimilarityPipeline,
+    )
+}
+ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
+
+
+def pipeline(
+    task: str,
+    model: str | PathLike[str] | XLMRobertaPreTrainedModel | None = None,
+    tokenizer: str | PathLike[str] | XLMRobertaTokenizer | None = None,
+    *,
+    device: int | str | torch.device | None = None,
+    device_map: Any = None,
+    dtype: str | torch.dtype = "auto",
+    torch_dtype: str | torch.dtype | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    backend: str = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> Pipeline:
+    """The pipeline of `task`, one of PIPELINES, on a checkpoint directory, a hub name or a model.
+
+    model: None is the embedded demo. tokenizer: by default the one beside the model's weights. device: by default a GPU
+    where there is one, while a model that is given stays where it is; a number is a GPU's, -1 the CPU. device_map,
+    dtype, torch_dtype, backend, revision and token are from_pretrained's, model_kwargs more of its keywords. options:
+    defaults for those of the task's calls. Raises ValueError and TypeError for an unknown task, option or kind of
+    model, OSError for a checkpoint that cannot be read.
+    """
+    task = ALIASES.get(task, task)
+    if task not in PIPELINES:
+        raise ValueError(f"{task!r} is no task: allowed are {', '.join(map(repr, [*PIPELINES, *ALIASES]))}")
+    cls = PIPELINES[task]
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    device = device if device_map is None else place_on(device, device_map)
+    path = {"dtype": dtype if torch_dtype is None else torch_dtype, "backend": backend, **(model_kwargs or {})}
+    source: Any = CHECKPOINT if model is None else model
+    if isinstance(source, Encoder) or (cls is SentenceSimilarityPipeline and isinstance(source, (str, PathLike))):
+        if isinstance(source, (str, PathLike)):
+            source = load(source, device=choose_device(device), **own_keywords(path), **hub)
+        return cls(source, None, **options)
+    words = source if tokenizer is None else tokenizer
+    if isinstance(source, (str, PathLike)):
+        source = _load(cls, source, device=choose_device(device), **path, **hub)
+    elif device is not None:
+        source = source.to(choose_device(device))
+    if isinstance(words, XLMRobertaPreTrainedModel):
+        raise ValueError("a model was given without its tokenizer: pass tokenizer=, a tokenizer or its directory")
+    if isinstance(words, (str, PathLike)):
+        words = XLMRobertaTokenizer.from_pretrained(words, **hub)
+    if cls is SentenceSimilarityPipeline and isinstance(source, XLMRobertaModel):
+        source = Encoder(source, words)
+    return cls(source, words, **options)
+
+
+def _load(cls: type[Pipeline], where: Any, *, revision: Any, token: Any, **path: Any) -> Any:
+    """The model in a directory; ValueError if the head that the task needs is not in it."""
+    hub = {"revision": revision, "token": token}
+    config = XLMRobertaConfig.from_pretrained(where, **hub)
+    kind = cls.saved_class(config)
+    model, info = kind.from_pretrained(where, output_loading_info=True, **path, **hub)
+    missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
+    if missing:
+        raise ValueError(
+            f"{where} holds a {' or '.join(config.architectures or ['base model'])}, {cls.task} needs the weights of "
+            f"an xlmr.{kind.__name__}: it lacks {', '.join(missing[:4])}"
+        )
+    return model

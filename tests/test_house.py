@@ -31,8 +31,7 @@ TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
 SHARED = {f"xlmr.kernels.{name}" for name in ("_launch", "_dropout", "_loops", "_norm", "_products")}
 KERNEL = Rule({"torch", "triton", *SHARED})
 PIPELINES = (
-    "feature_extraction", "fill_mask", "question_answering", "text_classification", "token_classification",
-    "zero_shot_classification",
+    "feature_extraction", "fill_mask", "text_classification", "token_classification", "zero_shot_classification",
 )  # fmt: skip
 RULES = {
     "kernels/_launch": Rule({"torch"}, {"triton"}),
@@ -71,7 +70,8 @@ RULES = {
     "xlmr/pipelines/__init__": Rule(TASKS | {"xlmr.demo", "xlmr.encode", "xlmr.encoder", "xlmr.pipelines"}),
     "xlmr/pipelines/base": Rule(TASKS | {"xlmr.encode"}, {"tqdm"}),
     **{f"xlmr/pipelines/{name}": Rule(TASKS | {"xlmr.encode", "xlmr.pipelines.base"}) for name in PIPELINES},
-    "xlmr/pipelines/sentence_similarity": Rule({"xlmr.encode", "xlmr.encoder", "xlmr.pipelines.base"}),
+    "xlmr/pipelines/question_answering": Rule(TASKS | {"xlmr.batch_encoding", "xlmr.pipelines.base"}),
+    "xlmr/pipelines/sentence_similarity": Rule(TASKS | {"xlmr.encode", "xlmr.encoder", "xlmr.pipelines.base"}),
     "xlmr/pretrain": Rule(TASKS | {"xlmr.encode"}, {"matplotlib", "tqdm"}),
     "xlmr/pretrained": Rule(TREE),
     "xlmr/sentence_directory": Rule({"torch", "xlmr.encode", "xlmr.family", "xlmr.files", "xlmr.weights"}),

@@ -11,12 +11,9 @@ from typing import Any
 import torch
 
 from ..checkpoint import place_on
-from ..config import XLMRobertaConfig
 from ..demo import CHECKPOINT
 from ..encode import choose_device
-from ..encoder import Encoder, load
-from ..files import own_keywords
-from ..model import XLMRobertaModel
+from ..encoder import Encoder
 from ..pretrained import XLMRobertaPreTrainedModel
 from ..tokenizer import XLMRobertaTokenizer
 from .base import Pipeline
@@ -45,7 +42,7 @@ ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classifica
 
 def pipeline(
     task: str,
-    model: str | PathLike[str] | XLMRobertaPreTrainedModel | None = None,
+    model: str | PathLike[str] | XLMRobertaPreTrainedModel | Encoder | None = None,
     tokenizer: str | PathLike[str] | XLMRobertaTokenizer | None = None,
     *,
     device: int | str | torch.device | None = None,
@@ -60,11 +57,11 @@ def pipeline(
 ) -> Pipeline:
     """The pipeline of `task`, one of PIPELINES, on a checkpoint directory, a hub name or a model.
 
-    model: None is the embedded demo. tokenizer: by default the one beside the model's weights. device: by default a GPU
-    where there is one, while a model that is given stays where it is; a number is a GPU's, -1 the CPU. device_map,
-    dtype, torch_dtype, backend, revision and token are from_pretrained's, model_kwargs more of its keywords. options:
-    defaults for those of the task's calls. Raises ValueError and TypeError for an unknown task, option or kind of
-    model, OSError for a checkpoint that cannot be read.
+    model: None is the embedded demo; sentence-similarity takes an Encoder, too. tokenizer: by default the one beside
+    the model's weights. device: by default a GPU where there is one, while a model that is given stays where it is; a
+    number is a GPU's, -1 the CPU. device_map, dtype, torch_dtype, backend, revision and token are from_pretrained's,
+    model_kwargs more of its keywords. options: defaults for those of the task's calls. Raises ValueError and TypeError
+    for an unknown task, option or kind of model, OSError for a checkpoint that cannot be read.
     """
     task = ALIASES.get(task, task)
     if task not in PIPELINES:
@@ -72,36 +69,17 @@ def pipeline(
     cls = PIPELINES[task]
     hub: dict[str, Any] = {"revision": revision, "token": token}
     device = device if device_map is None else place_on(device, device_map)
-    path = {"dtype": dtype if torch_dtype is None else torch_dtype, "backend": backend, **(model_kwargs or {})}
     source: Any = CHECKPOINT if model is None else model
-    if isinstance(source, Encoder) or (cls is SentenceSimilarityPipeline and isinstance(source, (str, PathLike))):
-        if isinstance(source, (str, PathLike)):
-            source = load(source, device=choose_device(device), **own_keywords(path), **hub)
-        return cls(source, None, **options)
-    words = source if tokenizer is None else tokenizer
     if isinstance(source, (str, PathLike)):
-        source = _load(cls, source, device=choose_device(device), **path, **hub)
-    elif device is not None:
-        source = source.to(choose_device(device))
-    if isinstance(words, XLMRobertaPreTrainedModel):
-        raise ValueError("a model was given without its tokenizer: pass tokenizer=, a tokenizer or its directory")
-    if isinstance(words, (str, PathLike)):
-        words = XLMRobertaTokenizer.from_pretrained(words, **hub)
-    if cls is SentenceSimilarityPipeline and isinstance(source, XLMRobertaModel):
-        source = Encoder(source, words)
-    return cls(source, words, **options)
-
-
-def _load(cls: type[Pipeline], where: Any, *, revision: Any, token: Any, **path: Any) -> Any:
-    """The model in a directory; ValueError if the head that the task needs is not in it."""
-    hub = {"revision": revision, "token": token}
-    config = XLMRobertaConfig.from_pretrained(where, **hub)
-    kind = cls.saved_class(config)
-    model, info = kind.from_pretrained(where, output_loading_info=True, **path, **hub)
-    missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
-    if missing:
-        raise ValueError(
-            f"{where} holds a {' or '.join(config.architectures or ['base model'])}, {cls.task} needs the weights of "
-            f"an xlmr.{kind.__name__}: it lacks {', '.join(missing[:4])}"
-        )
-    return model
+        path = {"dtype": dtype if torch_dtype is None else torch_dtype, "backend": backend, **(model_kwargs or {})}
+        tokenizer = source if tokenizer is None else tokenizer
+        source = cls.from_checkpoint(source, device=choose_device(device), **path, **hub)
+    elif isinstance(source, torch.nn.Module):
+        source = source if device is None else source.to(choose_device(device))
+        if tokenizer is None:
+            raise ValueError("a model was given without its tokenizer: pass tokenizer=, a tokenizer or its directory")
+    if isinstance(source, Encoder):  # which has its own
+        tokenizer = None
+    elif isinstance(tokenizer, (str, PathLike)):
+        tokenizer = XLMRobertaTokenizer.from_pretrained(tokenizer, **hub)
+    return cls(source, tokenizer, **options)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
+from os import PathLike
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import XLMRobertaConfig
-from ..encode import BATCH_TOKENS, batches, first_logits, pack
+from ..encode import BATCH_TOKENS, Packed, batches, first_logits, pack
 from ..files import own_keywords
 from ..pretrained import XLMRobertaPreTrainedModel
 
@@ -53,6 +54,21 @@ class Pipeline(ABC):
         """The class that a checkpoint is loaded as."""
         return cls.model_class
 
+    @classmethod
+    def from_checkpoint(cls, where: str | PathLike[str], *, revision: Any, token: Any, **path: Any) -> Any:
+        """What the constructor takes as `model`, read from a directory or the hub; ValueError if it lacks the weights
+        of the head that the task needs."""
+        config = XLMRobertaConfig.from_pretrained(where, revision=revision, token=token)
+        kind = cls.saved_class(config)
+        model, info = kind.from_pretrained(where, output_loading_info=True, revision=revision, token=token, **path)
+        missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
+        if missing:
+            raise ValueError(
+                f"{where} holds a {' or '.join(config.architectures or ['base model'])}, {cls.task} needs the weights "
+                f"of an xlmr.{kind.__name__}: it lacks {', '.join(missing[:4])}"
+            )
+        return model
+
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -76,7 +92,7 @@ class Pipeline(ABC):
         return self._all(inputs, options)
 
     def _all(self, inputs: Any, options: dict[str, Any]) -> list[Any]:
-        """The answers for a list."""
+        """The answers for a list; TypeError for what is none, or holds what is no input."""
         given = [self._read(text) for text in inputs] if isinstance(inputs, list | tuple) else [None]
         if None in given:
             raise TypeError(f"inputs is {inputs!r:.80}: {self.takes}, or a list of such, is needed")
@@ -91,6 +107,7 @@ class Pipeline(ABC):
         """One answer per text; the keyword parameters are the task's options."""
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that `answers` takes; TypeError for any other."""
         options = own_keywords(options)
         allowed = list(inspect.signature(self.answers).parameters)[1:]
         for name in options:
@@ -100,6 +117,7 @@ class Pipeline(ABC):
         return {name: getattr(value, "value", value) for name, value in options.items()}
 
     def _encode(self, texts: Sequence[Text], tokenizer_kwargs: dict[str, Any] | None) -> list[Unpadded]:
+        """The texts tokenised; ValueError for one that the model cannot take whole."""
         batch = self.tokenizer(list(texts), **(tokenizer_kwargs or {})) if texts else {"input_ids": []}
         if len(batch["input_ids"]) != len(texts):
             raise ValueError("return_overflowing_tokens cuts a text into several: a pipeline takes each text whole")
@@ -125,34 +143,41 @@ class Pipeline(ABC):
         """The tokens that a text is truncated to."""
         return min(self.model.config.max_length, self.tokenizer.model_max_length)
 
-    def _batches(self, sequences: Sequence[Sequence[int]], batch_size: int | None) -> Iterator[list[int]]:
-        """The indices of `sequences`, lists of token ids, batch by batch."""
+    def _batches(self, sequences: Sequence[list[int]], batch_size: int | None) -> Iterator[tuple[list[int], Packed]]:
+        """`sequences`, lists of token ids, batch by batch: their indices, and themselves packed on the device."""
         found = batches([len(ids) for ids in sequences], BATCH_TOKENS, batch_size)
+        packed = ((batch, pack([sequences[i] for i in batch], self.device)) for batch in found)
         if len(sequences) < LONG_LIST:
-            yield from found
+            yield from packed
             return
         from tqdm import tqdm
 
         with tqdm(total=len(sequences), unit="text", desc=self.task, disable=None) as bar:  # None: where no one looks
-            for batch in found:
+            for batch in packed:
                 yield batch
-                bar.update(len(batch))
+                bar.update(len(batch[0]))
 
-    def _text_logits(self, encoded: Sequence[Unpadded], batch_size: int | None) -> Tensor:
-        """What a ForSequenceClassification makes of each text: fp32 [len(encoded), labels], on the CPU. Of the last
-        layer only the first tokens are computed."""
-        out = torch.empty(len(encoded), self.model.config.num_labels)
-        for batch in self._batches([one.ids for one in encoded], batch_size):
-            packed = pack([encoded[i].ids for i in batch], self.device)
+    def _text_logits(self, sequences: Sequence[list[int]], batch_size: int | None) -> Tensor:
+        """What a ForSequenceClassification makes of each of `sequences`: fp32 [len(sequences), labels], on the CPU. Of
+        the last layer only the first tokens are computed."""
+        out = torch.empty(len(sequences), self.model.config.num_labels)
+        for batch, packed in self._batches(sequences, batch_size):
             out[batch] = first_logits(self.model, packed).float().cpu()
         return out
 
+    def _token_rows(
+        self, sequences: Sequence[list[int]], compute: Callable[[Packed], Tensor], batch_size: int | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Of each of `sequences` the index and [L, …], on the CPU, of what `compute` makes of a batch, [T, …]."""
+        for batch, packed in self._batches(sequences, batch_size):
+            rows = compute(packed).cpu()
+            yield from zip(batch, rows.split([len(sequences[i]) for i in batch]), strict=True)
+
     def _token_logits(self, sequences: Sequence[list[int]], head: Any, batch_size: int | None) -> list[Tensor]:
         """Of each of `sequences` what `head`, a linear layer, makes of the last layer: fp32 [L, labels], on the CPU."""
-        found: list[Any] = [None] * len(sequences)
-        for batch in self._batches(sequences, batch_size):
-            packed = pack([sequences[i] for i in batch], self.device)
-            logits = self.model.linear(head, self.model.base_model.forward_packed(*packed)).float().cpu()
-            for i, own in zip(batch, logits.split([len(sequences[i]) for i in batch]), strict=True):
-                found[i] = own
-        return found
+
+        def logits(packed: Packed) -> Tensor:
+            return self.model.linear(head, self.model.base_model.forward_packed(*packed)).float()
+
+        found = dict(self._token_rows(sequences, logits, batch_size))
+        return [found[i] for i in range(len(sequences))]

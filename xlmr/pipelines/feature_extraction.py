@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import heads
 from ..config import XLMRobertaConfig
-from ..encode import pack
+from ..encode import Packed
 from ..model import XLMRobertaModel
 from ..pretrained import XLMRobertaPreTrainedModel
 from .base import Pipeline
@@ -47,13 +48,12 @@ class FeatureExtractionPipeline(Pipeline):
                 raise ValueError("truncation is given twice, as an option and in tokenize_kwargs: give it once")
             tokenize_kwargs["truncation"] = truncation
         encoded = self._encode(texts, tokenize_kwargs)
-        base = self.model.base_model
         answers: list[Any] = [None] * len(texts)
-        for batch in self._batches([one.ids for one in encoded], batch_size):
-            packed = pack([encoded[i].ids for i in batch], self.device)
-            rows = base.forward_packed(*packed).cpu()
-            for i, own in zip(batch, rows.split([len(encoded[i].ids) for i in batch]), strict=True):
-                features = own.new_zeros(1, encoded[i].length, own.shape[1])
-                features[0, encoded[i].kept] = own
-                answers[i] = features if return_tensors else features.tolist()
+        for i, rows in self._token_rows([one.ids for one in encoded], self._last_layer, batch_size):
+            features = rows.new_zeros(1, encoded[i].length, rows.shape[1])
+            features[0, encoded[i].kept] = rows
+            answers[i] = features if return_tensors else features.tolist()
         return answers
+
+    def _last_layer(self, packed: Packed) -> Tensor:
+        return self.model.base_model.forward_packed(*packed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encode import pack
+from ..encode import Packed
 from ..heads import XLMRobertaForMaskedLM
 from .base import Pipeline
 
@@ -22,6 +22,12 @@ class FillMaskPipeline(Pipeline):
 
     task = "fill-mask"
     model_class = XLMRobertaForMaskedLM
+
+    def __call__(self, inputs: str | Sequence[str], **options: Any) -> Any:
+        """The answer for a string, the list of answers for a list of strings; of one string, its one answer, as in the
+        reference. See `answers` for the options, Pipeline for the errors."""
+        found = super().__call__(inputs, **options)
+        return found[0] if isinstance(inputs, list | tuple) and len(inputs) == 1 else found
 
     @torch.no_grad()
     def answers(
@@ -38,33 +44,24 @@ class FillMaskPipeline(Pipeline):
         score: the probability among the whole vocabulary, from a softmax in fp32 or more. batch_size: the most texts
         run at once.
         """
+        vocab_size = self.model.config.vocab_size
         top_k = 5 if top_k is None else top_k
+        if not 1 <= top_k <= vocab_size:
+            raise ValueError(f"top_k is {top_k}: allowed are 1 to {vocab_size}, the vocabulary's size")
         words = None if targets is None else self._words([targets] if isinstance(targets, str) else targets)
-        limit = self.model.config.vocab_size if words is None else len(words)
-        if not 1 <= top_k <= self.model.config.vocab_size:
-            raise ValueError(
-                f"top_k is {top_k}: allowed are 1 to {self.model.config.vocab_size}, the vocabulary's size"
-            )
-        encoded = self._encode(texts, tokenizer_kwargs)
-        masks = [self._masks(text, one.ids) for text, one in zip(texts, encoded, strict=True)]
+        k = top_k if words is None else min(top_k, len(words))
+        ids = [one.ids for one in self._encode(texts, tokenizer_kwargs)]
+        masks = [self._masks(text, own) for text, own in zip(texts, ids, strict=True)]
         answers: list[Any] = [None] * len(texts)
-        for batch in self._batches([one.ids for one in encoded], batch_size):
-            scores, tokens = self._best([(encoded[i].ids, masks[i]) for i in batch], min(top_k, limit), words)
+        for batch, packed in self._batches(ids, batch_size):
+            best = self._best(packed, [(ids[i], masks[i]) for i in batch], k, words)
             for i in batch:
-                rows = [
-                    self._row(encoded[i].ids, mask, next(scores), next(tokens), readable=len(masks[i]) == 1)
-                    for mask in masks[i]
-                ]
+                rows = [self._row(ids[i], mask, next(best), readable=len(masks[i]) == 1) for mask in masks[i]]
                 answers[i] = rows[0] if len(rows) == 1 else rows
         return answers
 
-    def __call__(self, inputs: str | Sequence[str], **options: Any) -> Any:
-        """The answer for a string, the list of answers for a list of strings; of one string, its one answer, as in the
-        reference. See `answers` for the options, Pipeline for the errors."""
-        found = super().__call__(inputs, **options)
-        return found[0] if isinstance(inputs, list | tuple) and len(inputs) == 1 else found
-
     def _masks(self, text: str, ids: list[int]) -> list[int]:
+        """Where the masks stand among the text's ids; ValueError if nowhere."""
         masks = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if not masks:
             raise ValueError(
@@ -73,22 +70,20 @@ class FillMaskPipeline(Pipeline):
         return masks
 
     def _best(
-        self, sequences: list[tuple[list[int], list[int]]], k: int, words: Tensor | None
-    ) -> tuple[Iterator[list[float]], Iterator[list[int]]]:
-        """The k best scores and tokens of every mask, in the order of the masks of the sequences (ids, masks)."""
-        packed = pack([ids for ids, _ in sequences], self.device)
+        self, packed: Packed, sequences: list[tuple[list[int], list[int]]], k: int, words: Tensor | None
+    ) -> Iterator[list[tuple[float, int]]]:
+        """For every mask of the packed sequences (ids, masks), in their order, its k best (score, token)."""
         starts = accumulate((len(ids) for ids, _ in sequences), initial=0)
         rows = [start + mask for start, (_, masks) in zip(starts, sequences, strict=False) for mask in masks]
         where = torch.tensor(rows, device=self.device)
         scores, tokens = self.model.topk_packed(*packed, rows=where, k=k, targets=words)
-        return iter(scores.exp().tolist()), iter(tokens.tolist())
+        columns = zip(scores.exp().tolist(), tokens.tolist(), strict=True)
+        return (list(zip(*both, strict=True)) for both in columns)
 
-    def _row(
-        self, ids: list[int], mask: int, scores: list[float], tokens: list[int], readable: bool
-    ) -> list[dict[str, Any]]:
+    def _row(self, ids: list[int], mask: int, best: list[tuple[float, int]], readable: bool) -> list[dict[str, Any]]:
         """The answers for one mask of a text. Where there are others, `sequence` shows them: special tokens stay."""
         row = []
-        for score, token in zip(scores, tokens, strict=True):
+        for score, token in best:
             filled = [*ids[:mask], token, *ids[mask + 1 :]]
             filled = [token for token in filled if token != self.tokenizer.pad_token_id]
             sequence = self.tokenizer.decode(filled, skip_special_tokens=readable)

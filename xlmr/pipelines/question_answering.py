@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..batch_encoding import Encoding
 from ..heads import XLMRobertaForQuestionAnswering
 from .base import Pipeline
 
@@ -22,16 +23,7 @@ class QuestionAnsweringPipeline(Pipeline):
     def __call__(self, inputs: Any = None, question: Any = None, context: Any = None, **options: Any) -> Any:
         """The answer for a dict of question and context, a list for a list of several; or for `question` and
         `context`, strings, or lists of as many, one context serving all questions."""
-        if inputs is None:
-            if isinstance(question, list | tuple):
-                contexts = [context] * len(question) if isinstance(context, str) else list(context or ())
-                if len(contexts) != len(question):
-                    raise ValueError(
-                        f"there are {len(question)} questions and {len(contexts)} contexts: as many needed"
-                    )
-                inputs = [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
-            else:
-                inputs = {"question": question, "context": context}
+        inputs = _asked(question, context) if inputs is None else inputs
         found = super().__call__(inputs, **options)
         return found[0] if isinstance(inputs, list | tuple) and len(inputs) == 1 else found
 
@@ -76,40 +68,29 @@ class QuestionAnsweringPipeline(Pipeline):
             return_overflowing_tokens=True,
         )
         logits = self._token_logits(batch["input_ids"], self.model.qa_outputs, batch_size)
-        found: list[list[tuple[int, Window]]] = [[] for _ in texts]
-        for row, owner in enumerate(batch["overflow_to_sample_mapping"]):
-            allowed = [sequence == 1 for sequence in batch.sequence_ids(row)]
-            found[owner].append((row, best_spans(logits[row], allowed, top_k, max_answer_len)))
-        answers = []
+        found: list[list[tuple[Encoding, Window]]] = [[] for _ in texts]
+        for owner, row, own in zip(batch["overflow_to_sample_mapping"], batch.encodings, logits, strict=True):
+            allowed = [sequence == 1 for sequence in row.sequence_ids]
+            found[owner].append((row, best_spans(own, allowed, top_k, max_answer_len)))
+        answers: list[Any] = []
         for (_, context), windows in zip(texts, found, strict=True):
-            own = self._merged(context, windows, batch, align_to_words)
+            rows = _merged(context, windows, align_to_words)
             if handle_impossible_answer:
                 none = min(window.none for _, window in windows)
-                own.append({"score": none, "start": 0, "end": 0, "answer": ""})
-            own = sorted(own, key=lambda one: -one["score"])[:top_k]
-            answers.append(own[0] if len(own) == 1 else own)
+                rows.append({"score": none, "start": 0, "end": 0, "answer": ""})
+            best = sorted(rows, key=lambda row: -row["score"])[:top_k]
+            answers.append(best[0] if len(best) == 1 else best)
         return answers
 
-    def _merged(
-        self, context: str, windows: list[tuple[int, Window]], batch: Any, align_to_words: bool
-    ) -> list[dict[str, Any]]:
-        """The answers of all windows (row of the batch, best spans) of a context; the scores of equal ones add up."""
-        by_text: dict[str, dict[str, Any]] = {}
-        for row, window in windows:
-            for first, last, score in window.spans:
-                start, end = self._characters(batch[row], first, last, align_to_words)
-                text = context[start:end]
-                one = {"score": 0.0, "start": start, "end": end, "answer": text}
-                by_text.setdefault(text.lower(), one)["score"] += score
-        return list(by_text.values())
 
-    @staticmethod
-    def _characters(row: Any, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
-        """Where tokens first … last of a window stand in the context."""
-        if not align_to_words:
-            return row.offsets[first][0], row.offsets[last][1]
-        start, end = (row.word_to_chars(row.token_to_word(token), 1) for token in (first, last))
-        return start[0], end[1]
+def _asked(question: Any, context: Any) -> Any:
+    """The inputs that questions and their contexts, or one context of all, make."""
+    if not isinstance(question, list | tuple):
+        return {"question": question, "context": context}
+    contexts = [context] * len(question) if isinstance(context, str) else list(context or ())
+    if len(contexts) != len(question):
+        raise ValueError(f"there are {len(question)} questions and {len(contexts)} contexts: as many needed")
+    return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
 
 
 class Window(NamedTuple):
@@ -136,3 +117,23 @@ def best_spans(logits: Tensor, allowed: Sequence[bool], k: int, longest: int) ->
         if allowed[first] and allowed[last] and first <= last < first + longest:
             spans.append((first, last, value))
     return Window(spans, none)
+
+
+def _merged(context: str, windows: list[tuple[Encoding, Window]], align_to_words: bool) -> list[dict[str, Any]]:
+    """The answers that all windows of a context hold; the scores of equal ones add up."""
+    by_text: dict[str, dict[str, Any]] = {}
+    for row, window in windows:
+        for first, last, score in window.spans:
+            start, end = _characters(row, first, last, align_to_words)
+            text = context[start:end]
+            one = {"score": 0.0, "start": start, "end": end, "answer": text}
+            by_text.setdefault(text.lower(), one)["score"] += score
+    return list(by_text.values())
+
+
+def _characters(row: Any, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
+    """Where tokens first … last of a window stand in the context."""
+    if not align_to_words:
+        return row.offsets[first][0], row.offsets[last][1]
+    start, end = (row.word_to_chars(row.token_to_word(token), 1) for token in (first, last))
+    return start[0], end[1]

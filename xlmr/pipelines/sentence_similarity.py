@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 from ..encode import BATCH_TOKENS
-from ..encoder import Encoder
+from ..encoder import Encoder, load
+from ..files import own_keywords
+from ..model import XLMRobertaModel
 from .base import LONG_LIST, Pipeline
 
 
@@ -14,16 +17,21 @@ class SentenceSimilarityPipeline(Pipeline):
     """The cosines between a sentence and others, as the hub's inference service gives them."""
 
     task = "sentence-similarity"
+    model_class = XLMRobertaModel
     takes = "{'source_sentence': …, 'sentences': […]}"
 
-    def __init__(self, encoder: Encoder, tokenizer: Any = None, **options: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
+        encoder = Encoder(model, tokenizer) if isinstance(model, XLMRobertaModel) else model
         if not isinstance(encoder, Encoder):
             raise TypeError(f"{self.task} needs an Encoder, as xlmr.load gives it; this is a {type(encoder).__name__}")
         if not encoder.recipe.pooling:
             raise ValueError(f"{self.task} needs a model that gives vectors, this is a cross-encoder: use xlmr rerank")
         self.encoder = encoder
-        self.model, self.tokenizer = encoder.model, encoder.tokenizer
-        self.options = self._checked(options)
+        super().__init__(encoder.model, encoder.tokenizer, **options)
+
+    @classmethod
+    def from_checkpoint(cls, where: str | PathLike[str], **keywords: Any) -> Encoder:
+        return load(where, **own_keywords(keywords))
 
     def _read(self, one: Any) -> tuple[str, list[str]] | None:
         if not isinstance(one, Mapping) or one.keys() != {"source_sentence", "sentences"}:

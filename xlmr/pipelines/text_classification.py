@@ -60,19 +60,20 @@ class TextClassificationPipeline(Pipeline):
         score = SCORES.get(function_to_apply or self._function())
         if score is None:
             raise ValueError(f"function_to_apply is {function_to_apply!r}: allowed are {', '.join(map(repr, SCORES))}")
-        own = {"padding": padding, "truncation": truncation, "max_length": max_length}
-        given = {**own, **(tokenizer_kwargs or {})}
+        own = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
         singles = [i for i, text in enumerate(texts) if isinstance(text, str)]
         pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
-        encoded = [one for kind in (singles, pairs) for one in self._encode([texts[i] for i in kind], given)]
+        ids = [one.ids for kind in (singles, pairs) for one in self._encode([texts[i] for i in kind], own)]
+        found = score(self._text_logits(ids, batch_size)).tolist()
         answers: list[Any] = [None] * len(texts)
-        for i, scores in zip(singles + pairs, score(self._text_logits(encoded, batch_size)).tolist(), strict=True):
+        for i, scores in zip(singles + pairs, found, strict=True):
             rows = [{"label": self.model.config.id2label[j], "score": value} for j, value in enumerate(scores)]
             rows.sort(key=lambda row: -row["score"])
             answers[i] = rows[0] if top_k == "best" else rows[:top_k]
         return answers
 
     def _function(self) -> str:
+        """The name in SCORES that the configuration asks for."""
         config = self.model.config
         if config.problem_type == "regression":
             return "none"

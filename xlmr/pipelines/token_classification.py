@@ -33,7 +33,7 @@ class TokenClassificationPipeline(Pipeline):
         """For each text a list, with "none" of a {entity, score, index, word, start, end} a token, else of
         {entity_group, score, word, start, end}. start and end count characters of the text.
 
-        aggregation_strategy: one of STRATEGIES, see spans.entities. ignore_labels: are left out. stride: a longer text
+        aggregation_strategy: one of STRATEGIES, see `entities`. ignore_labels: are left out. stride: a longer text
         is read in windows that share so many tokens; without it, it is truncated, as in the reference.
         """
         strategy = str(aggregation_strategy).lower()
@@ -75,36 +75,40 @@ class Token(NamedTuple):
 
 
 def tokens_of(
-    text: str, ids: Sequence[int], scores: Sequence[list[float]], offsets: Any, special: Any, words: XLMRobertaTokenizer
+    text: str,
+    ids: Sequence[int],
+    scores: Sequence[list[float]],
+    offsets: Any,
+    special: Any,
+    tokenizer: XLMRobertaTokenizer,
 ) -> list[Token]:
     """The tokens of one row that come from the text; an unknown one is a word of its own, as the text has it."""
     found = []
     for i, (token, (start, end)) in enumerate(zip(ids, offsets, strict=True)):
         if not special[i]:
             inside = start > 0 and " " not in text[start - 1 : start + 1]
-            word = words.convert_ids_to_tokens(token)
-            if token == words.unk_token_id:
+            word = tokenizer.convert_ids_to_tokens(token)
+            if token == tokenizer.unk_token_id:
                 word, inside = text[start:end], False
             found.append(Token(i, word, scores[i], start, end, inside))
     return found
 
 
-def entities(tokens: list[Token], strategy: str, labels: dict[int, str], words: XLMRobertaTokenizer) -> list[dict]:
+def entities(tokens: list[Token], strategy: str, labels: dict[int, str], tokenizer: XLMRobertaTokenizer) -> list[dict]:
     """The labels of tokens ("none"), or runs of one label ("simple"). With the others a word's tokens agree first: on
     the label of the first, of the surest ("max"), or that of the mean scores ("average")."""
     if strategy in ("none", "simple"):
         found = [_labelled([token], token.scores, token.word, labels) for token in tokens]
-        if strategy == "simple":
-            return _grouped(found, words)
-        return [{**one, "index": token.place} for one, token in zip(found, tokens, strict=True)]
+        return found if strategy == "none" else _grouped(found, tokenizer)
     merged = []
     for word in _words(tokens):
-        text = words.convert_tokens_to_string([token.word for token in word])
+        text = tokenizer.convert_tokens_to_string([token.word for token in word])
         merged.append(_labelled(word, _agreed(word, strategy), text, labels))
-    return _grouped(merged, words)
+    return _grouped(merged, tokenizer)
 
 
 def _words(tokens: list[Token]) -> list[list[Token]]:
+    """The tokens of each word."""
     found: list[list[Token]] = []
     for token in tokens:
         if found and token.inside:
@@ -115,6 +119,7 @@ def _words(tokens: list[Token]) -> list[list[Token]]:
 
 
 def _agreed(word: list[Token], strategy: str) -> list[float]:
+    """The scores that the tokens of a word agree on."""
     if strategy == "first":
         return word[0].scores
     if strategy == "max":
@@ -123,6 +128,7 @@ def _agreed(word: list[Token], strategy: str) -> list[float]:
 
 
 def _labelled(tokens: list[Token], scores: list[float], word: str, labels: dict[int, str]) -> dict[str, Any]:
+    """The best of the labels for a token, or for the tokens of a word."""
     best = max(range(len(scores)), key=scores.__getitem__)
     return {
         "entity": labels[best],
@@ -139,7 +145,7 @@ def _tag(label: str) -> tuple[bool, str]:
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 
-def _grouped(found: list[dict[str, Any]], words: XLMRobertaTokenizer) -> list[dict[str, Any]]:
+def _grouped(found: list[dict[str, Any]], tokenizer: XLMRobertaTokenizer) -> list[dict[str, Any]]:
     """Neighbours of one kind as one entity, whose score is their mean."""
     runs: list[list[dict[str, Any]]] = []
     for one in found:
@@ -152,7 +158,7 @@ def _grouped(found: list[dict[str, Any]], words: XLMRobertaTokenizer) -> list[di
         {
             "entity_group": run[0]["entity"].split("-", 1)[-1],
             "score": sum(one["score"] for one in run) / len(run),
-            "word": words.convert_tokens_to_string([one["word"] for one in run]),
+            "word": tokenizer.convert_tokens_to_string([one["word"] for one in run]),
             "start": run[0]["start"],
             "end": run[-1]["end"],
         }

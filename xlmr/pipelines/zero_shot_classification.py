@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..heads import XLMRobertaForSequenceClassification
 from .base import Pipeline, Text
@@ -36,13 +37,9 @@ class ZeroShotClassificationPipeline(Pipeline):
 
         candidate_labels: a list, or a string with commas. hypothesis_template: the label goes to its {}.
         multi_label: each label is judged by itself, entailed or contradicted (as a single one always is); else the
-        scores sum to one. A text is truncated until it fits beside the longest hypothesis.
+        scores sum to one. A text is truncated to what fits beside the hypothesis.
         """
-        labels = candidate_labels
-        labels = [label.strip() for label in labels.split(",")] if isinstance(labels, str) else list(labels)
-        labels = [label for label in labels if label]
-        if not labels or not all(isinstance(label, str) for label in labels):
-            raise ValueError(f"candidate_labels is {candidate_labels!r:.80}: at least one label, a string, is needed")
+        labels = _labels(candidate_labels)
         if "" in texts:
             raise ValueError("a text is empty: zero-shot-classification needs something to judge")
         hypotheses = [hypothesis_template.format(label) for label in labels]
@@ -50,20 +47,23 @@ class ZeroShotClassificationPipeline(Pipeline):
             raise ValueError(f"hypothesis_template is {hypothesis_template!r}: it needs a {{}} where the label goes")
         pairs: list[Text] = [(text, hypothesis) for text in texts for hypothesis in hypotheses]
         encoded = self._encode(pairs, {"truncation": "only_first", "max_length": self._longest})
-        logits = self._text_logits(encoded, batch_size).unflatten(0, (len(texts), len(labels)))
-        entails = self._entailment()
-        if multi_label or len(labels) == 1:
-            contradicts = -1 if entails == 0 else 0
-            scores = logits[..., [contradicts, entails]].softmax(-1)[..., 1]
-        else:
-            scores = logits[..., entails].softmax(-1)
-        values, order = scores.sort(descending=True)
+        logits = self._text_logits([one.ids for one in encoded], batch_size).unflatten(0, (len(texts), len(labels)))
+        scores, order = self._scores(logits, multi_label or len(labels) == 1).sort(descending=True)
         return [
             {"sequence": text, "labels": [labels[i] for i in places], "scores": best}
-            for text, places, best in zip(texts, order.tolist(), values.tolist(), strict=True)
+            for text, places, best in zip(texts, order.tolist(), scores.tolist(), strict=True)
         ]
 
+    def _scores(self, logits: Tensor, each_by_itself: bool) -> Tensor:
+        """Logits [texts, labels, classes] → [texts, labels]: against a label's contradiction, or the other labels."""
+        entails = self._entailment()
+        if each_by_itself:
+            contradicts = -1 if entails == 0 else 0
+            return logits[..., [contradicts, entails]].softmax(-1)[..., 1]
+        return logits[..., entails].softmax(-1)
+
     def _entailment(self) -> int:
+        """The class that says yes."""
         labels = self.model.config.id2label
         found = [i for i, label in labels.items() if label.lower().startswith("entail")]
         if not found:
@@ -72,3 +72,12 @@ class ZeroShotClassificationPipeline(Pipeline):
                 "model of entailment (NLI); if it is one, name its labels in config.id2label"
             )
         return found[0]
+
+
+def _labels(given: str | Sequence[str]) -> list[str]:
+    """The labels in a list, or between the commas of a string; ValueError if there is none."""
+    labels = [label.strip() for label in given.split(",")] if isinstance(given, str) else list(given)
+    labels = [label for label in labels if label]
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"candidate_labels is {given!r:.80}: at least one label, a string, is needed")
+    return labels

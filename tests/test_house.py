@@ -26,7 +26,10 @@ TREE = {
     "torch", "xlmr.activations", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config", "xlmr.embeddings",
     "xlmr.family", "xlmr.inputs", "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
 }  # fmt: skip
-WORDS = {"xlmr.batch_encoding", "xlmr.files", "xlmr.token_layout", "xlmr.sentencepiece_model", "xlmr.vocabulary"}
+WORDS = {
+    "xlmr.added_tokens", "xlmr.arguments", "xlmr.batch_encoding", "xlmr.files", "xlmr.sentencepiece_model",
+    "xlmr.token_layout", "xlmr.vocabulary",
+}  # fmt: skip
 TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
 SHARED = {f"xlmr.kernels.{name}" for name in ("_launch", "_dropout", "_loops", "_norm", "_products")}
 KERNEL = Rule({"torch", "triton", *SHARED})
@@ -43,6 +46,8 @@ RULES = {
     "xlmr/__init__": Rule(set(), {"xlmr"}),
     "xlmr/__main__": Rule({"xlmr.cli"}),
     "xlmr/activations": Rule({"torch"}),
+    "xlmr/added_tokens": Rule(set()),
+    "xlmr/arguments": Rule(set()),
     "xlmr/batch_encoding": Rule(set(), {"numpy", "torch"}),
     "xlmr/block": Rule({"torch", "xlmr.cache", "xlmr.ops", "xlmr.varlen"}),
     "xlmr/cache": Rule({"torch"}),
@@ -79,7 +84,7 @@ RULES = {
     "xlmr/tokenizer": Rule(WORDS),
     "xlmr/varlen": Rule({"torch"}),
     "xlmr/verify": Rule(TASKS | {"xlmr.encode"}),
-    "xlmr/vocabulary": Rule({"xlmr.sentencepiece_model"}),
+    "xlmr/vocabulary": Rule({"xlmr.added_tokens", "xlmr.arguments", "xlmr.sentencepiece_model"}),
     "xlmr/weights": Rule({"safetensors", "torch", "xlmr.files"}),
 }
 MODULE_CLASSES = {"xlmr/activations", "xlmr/block"}  # the only files that define nn.Module classes

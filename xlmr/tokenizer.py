@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .added_tokens import AddedToken, AddedVocabulary, tokens_by_id
+from .arguments import as_lists, check_side, choice, describe, integer
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from .files import own_keywords, read_json, refuse_unknown, resolve, write_atomically
 from .sentencepiece_model import SPACE, SentencePieceModel, vocabulary_size
@@ -31,7 +33,7 @@ from .token_layout import (
     special_count,
     windows,
 )
-from .vocabulary import SPECIAL_TOKENS, AddedToken, AddedVocabulary, Vocabulary, describe, integer, plain, tokens_by_id
+from .vocabulary import SPECIAL_TOKENS, Vocabulary
 
 __all__ = ["AddedToken", "BatchEncoding", "CharSpan", "TokenSpan", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast"]
 
@@ -109,8 +111,8 @@ class XLMRobertaTokenizer(Vocabulary):
         self.model_max_length = (
             NO_LIMIT if model_max_length is None else integer("model_max_length", model_max_length, 1)
         )
-        self.padding_side = _side("padding_side", padding_side)
-        self.truncation_side = _side("truncation_side", truncation_side)
+        self.padding_side = check_side("padding_side", padding_side)
+        self.truncation_side = check_side("truncation_side", truncation_side)
         self.model_input_names = list(model_input_names)
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.split_special_tokens = split_special_tokens
@@ -269,8 +271,9 @@ class XLMRobertaTokenizer(Vocabulary):
         and without tensors, the row itself. TypeError or ValueError for anything else than the above.
         """
         texts, batched = _read_texts(text, text_pair, is_split_into_words)
-        plain = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        source = _Source(texts, is_split_into_words, plain, self._added)
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        source = _Source(texts, is_split_into_words, split_special_tokens, self._added)
         ids = self._encode(source)
         layout = self._layout(
             ids,
@@ -376,8 +379,8 @@ class XLMRobertaTokenizer(Vocabulary):
         """Where the tokens of each text go, from the options of a call."""
         if max_length is not None and padding is False and truncation is None:
             truncation = True
-        padding, truncation = _choice("padding", padding, _PADDING), _choice("truncation", truncation, _TRUNCATION)
-        side = self.padding_side if padding_side is None else _side("padding_side", padding_side)
+        padding, truncation = choice("padding", padding, _PADDING), choice("truncation", truncation, _TRUNCATION)
+        side = self.padding_side if padding_side is None else check_side("padding_side", padding_side)
         stride = integer("stride", stride)
         multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
         limit = self._limit(max_length, used=padding == "max_length" or truncation != "do_not_truncate")
@@ -520,7 +523,7 @@ class XLMRobertaTokenizer(Vocabulary):
         """
         columns = _read_columns(encoded_inputs)
         return_tensors = return_tensors or _tensor_type(columns["input_ids"])
-        columns = {key: plain(value) for key, value in columns.items()}
+        columns = {key: as_lists(value) for key, value in columns.items()}
         batched = not columns["input_ids"] or isinstance(columns["input_ids"][0], list)
         if not batched:
             columns = {key: [value] for key, value in columns.items()}
@@ -528,8 +531,8 @@ class XLMRobertaTokenizer(Vocabulary):
         if "attention_mask" in self.model_input_names if return_attention_mask is None else return_attention_mask:
             columns.setdefault("attention_mask", [[1] * length for length in lengths])
 
-        padding = _choice("padding", padding, _PADDING)
-        side = self.padding_side if padding_side is None else _side("padding_side", padding_side)
+        padding = choice("padding", padding, _PADDING)
+        side = self.padding_side if padding_side is None else check_side("padding_side", padding_side)
         multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
         limit = self._limit(max_length, used=padding == "max_length")
         length = padded_length(max(lengths, default=0), padding, limit, multiple)
@@ -658,19 +661,6 @@ def _tensor_type(value: Any) -> str | None:
     """ "pt" or "np" for a tensor or array, or for a list of them."""
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     return {"torch": "pt", "numpy": "np"}.get(type(value).__module__) if getattr(value, "ndim", 0) else None
-
-
-def _choice(name: str, value: Any, choices: Mapping[Any, str]) -> str:
-    value = getattr(value, "value", value)  # transformers' enumerations hold the same names
-    if not isinstance(value, (str, bool, type(None))) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, choices))}")
-    return choices[value]
-
-
-def _side(name: str, value: Any) -> str:
-    if value not in ("right", "left"):
-        raise ValueError(f"{name} is {value!r}; allowed: 'right', 'left'")
-    return value
 
 
 # Reading checkpoint files

@@ -28,7 +28,7 @@ TREE = {
 }  # fmt: skip
 WORDS = {
     "xlmr.added_tokens", "xlmr.arguments", "xlmr.batch_encoding", "xlmr.files", "xlmr.sentencepiece_model",
-    "xlmr.token_layout", "xlmr.vocabulary",
+    "xlmr.token_layout", "xlmr.tokenizer_files", "xlmr.vocabulary",
 }  # fmt: skip
 TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
 SHARED = {f"xlmr.kernels.{name}" for name in ("_launch", "_dropout", "_loops", "_norm", "_products")}
@@ -82,6 +82,7 @@ RULES = {
     "xlmr/sentence_directory": Rule({"torch", "xlmr.encode", "xlmr.family", "xlmr.files", "xlmr.weights"}),
     "xlmr/sentencepiece_model": Rule({"sentencepiece"}),
     "xlmr/tokenizer": Rule(WORDS),
+    "xlmr/tokenizer_files": Rule(WORDS - {"xlmr.batch_encoding", "xlmr.token_layout", "xlmr.tokenizer_files"}),
     "xlmr/varlen": Rule({"torch"}),
     "xlmr/verify": Rule(TASKS | {"xlmr.encode"}),
     "xlmr/vocabulary": Rule({"xlmr.added_tokens", "xlmr.arguments", "xlmr.sentencepiece_model"}),

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from .added_tokens import AddedToken, AddedVocabulary, tokens_by_id
 from .arguments import as_lists, check_side, choice, describe, integer
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
-from .files import own_keywords, read_json, refuse_unknown, resolve, write_atomically
-from .sentencepiece_model import SPACE, SentencePieceModel, vocabulary_size
+from .files import own_keywords, refuse_unknown, write_atomically
+from .sentencepiece_model import SPACE
 from .token_layout import (
     Span,
     TokenLayout,
@@ -33,31 +31,13 @@ from .token_layout import (
     special_count,
     windows,
 )
-from .vocabulary import SPECIAL_TOKENS, Vocabulary
+from .tokenizer_files import LARGEST_LIMIT, NO_LIMIT, VOCAB_FILE, read_checkpoint, read_model, write_checkpoint
+from .vocabulary import Vocabulary
 
 __all__ = ["AddedToken", "BatchEncoding", "CharSpan", "TokenSpan", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast"]
 
 logger = logging.getLogger(__name__)
 
-VOCAB_FILE = "sentencepiece.bpe.model"
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-MAX_TOKENIZER_BYTES = 128 * 2**20  # tokenizer.json of the real vocabulary takes 17 MB
-NO_LIMIT = int(1e30)  # model_max_length when nothing is known, as in transformers
-LARGEST_LIMIT = int(1e20)  # what lies above means that nothing is known, too
-
-_SETTINGS: dict[str, Any] = {  # what tokenizer_config.json may hold for the constructor, and the type of it
-    "added_tokens_decoder": dict,
-    "additional_special_tokens": list,
-    "clean_up_tokenization_spaces": bool,
-    "extra_special_tokens": (list, dict),
-    "model_input_names": list,
-    "model_max_length": (int, float),
-    "padding_side": str,
-    "split_special_tokens": bool,
-    "truncation_side": str,
-}
-_NOT_KEPT = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_class", "tokenizer_file", "vocab_file")
 _PADDING: dict[Any, str] = {name: name for name in ("longest", "max_length", "do_not_pad")}
 _PADDING |= {True: "longest", False: "do_not_pad"}
 _TRUNCATION: dict[Any, str] = {name: name for name in ("longest_first", "only_first", "only_second", "do_not_truncate")}
@@ -118,7 +98,7 @@ class XLMRobertaTokenizer(Vocabulary):
         self.split_special_tokens = split_special_tokens
         self._warned: set[str] = set()
 
-        model, file_tokens = _load(vocab_file, tokenizer_file)
+        model, file_tokens = read_model(vocab_file, tokenizer_file)
         extra = extra_special_tokens.values() if isinstance(extra_special_tokens, Mapping) else extra_special_tokens
         decoder = {**tokens_by_id((added_tokens_decoder or {}).items()), **file_tokens}
         super().__init__(model, special_tokens, [*additional_special_tokens, *extra], decoder)
@@ -141,35 +121,17 @@ class XLMRobertaTokenizer(Vocabulary):
         `model_max_length` is what that declares, but no more than config.json's positions allow. OSError if there is
         no such checkpoint or it has no vocabulary; ValueError if a file is damaged or describes another tokenizer.
         """
-
-        def find(filename: str) -> Path | None:
-            return resolve(
-                pretrained_model_name_or_path,
-                filename,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                subfolder=subfolder,
-            )
-
-        def read(filename: str) -> dict[str, Any]:
-            path = find(filename)
-            return {} if path is None else read_json(path)
-
-        config = read(CONFIG_FILE)
-        complete = "added_tokens_decoder" in config  # since transformers 4.34, and no longer since 5
-        if not complete:
-            added = read("added_tokens.json").items()
-            config |= read("special_tokens_map.json")
-            config["added_tokens_decoder"] = tokens_by_id((index, content) for content, index in added)
-        vocab_file = find(VOCAB_FILE)
-        tokenizer_file = None if vocab_file and complete else find(TOKENIZER_FILE)
-        if vocab_file is None and tokenizer_file is None:
-            raise OSError(f"{pretrained_model_name_or_path} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}")
-        known = {"name_or_path": str(pretrained_model_name_or_path), **_known_settings(config, read("config.json"))}
-        tokenizer = cls(vocab_file, tokenizer_file, **{**known, **own_keywords(settings)})
-        tokenizer.init_kwargs = {key: value for key, value in config.items() if key not in {*known, *_NOT_KEPT}}
+        checkpoint = read_checkpoint(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        settings = {**checkpoint.settings, **own_keywords(settings)}
+        tokenizer = cls(checkpoint.vocab_file, checkpoint.tokenizer_file, **settings)
+        tokenizer.init_kwargs = checkpoint.only_kept
         return tokenizer
 
     def save_pretrained(
@@ -193,17 +155,7 @@ class XLMRobertaTokenizer(Vocabulary):
             "tokenizer_class": "XLMRobertaTokenizer",
             "truncation_side": self.truncation_side,
         }
-        added = [{"id": index, **asdict(token)} for index, token in self._added.tokens.items()]
-        tokenizer_json = self._model.to_tokenizer_json(added, self.bos_token, self.eos_token)
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        files: dict[str, bytes | str] = {
-            prefix + VOCAB_FILE: self._model.proto,
-            prefix + TOKENIZER_FILE: json.dumps(tokenizer_json, ensure_ascii=False),
-            prefix + CONFIG_FILE: json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n",
-        }
-        old = (prefix + name for name in ("added_tokens.json", "special_tokens_map.json"))  # CONFIG_FILE says it all
-        write_atomically(save_directory, files, [name for name in old if Path(save_directory, name).is_file()])
-        return tuple(os.path.join(save_directory, name) for name in files)
+        return write_checkpoint(save_directory, filename_prefix, self._model, config)
 
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
@@ -661,54 +613,3 @@ def _tensor_type(value: Any) -> str | None:
     """ "pt" or "np" for a tensor or array, or for a list of them."""
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     return {"torch": "pt", "numpy": "np"}.get(type(value).__module__) if getattr(value, "ndim", 0) else None
-
-
-# Reading checkpoint files
-
-
-def _load(
-    vocab_file: str | os.PathLike[str] | None, tokenizer_file: str | os.PathLike[str] | None
-) -> tuple[SentencePieceModel, dict[int, Any]]:
-    """The model, and the added tokens of `tokenizer.json` by id."""
-    if vocab_file is None and tokenizer_file is None:
-        raise ValueError(f"give vocab_file, the path of a {VOCAB_FILE}, or tokenizer_file, that of a {TOKENIZER_FILE}")
-    model = None if vocab_file is None else SentencePieceModel.from_file(vocab_file)
-    if tokenizer_file is None and model is not None:
-        return model, {}
-    content = read_json(str(tokenizer_file), MAX_TOKENIZER_BYTES)
-    try:
-        size = vocabulary_size(content)
-        model = model or SentencePieceModel.from_tokenizer_json(content)
-        added = content.get("added_tokens", [])
-        if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-            raise ValueError("its added_tokens must be a list of objects")
-    except ValueError as error:
-        raise ValueError(f"{tokenizer_file}: {error}") from error
-    if size not in (len(model), len(model) - 1):  # with <mask>, or with <mask> among the added tokens only
-        raise ValueError(
-            f"{tokenizer_file} holds {size} pieces, {vocab_file} {len(model)}: remove the one that is stale"
-        )
-    return model, tokens_by_id((token.get("id"), token) for token in added)
-
-
-def _known_settings(config: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Any]:
-    """What tokenizer_config.json and config.json say that the constructor takes; ValueError for nonsense."""
-    known = {
-        name: value for name, value in config.items() if value is not None and name in {*_SETTINGS, *SPECIAL_TOKENS}
-    }
-    for name, kind in _SETTINGS.items():
-        if name in known and not isinstance(known[name], kind):
-            raise ValueError(f"{CONFIG_FILE} gives {describe(known[name])} as {name}, which is of another type")
-    known["model_max_length"] = _longest_row(known.get("model_max_length"), model_config)
-    return known
-
-
-def _longest_row(declared: float | None, config: dict[str, Any]) -> int | None:
-    """The lesser of what tokenizer_config.json declares and what config.json has positions for."""
-    if declared is not None and not declared >= 1:
-        raise ValueError(f"{CONFIG_FILE} gives {declared!r} as model_max_length; a positive integer is needed")
-    limits = [] if declared is None or declared > LARGEST_LIMIT else [int(declared)]
-    positions, pad = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
-    if str(config.get("model_type")).startswith("xlm-roberta") and isinstance(positions, int) and isinstance(pad, int):
-        limits.append(max(positions - pad - 1, 1))
-    return min(limits, default=None)

@@ -26,9 +26,9 @@ TREE = {
     "torch", "xlmr.activations", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config", "xlmr.embeddings",
     "xlmr.family", "xlmr.inputs", "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
 }  # fmt: skip
-WORDS = {
-    "xlmr.added_tokens", "xlmr.arguments", "xlmr.batch_encoding", "xlmr.files", "xlmr.sentencepiece_model",
-    "xlmr.token_layout", "xlmr.tokenizer_files", "xlmr.vocabulary",
+WORDS = {"xlmr.added_tokens", "xlmr.arguments", "xlmr.sentencepiece_model"}
+TOKENIZER = WORDS | {
+    "xlmr.batch_encoding", "xlmr.files", "xlmr.texts", "xlmr.token_layout", "xlmr.tokenizer_files", "xlmr.vocabulary",
 }  # fmt: skip
 TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
 SHARED = {f"xlmr.kernels.{name}" for name in ("_launch", "_dropout", "_loops", "_norm", "_products")}
@@ -67,7 +67,8 @@ RULES = {
     "xlmr/inputs": Rule({"torch", "xlmr.block", "xlmr.cache", "xlmr.config", "xlmr.varlen"}),
     "xlmr/embeddings": Rule({"torch", "xlmr.block", "xlmr.config", "xlmr.inputs"}),
     "xlmr/integrations": Rule(TREE | {"xlmr.model"}, {"transformers"}),
-    "xlmr/token_layout": Rule(set()),
+    "xlmr/texts": Rule(WORDS | {"xlmr.token_layout"}),
+    "xlmr/token_layout": Rule({"xlmr.arguments"}),
     "xlmr/model": Rule(TREE),
     "xlmr/ops": Rule({"torch", "xlmr.eager"}, {"xlmr.kernels"}),
     "xlmr/multi_vector": Rule({"torch", "xlmr.encode", "xlmr.sentence_directory", "xlmr.weights"}),
@@ -81,11 +82,11 @@ RULES = {
     "xlmr/pretrained": Rule(TREE),
     "xlmr/sentence_directory": Rule({"torch", "xlmr.encode", "xlmr.family", "xlmr.files", "xlmr.weights"}),
     "xlmr/sentencepiece_model": Rule({"sentencepiece"}),
-    "xlmr/tokenizer": Rule(WORDS),
-    "xlmr/tokenizer_files": Rule(WORDS - {"xlmr.batch_encoding", "xlmr.token_layout", "xlmr.tokenizer_files"}),
+    "xlmr/tokenizer": Rule(TOKENIZER),
+    "xlmr/tokenizer_files": Rule(WORDS | {"xlmr.files", "xlmr.vocabulary"}),
     "xlmr/varlen": Rule({"torch"}),
     "xlmr/verify": Rule(TASKS | {"xlmr.encode"}),
-    "xlmr/vocabulary": Rule({"xlmr.added_tokens", "xlmr.arguments", "xlmr.sentencepiece_model"}),
+    "xlmr/vocabulary": Rule(WORDS),
     "xlmr/weights": Rule({"safetensors", "torch", "xlmr.files"}),
 }
 MODULE_CLASSES = {"xlmr/activations", "xlmr/block"}  # the only files that define nn.Module classes

@@ -2,46 +2,33 @@
 
 Where the sentencepiece library and transformers' Rust tokenizer disagree (letters in decomposed form, half-width kana,
 full-width special tokens, U+0085), the ids are those of sentencepiece, with which XLM-R was trained.
+
+The way of a call: texts.py reads the texts and makes ids of them, by added_tokens.py and sentencepiece_model.py;
+token_layout.py cuts, joins and pads these to rows; batch_encoding.py is what comes back. vocabulary.py turns single
+tokens into ids, and ids into text; tokenizer_files.py reads and writes the checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from .added_tokens import AddedToken, AddedVocabulary, tokens_by_id
+from .added_tokens import AddedToken, tokens_by_id
 from .arguments import as_lists, check_side, choice, describe, integer
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from .files import own_keywords, refuse_unknown, write_atomically
-from .sentencepiece_model import SPACE
-from .token_layout import (
-    Span,
-    TokenLayout,
-    Values,
-    combine,
-    cut,
-    kept_part,
-    pad_row,
-    padded_length,
-    special_count,
-    windows,
-)
+from .texts import Segmenter, read_texts
+from .token_layout import TRUNCATION, Padding, TokenLayout, Values, kept_spans, pad_row, row_length, special_count
 from .tokenizer_files import LARGEST_LIMIT, NO_LIMIT, VOCAB_FILE, read_checkpoint, read_model, write_checkpoint
 from .vocabulary import Vocabulary
 
 __all__ = ["AddedToken", "BatchEncoding", "CharSpan", "TokenSpan", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast"]
 
 logger = logging.getLogger(__name__)
-
-_PADDING: dict[Any, str] = {name: name for name in ("longest", "max_length", "do_not_pad")}
-_PADDING |= {True: "longest", False: "do_not_pad"}
-_TRUNCATION: dict[Any, str] = {name: name for name in ("longest_first", "only_first", "only_second", "do_not_truncate")}
-_TRUNCATION |= {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
 
 
 class XLMRobertaTokenizer(Vocabulary):
@@ -222,11 +209,11 @@ class XLMRobertaTokenizer(Vocabulary):
         Returns a `BatchEncoding` with the rows of input_ids, attention_mask and what else is asked for; of one text,
         and without tensors, the row itself. TypeError or ValueError for anything else than the above.
         """
-        texts, batched = _read_texts(text, text_pair, is_split_into_words)
+        texts, batched = read_texts(text, text_pair, is_split_into_words)
         if split_special_tokens is None:
             split_special_tokens = self.split_special_tokens
-        source = _Source(texts, is_split_into_words, split_special_tokens, self._added)
-        ids = self._encode(source)
+        segmenter = Segmenter(self._model, self._added, is_split_into_words, split_special_tokens)
+        ids = segmenter.encode(texts)
         layout = self._layout(
             ids,
             add_special_tokens,
@@ -240,7 +227,7 @@ class XLMRobertaTokenizer(Vocabulary):
             verbose=verbose,
         )
         data = self._columns(layout, ids, return_token_type_ids, return_attention_mask, return_special_tokens_mask)
-        encodings: Any = functools.partial(self._align, source, layout, ids)
+        encodings: Any = functools.partial(self._encodings, segmenter, texts, layout, ids)
         if return_offsets_mapping:
             encodings = encodings()
             data["offset_mapping"] = [encoding.offsets for encoding in encodings]
@@ -293,28 +280,6 @@ class XLMRobertaTokenizer(Vocabulary):
         row = {key: value[0] for key, value in data.items()}
         return BatchEncoding(row, None, return_tensors, prepend_batch_axis, 1 if pair_ids is None else 2)
 
-    def _encode(self, source: _Source) -> Values:
-        """The ids of the tokens of each text, without those around it."""
-        first, second = source.texts
-        count = len(first)
-        texts = first if second is None else [*first, *second]
-        if source.words:
-            ids = iter(self._encode_each([word for text in texts for word in text], source))
-            found = [[index for _ in text for index in next(ids)] for text in texts]
-        else:
-            found = self._encode_each(texts, source)
-        return found[:count], None if second is None else found[count:]
-
-    def _encode_each(self, texts: list[Any], source: _Source) -> list[list[int]]:
-        if not source.added.may_occur(texts):
-            return self._model.encode(texts)
-        cuts = [list(source.added.split(text, source.split_special_tokens)) for text in texts]
-        stretches = [
-            text[a:b] for text, spans in zip(texts, cuts, strict=True) for a, b, index in spans if index is None
-        ]
-        ids = iter(self._model.encode(stretches))
-        return [[i for *_, index in spans for i in (next(ids) if index is None else (index,))] for spans in cuts]
-
     def _layout(
         self,
         ids: Values,
@@ -331,45 +296,30 @@ class XLMRobertaTokenizer(Vocabulary):
         """Where the tokens of each text go, from the options of a call."""
         if max_length is not None and padding is False and truncation is None:
             truncation = True
-        padding, truncation = choice("padding", padding, _PADDING), choice("truncation", truncation, _TRUNCATION)
-        side = self.padding_side if padding_side is None else check_side("padding_side", padding_side)
-        stride = integer("stride", stride)
-        multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
-        limit = self._limit(max_length, used=padding == "max_length" or truncation != "do_not_truncate")
+        padded = self._padding(padding, pad_to_multiple_of, padding_side)
+        truncation, stride = choice("truncation", truncation, TRUNCATION), integer("stride", stride)
+        limit = self._limit(max_length, used=padded.strategy == "max_length" or truncation != "do_not_truncate")
         around = special_count(pair=ids[1] is not None) if add_special_tokens else 0
-        budget = None if limit is None or truncation == "do_not_truncate" else limit - around
-        if budget is not None and budget < 0:
-            raise ValueError(f"max_length is {limit}; the special tokens alone take {around}")
-        if budget is not None and padding != "do_not_pad" and multiple and (budget + around) % multiple:
-            raise ValueError(f"max_length is {limit}, no multiple of pad_to_multiple_of, {multiple}")
+        most = None if truncation == "do_not_truncate" else limit  # tokens that a row is cut to
+        if most is not None and most < around:
+            raise ValueError(f"max_length is {most}; the special tokens alone take {around}")
+        if most is not None and padded.multiple and most % padded.multiple:
+            raise ValueError(f"max_length is {most}, no multiple of pad_to_multiple_of, {padded.multiple}")
 
-        spans = self._spans(ids, truncation, budget, stride, overflow)
-        lengths = [around + stop - start + (pair[1] - pair[0] if pair else 0) for _, (start, stop), pair in spans]
-        longest = max(lengths, default=0)
-        if verbose and max_length is None and budget is None and longest > self.model_max_length:
+        budget = None if most is None else most - around
+        spans = kept_spans(ids, truncation, budget, self.truncation_side, stride if overflow else None)
+        longest = max((around + row_length(row) for row in spans), default=0)
+        if verbose and max_length is None and most is None and longest > self.model_max_length:
             limits = f"{longest} tokens, more than the {self.model_max_length} that the model can take"
             self._warn_once("too long", f"a text has {limits}; truncation=True cuts it")
-        return TokenLayout(spans, add_special_tokens, padded_length(longest, padding, limit, multiple), side)
+        return TokenLayout(spans, add_special_tokens, padded.length(longest, limit), padded.side)
 
-    def _spans(
-        self, ids: Values, truncation: str, budget: int | None, stride: int, overflow: bool
-    ) -> list[tuple[int, Span, Span | None]]:
-        """What of each text stays, and with `overflow` the windows that follow; `budget`: tokens, None for all."""
-        first, second = ids
-        side = self.truncation_side
-        spans: list[tuple[int, Span, Span | None]] = []
-        for sample, row in enumerate(first):
-            count, other = len(row), None if second is None else len(second[sample])
-            kept, other_kept = (count, other or 0) if budget is None else cut(count, other, truncation, budget)
-            if overflow:
-                others = [None] if other is None else windows(other, other_kept, stride, side)
-                spans += [(sample, *both) for both in combine(windows(count, kept, stride, side), others)]
-            else:
-                other_part = None if other is None else kept_part(other, other_kept, side)
-                spans.append((sample, kept_part(count, kept, side), other_part))
-        return spans
+    def _padding(self, padding: Any, pad_to_multiple_of: int | None, side: str | None) -> Padding:
+        """How to pad, from the options of a call; the side is by default the attribute's."""
+        return Padding.of(padding, pad_to_multiple_of, self.padding_side if side is None else side)
 
     def _limit(self, max_length: int | None, used: bool) -> int | None:
+        """The tokens of a row at most; None where nothing limits them, which a warning says if that is `used`."""
         if max_length is not None:
             return integer("max_length", max_length)
         if self.model_max_length <= LARGEST_LIMIT:
@@ -403,56 +353,23 @@ class XLMRobertaTokenizer(Vocabulary):
             data["special_tokens_mask"] = layout.constant(0, 0, 1, 1)
         return data
 
-    def _align(self, source: _Source, layout: TokenLayout, ids: Values) -> list[Encoding]:
+    def _encodings(self, segmenter: Segmenter, texts: Values, layout: TokenLayout, ids: Values) -> list[Encoding]:
         """The rows of a call again, with the text, the characters and the word behind each id."""
-        first, second = source.texts
-        aligned: list[Any] = [self._align_text(text, source) for text in first]
-        aligned_pairs: Any = None if second is None else [self._align_text(text, source) for text in second]
-
-        def rows(field: int, begin: Any, end: Any, fill: Any) -> list[list]:
-            values = [text[field] for text in aligned], aligned_pairs and [text[field] for text in aligned_pairs]
-            return layout.rows(values, begin, end, fill)
-
+        aligned = segmenter.align(texts)
+        made = self._columns(layout, ids, type_ids=True, attention_mask=True, special_tokens_mask=True)
         columns = {
-            **self._columns(layout, ids, type_ids=True, attention_mask=True, special_tokens_mask=True),
-            "tokens": rows(0, self.bos_token, self.eos_token, self.pad_token),
-            "offsets": rows(1, (0, 0), (0, 0), (0, 0)),
-            "word_ids": rows(2, None, None, None),
+            "ids": made["input_ids"],
+            "type_ids": made["token_type_ids"],
+            "attention_mask": made["attention_mask"],
+            "special_tokens_mask": made["special_tokens_mask"],
+            "tokens": layout.rows(aligned.tokens, self.bos_token, self.eos_token, self.pad_token),
+            "offsets": layout.rows(aligned.spans, (0, 0), (0, 0), (0, 0)),
+            "word_ids": layout.rows(aligned.words, None, None, None),
             "sequence_ids": layout.constant(0, 1, None, None),
         }
-        names = [{"input_ids": "ids", "token_type_ids": "type_ids"}.get(name, name) for name in columns]
-        n_sequences = 1 if second is None else 2
-        return [
-            Encoding(**dict(zip(names, row, strict=True)), n_sequences=n_sequences)
-            for row in zip(*columns.values(), strict=True)
-        ]
-
-    def _align_text(self, text: Any, source: _Source) -> tuple[list[str], list[Span], list[int]]:
-        """For each id of a text, which is a str or a list of words: the token, its characters, its word."""
-        tokens: list[str] = []
-        spans: list[Span] = []
-        words: list[int] = []
-        if source.words:
-            of_words = replace(source, words=False)
-            for number, word in enumerate(text):
-                found, found_spans, _ = self._align_text(word, of_words)
-                tokens += found
-                spans += found_spans
-                words += [number] * len(found)
-            return tokens, spans, words
-        for start, end, index in source.added.split(text, source.split_special_tokens):
-            number = words[-1] + 1 if words else 0
-            if index is not None:
-                tokens.append(source.added.tokens[index].content)
-                spans.append((start, end))
-                words.append(number)
-                continue
-            pieces, found_spans = self._model.align(text[start:end])
-            tokens += pieces
-            spans += [(start + first, start + last) for first, last in found_spans] if start else found_spans
-            starts = itertools.accumulate((piece[0] == SPACE for piece in pieces), initial=number - 1)
-            words += itertools.islice(starts, 1, None)
-        return tokens, spans, words
+        n_sequences = 1 if texts[1] is None else 2
+        rows = zip(*columns.values(), strict=True)
+        return [Encoding(**dict(zip(columns, row, strict=True)), n_sequences=n_sequences) for row in rows]
 
     # Rows of ids
 
@@ -483,11 +400,8 @@ class XLMRobertaTokenizer(Vocabulary):
         if "attention_mask" in self.model_input_names if return_attention_mask is None else return_attention_mask:
             columns.setdefault("attention_mask", [[1] * length for length in lengths])
 
-        padding = choice("padding", padding, _PADDING)
-        side = self.padding_side if padding_side is None else check_side("padding_side", padding_side)
-        multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
-        limit = self._limit(max_length, used=padding == "max_length")
-        length = padded_length(max(lengths, default=0), padding, limit, multiple)
+        padded = self._padding(padding, pad_to_multiple_of, padding_side)
+        length = padded.length(max(lengths, default=0), self._limit(max_length, used=padded.strategy == "max_length"))
         fills = {
             "input_ids": self.pad_token_id,
             "attention_mask": 0,
@@ -498,7 +412,7 @@ class XLMRobertaTokenizer(Vocabulary):
         for key in fills.keys() & columns.keys():
             if [len(row) for row in columns[key]] != lengths:
                 raise ValueError(f"the rows of {key} are not as many, or not as long, as those of input_ids")
-            columns[key] = [pad_row(row, length, fills[key], side) for row in columns[key]]
+            columns[key] = [pad_row(row, length, fills[key], padded.side) for row in columns[key]]
         return BatchEncoding(
             columns if batched else {key: value[0] for key, value in columns.items()}, tensor_type=return_tensors
         )
@@ -543,54 +457,6 @@ class XLMRobertaTokenizer(Vocabulary):
 
 
 XLMRobertaTokenizerFast = XLMRobertaTokenizer
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What a call was given: texts and their pairs, each a str or a list of words; the added tokens of that time."""
-
-    texts: Values
-    words: bool
-    split_special_tokens: bool
-    added: AddedVocabulary
-
-
-# Reading arguments
-
-
-def _read_texts(text: Any, text_pair: Any, words: bool) -> tuple[Values, bool]:
-    """((texts, their pairs or None), whether it was a batch), or an error that says what is wrong with them."""
-    is_text = _is_words if words else _is_string
-    kind = "list of str (words)" if words else "str"
-    if is_text(text):
-        if text_pair is not None and not is_text(text_pair):
-            raise TypeError(f"text_pair is {describe(text_pair)}; beside a single text it must be a {kind} or None")
-        return ([text], [text_pair] if text_pair else None), False
-    if not isinstance(text, (list, tuple)):
-        raise TypeError(f"text is {describe(text)}; allowed: a {kind}, or a list of them")
-    if text_pair is None and text and all(_is_pair(item, is_text) for item in text):
-        return ([first for first, _ in text], [second for _, second in text]), True
-    if text_pair is not None and not isinstance(text_pair, (list, tuple)):
-        raise TypeError(f"text_pair is {describe(text_pair)}; beside a batch it must be a list of as many texts")
-    if text_pair is not None and len(text_pair) != len(text):
-        raise ValueError(f"there are {len(text)} texts and {len(text_pair)} in text_pair; as many are needed")
-    for name, items in (("text", text), ("text_pair", text_pair or [])):
-        for number, item in enumerate(items):
-            if not is_text(item):
-                raise TypeError(f"{name}[{number}] is {describe(item)}; a {kind} is needed")
-    return (list(text), None if text_pair is None else list(text_pair)), True
-
-
-def _is_string(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_words(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_string, value))
-
-
-def _is_pair(value: Any, is_text: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_text, value))
 
 
 def _read_columns(encoded_inputs: Any) -> dict[str, Any]:

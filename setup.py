@@ -32,7 +32,7 @@ setup(
     #   2. the symlink xlmr/kernels -> ../kernels does the same for imports straight from a source tree;
     #   3. kernels/ has no __init__.py: as a namespace folder it never outranks the real `kernels` package.
     package_dir={"xlmr": "xlmr", "xlmr.kernels": "kernels"},
-    packages=["xlmr", "xlmr.demo", "xlmr.kernels"],
+    packages=["xlmr", "xlmr.demo", "xlmr.kernels", "xlmr.pipelines"],
     package_data={"xlmr": ["py.typed"], "xlmr.demo": ["*.json", "*.md", "*.tsv", "checkpoint/*"]},
     install_requires=["numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "torch>=2.10", "tqdm"],
     extras_require={

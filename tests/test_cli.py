@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 import xlmr
-from xlmr import cli
+from xlmr import cli, terminal
 
 TEXTS = ["La <mask> de la France est Paris.", "法国的首都是<mask>。", "The <mask> of France is <mask>."]
 
@@ -65,7 +66,7 @@ def test_fill_mask_writes_a_table_for_people(run: Any, fill: Any) -> None:
 
 @pytest.mark.parametrize("text", ["中文字", "ｶﾞ", "हिन्दी", "e\u0301te\u0301", "ascii"])
 def test_tables_align_by_cells_not_by_characters(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_table([(text, "|"), ("longer than all", "|")])
+    terminal.print_table([(text, "|"), ("longer than all", "|")])
     first, second = capsys.readouterr().out.splitlines()
     cells = {"中文字": 6, "ｶﾞ": 2, "हिन्दी": 5, "e\u0301te\u0301": 3, "ascii": 5}[text]
     assert second.index("|") == len("  longer than all  ")
@@ -207,7 +208,7 @@ def test_convert_rewrites_a_directory_whole_or_not_at_all(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "write_weights", fail)
+        patch.setattr("xlmr.convert.write_weights", fail)
         assert cli.main(["convert", str(source), str(target)]) == 1
         assert capsys.readouterr() == ("", "xlmr convert: disk full\n")
         assert list(target.parent.iterdir()) == []
@@ -222,6 +223,18 @@ def test_convert_rewrites_a_directory_whole_or_not_at_all(
         capsys.readouterr()
         assert cli.main(["convert", str(source), str(again)]) == 1
         assert capsys.readouterr().err.startswith(f"xlmr convert: {again} ")
+
+
+def test_convert_leaves_out_large_files_and_names_them(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(checkpoint, source)
+    (source / "model.onnx").write_bytes(bytes(2**17))
+    monkeypatch.setattr("xlmr.convert.COPIED", 2**16)
+    assert cli.main(["convert", str(source), str(target)]) == 0
+    assert capsys.readouterr().err.startswith(f"{source / 'model.onnx'} is not copied: ")
+    assert {path.name for path in source.iterdir()} - {path.name for path in target.iterdir()} == {"model.onnx"}
 
 
 def test_info_says_which_path_computes_and_why(run: Any, fill: Any) -> None:

@@ -74,9 +74,9 @@ def test_the_wheel_holds_every_module_as_a_real_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         built = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
     sources = {f"xlmr/kernels/{path.name}": path for path in (ROOT / "kernels").glob("*.py")}
-    sources |= {f"xlmr/{path.name}": path for path in [*(ROOT / "xlmr").glob("*.py"), ROOT / "xlmr/py.typed"]}
     demo = [path for path in (ROOT / "xlmr/demo").rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    sources |= {path.relative_to(ROOT).as_posix(): path for path in demo}
+    modules = [path for path in (ROOT / "xlmr").rglob("*.py") if path.parent.name != "kernels"]
+    sources |= {path.relative_to(ROOT).as_posix(): path for path in [*modules, ROOT / "xlmr/py.typed", *demo]}
     assert built == {name: path.read_bytes() for name, path in sources.items()}
     assert sum(len(data) for name, data in built.items() if name.startswith("xlmr/demo/")) <= DEMO_LIMIT
 

@@ -393,7 +393,7 @@ def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, ch
 def test_a_stream_is_answered_as_it_is_read(
     fill: Any, reference: Any, qa: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xlmr.pipelines.STREAMED", 2)
+    monkeypatch.setattr("xlmr.pipelines.base.STREAMED", 2)
     read = []
 
     def stream() -> Any:

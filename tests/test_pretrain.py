@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from reference import untrainable
 from transformers import DataCollatorForLanguageModeling
 
-from xlmr import XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaTokenizer, cli, pretrain
+from xlmr import XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaTokenizer, cli, pretrain, training_text
 from xlmr.encode import Packed
-from xlmr.pretrain import Lines, LineTokenizer, Position, Recipe, Run, mask_tokens, read_batches
+from xlmr.pretrain import Recipe, Run, mask_tokens
+from xlmr.training_text import Lines, LineTokenizer, Position, read_batches
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -91,11 +92,10 @@ def test_lines_are_those_of_the_file(tmp_path_factory: pytest.TempPathFactory, t
 def test_an_epoch_reads_each_line_once_in_batches_of_like_lengths(
     tmp_path: Path, tokenizer: XLMRobertaTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "POOL", 16)
+    monkeypatch.setattr(training_text, "POOL", 16)
     (tmp_path / "text").write_text("\n".join("Paris " * (1 + i % 9) + str(i) for i in range(50)), encoding="utf-8")
     lines, encode = Lines([tmp_path / "text"]), LineTokenizer(tokenizer, 48)
-    recipe = Recipe(batch_tokens=64)
-    stream = read_batches(lines, encode, recipe, Position())
+    stream = read_batches(lines, encode, Position(), seed=0, batch_tokens=64)
     epochs: dict[int, list[list[int]]] = {0: [], 1: []}
     batches = []
     for position, batch in stream:
@@ -108,7 +108,7 @@ def test_an_epoch_reads_each_line_once_in_batches_of_like_lengths(
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything
     assert epochs[0] != epochs[1]
     for i in (0, 3, 7, len(batches) - 2):  # a new stream goes on where another stopped
-        assert next(read_batches(lines, encode, recipe, batches[i][0])) == batches[i + 1]
+        assert next(read_batches(lines, encode, batches[i][0], seed=0, batch_tokens=64)) == batches[i + 1]
 
 
 def test_a_step_is_the_mean_over_all_its_batches(
@@ -116,7 +116,7 @@ def test_a_step_is_the_mean_over_all_its_batches(
 ) -> None:
     model = XLMRobertaForMaskedLM(replaced(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
     run = Run(model, tokenizer, Lines([text]), replace(TINY, clip=0.0))
-    stream = read_batches(run.lines, run.encode, run.recipe, Position())
+    stream = run.batches()
     seed = TINY.seed * 2**32
     micro = [run.masker(ids, seed * 2**8 + i) for i, (_, ids) in enumerate([next(stream), next(stream)])]
     losses = [F.cross_entropy(dense_logits(model, packed), labels, reduction="sum") for packed, labels in micro]
@@ -124,7 +124,7 @@ def test_a_step_is_the_mean_over_all_its_batches(
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     run.optimizer.step = lambda: None  # type: ignore[method-assign]
     run.optimizer.zero_grad = lambda: None  # type: ignore[method-assign]
-    loss = run.advance(read_batches(run.lines, run.encode, run.recipe, Position()))
+    loss = run.advance(run.batches())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, wanted in zip((p.grad for p in model.parameters()), gradients, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)

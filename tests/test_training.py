@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import xlmr
 from xlmr import demo, pretrain
 from xlmr.demo.evaluate import read
-from xlmr.pretrain import Lines, Position, Recipe, Run, read_batches
+from xlmr.pretrain import Lines, Recipe, Run
 
 LANGUAGE_MODELS = ["MaskedLM", "CausalLM"]
 
@@ -332,7 +332,7 @@ def padded_loss(model: Any, packed: Any, labels: Tensor, bf16: bool) -> Tensor:
 def curve(model: Any, tokenizer: Any, lines: Lines, recipe: Recipe) -> list[float]:
     """The losses of `xlmr pretrain`'s loop."""
     run = Run(model.train(), tokenizer, lines, recipe)
-    source = read_batches(run.lines, run.encode, recipe, Position())
+    source = run.batches()
     return [float(run.advance(source)) for _ in range(recipe.steps)]
 
 

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import platform
-import random
-import shutil
 import sys
-import tempfile
 import time
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,25 +22,25 @@ import torch
 from torch import Tensor
 
 from . import __version__, demo, pretrain
-from .demo.evaluate import Question, Sentence, questions, read
-from .encode import POOLINGS, embed, pack
+from .convert import convert
+from .demo import show
+from .demo.evaluate import Sentence, read
+from .encode import POOLINGS, embed
 from .encoder import load
-from .files import resolve, write_atomically
+from .files import write_atomically
 from .kernels._launch import unsupported
 from .ops import BACKENDS
 from .pipelines import Pipeline, pipeline
-from .spans import STRATEGIES
+from .pipelines.token_classification import STRATEGIES
+from .terminal import clean, print_json, print_table
 from .verify import Verdict, verify, verify_gradients
-from .weights import SHARD, WEIGHTS, read_weights, write_weights
 
 Command = Callable[..., argparse.ArgumentParser]  # adds the parser of a command
 Parsers = tuple[argparse.ArgumentParser, ...]
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
 SHOWN = 4  # numbers of a vector that a table shows
-COPIED = 2**26  # bytes: `xlmr convert` copies files up to this size
 VERIFIED = 6  # held-out sentences that `xlmr verify` computes by default
-PARTNER = 5  # a language is compared with the fifth after it: mostly one of another script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,15 +163,15 @@ def _fill_mask(args: argparse.Namespace) -> None:
     answers = _pipeline("fill-mask", args)(texts, top_k=args.top_k, targets=args.target)
     for text, answer in zip(texts, answers if len(texts) > 1 else [answers], strict=True):
         if args.json:
-            _print_json({"text": text, "answers": answer})
+            print_json({"text": text, "answers": answer})
         else:
-            print(_clean(text))
+            print(clean(text))
             _print_answers(answer)
 
 
 def _print_answers(answer: list[Any]) -> None:
     masks = answer if isinstance(answer[0], list) else [answer]
-    _print_table(
+    print_table(
         (f"mask {number}" if len(masks) > 1 and not rank else "", f"{a['score']:.4f}", a["token_str"], a["sequence"])
         for number, row in enumerate(masks, 1)
         for rank, a in enumerate(row)
@@ -194,12 +188,29 @@ def _embed(args: argparse.Namespace) -> None:
         print(f"{args.output}: {len(texts)} vectors of {found.shape[1]} numbers", file=sys.stderr)
     elif args.json:
         for text, vector in zip(texts, found.tolist(), strict=True):
-            _print_json({"text": text, "embedding": vector})
+            print_json({"text": text, "embedding": vector})
     else:
-        _print_table(
+        print_table(
             (*(f"{number:+.4f}" for number in vector[:SHOWN].tolist()), f"… {len(vector)} numbers", text)
             for text, vector in zip(texts, found, strict=True)
         )
+
+
+def _vectors(pipe: Pipeline, texts: list[str], args: argparse.Namespace) -> Tensor:
+    return embed(
+        pipe.model,
+        pipe.tokenizer,
+        texts,
+        pooling=args.pooling,
+        normalize=not args.no_normalize,
+        max_length=args.max_length,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _save_array(path: Path, vectors: Tensor) -> None:
+    with path.open("wb") as file:  # given a name instead, NumPy would append .npy to it
+        np.save(file, vectors.numpy())
 
 
 def _classify(args: argparse.Namespace) -> None:
@@ -245,9 +256,9 @@ def _rerank(args: argparse.Namespace) -> None:
     ranked = sorted(zip(scores, texts, strict=True), key=lambda row: -row[0])
     if args.json:
         for score, text in ranked:
-            _print_json({"text": text, "score": score})
+            print_json({"text": text, "score": score})
     else:
-        _print_table((f"{score:.4f}", text) for score, text in ranked)
+        print_table((f"{score:.4f}", text) for score, text in ranked)
 
 
 def _print_found(
@@ -256,62 +267,10 @@ def _print_found(
     """For each text its answers; of each answer a table has the score and the fields `shown`."""
     for text, rows in zip(texts, found, strict=True):
         if args.json:
-            _print_json({"text": text, "answers": rows})
+            print_json({"text": text, "answers": rows})
         else:
-            print(_clean(text))
-            _print_table((f"{row['score']:.4f}", *(row[field] for field in shown)) for row in rows)
-
-
-def _convert(args: argparse.Namespace) -> None:
-    source, target = args.source, args.target
-    if not source.is_dir():
-        raise ValueError(f"{source} is no directory: give that of a checkpoint")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not empty: give a new directory")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{target} is inside {source}: give a directory outside")
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"there is no config.json in {source}: it is no checkpoint")
-    weights = read_weights(partial(resolve, source), str(source))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as scratch:
-        new = Path(scratch, "new")
-        shutil.copytree(source, new, ignore=partial(_not_copied, source))
-        config = (new / "config.json").read_text(encoding="utf-8")
-        write_weights(new, weights, config, "50GB", safe_serialization=True)
-        os.replace(new, target)
-    size = sum(weight.nbytes for weight in weights.values())
-    if args.json:
-        _print_json({"path": str(target), "weights": len(weights), "bytes": size})
-    else:
-        print(f"{target}: {len(weights)} weights, {size:,} bytes")
-
-
-def _not_copied(source: Path, folder: str, names: list[str]) -> list[str]:
-    """Of a directory's files the weights, which are rewritten, and large ones: weights for other programs."""
-    weights = [name for name in names if name in WEIGHTS or SHARD.fullmatch(name)] if Path(folder) == source else []
-    paths = [Path(folder, name) for name in names if name not in weights]
-    large = [path for path in paths if path.is_file() and path.stat().st_size > COPIED]
-    for path in large:
-        print(f"{path} is not copied: it is large, and no weights that xlmr reads", file=sys.stderr)
-    return [*weights, *(path.name for path in large)]
-
-
-def _vectors(pipe: Pipeline, texts: list[str], args: argparse.Namespace) -> Tensor:
-    return embed(
-        pipe.model,
-        pipe.tokenizer,
-        texts,
-        pooling=args.pooling,
-        normalize=not args.no_normalize,
-        max_length=args.max_length,
-        progress=sys.stderr.isatty(),
-    )
-
-
-def _save_array(path: Path, vectors: Tensor) -> None:
-    with path.open("wb") as file:  # given a name instead, NumPy would append .npy to it
-        np.save(file, vectors.numpy())
+            print(clean(text))
+            print_table((f"{row['score']:.4f}", *(row[field] for field in shown)) for row in rows)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -332,9 +291,9 @@ def _info(args: argparse.Namespace) -> None:
         "path": model.backend_report(),
     }
     if args.json:
-        _print_json(facts)
+        print_json(facts)
     else:
-        _print_table((name, _shown(value)) for name, value in facts.items())
+        print_table((name, _shown(value)) for name, value in facts.items())
 
 
 def _shown(fact: Any) -> str:
@@ -356,7 +315,7 @@ def _verify(args: argparse.Namespace) -> int:
     verdicts = (verify_gradients if args.gradients else verify)(pipe.model, pipe.tokenizer, texts)
     if args.json:
         for verdict in verdicts:
-            _print_json({**asdict(verdict.worst), "calls": verdict.calls, "right": verdict.right})
+            print_json({**asdict(verdict.worst), "calls": verdict.calls, "right": verdict.right})
     else:
         print(f"{pipe.model.backend_report()}; {str(pipe.model.dtype).removeprefix('torch.')}, {len(texts)} texts")
         _print_verdicts(verdicts)
@@ -369,7 +328,7 @@ def _print_verdicts(verdicts: list[Verdict]) -> None:
         (v.operation, v.calls, *(f"{x:.1e}" for x in found), "" if v.right else "WRONG")
         for v, found in zip(verdicts, errors, strict=True)
     )
-    _print_table([("operation", "calls", "error", "eager's error", "bound", ""), *rows])
+    print_table([("operation", "calls", "error", "eager's error", "bound", ""), *rows])
 
 
 @torch.inference_mode()
@@ -377,21 +336,22 @@ def _demo(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     sentences = read(demo.HELD_OUT)
     fill = _pipeline("fill-mask", args)
-    filled, nearest = _filled(fill, sentences), _nearest(fill, sentences)
+    filled = show.filled(fill.model, fill.tokenizer, sentences)
+    nearest = show.nearest(fill.model, fill.tokenizer, sentences)
     seconds = time.perf_counter() - started
     if args.json:
-        _print_json({"filled": filled, "nearest": nearest, "seconds": seconds})
+        print_json({"filled": filled, "nearest": nearest, "seconds": seconds})
         return
     print(f"{args.model or 'The embedded demo model'}: {fill.model.num_parameters():,} parameters, on {fill.device}")
     print("The sentences were held out when the demo model was trained.")
     print(f"\nA word masked in a sentence of each language: {_share(filled)} filled right")
-    _print_table(
+    print_table(
         (row["language"], row["text"], row["answer"], f"{row['score']:.2f}", "" if row["right"] else row["expected"])
         for row in filled
     )
     print(f"\nThe nearest held-out sentence of another language: {_share(nearest)} translations, for instance")
     instances = {row["language"]: row for row in nearest}.values()
-    _print_table((row["language"], row["text"], row["other"], row["nearest"]) for row in instances)
+    print_table((row["language"], row["text"], row["other"], row["nearest"]) for row in instances)
     _compare(fill, sentences[:1])
     print(f"\n{time.perf_counter() - started:.1f} s")
 
@@ -406,61 +366,18 @@ def _compare(fill: Pipeline, sentences: list[Sentence]) -> None:
         _print_verdicts(verify(model, fill.tokenizer, [sentence.text for sentence in sentences]))
 
 
-def _filled(fill: Pipeline, sentences: list[Sentence]) -> list[dict[str, Any]]:
-    """For each language the most probable word at one masked word, of those that are one piece of the vocabulary."""
-    chosen: dict[str, tuple[Question, str, str]] = {}
-    for sentence in random.Random(0).sample(sentences, len(sentences)):
-        start, end = sentence.answers[-1]
-        question = questions([sentence], fill.tokenizer)[-1]
-        if len(question.pieces) == 1:
-            text = sentence.text[:start] + fill.tokenizer.mask_token + sentence.text[end:]
-            chosen[sentence.language] = question, text, sentence.text[start:end]
-    packed = pack([question.ids for question, _, _ in chosen.values()], fill.model.device)
-    starts = zip(packed.cu_seqlens.tolist(), chosen.values(), strict=False)
-    rows = torch.tensor([start + question.masked[0] for start, (question, _, _) in starts], device=fill.model.device)
-    scores, best = fill.model.topk_packed(*packed, rows=rows, k=1)
-    return [
-        {
-            "language": language,
-            "text": text,
-            "expected": word,
-            "answer": fill.tokenizer.decode([token]).strip(),
-            "score": score,
-            "right": token == question.pieces[0],
-        }
-        for (language, (question, text, word)), score, token in zip(
-            chosen.items(), scores[:, 0].exp().tolist(), best[:, 0].tolist(), strict=True
-        )
-    ]
-
-
-def _nearest(pipe: Pipeline, sentences: list[Sentence]) -> list[dict[str, Any]]:
-    """For the sentences of each language whose translation is held out in another, the nearest there by cosine."""
-    languages = list(dict.fromkeys(s.language for s in sentences))
-    own = {language: [s for s in sentences if s.language == language] for language in languages}
-    vectors = embed(pipe.model, pipe.tokenizer, [s.text for language in languages for s in own[language]])
-    by_language = dict(zip(languages, vectors.split([len(own[language]) for language in languages]), strict=True))
-    rows = []
-    for number, language in enumerate(languages):
-        other = languages[(number + PARTNER) % len(languages)]
-        keys = {sentence.key for sentence in own[other]}
-        indices = (by_language[language] @ by_language[other].T).argmax(dim=1).tolist()
-        for sentence, found in zip(own[language], (own[other][i] for i in indices), strict=True):
-            if sentence.key in keys:
-                rows.append(
-                    {
-                        "language": language,
-                        "text": sentence.text,
-                        "other": other,
-                        "nearest": found.text,
-                        "right": found.key == sentence.key,
-                    }
-                )
-    return rows
-
-
 def _share(rows: list[dict[str, Any]]) -> str:
     return f"{sum(row['right'] for row in rows)} of {len(rows)}"
+
+
+def _convert(args: argparse.Namespace) -> None:
+    done = convert(args.source, args.target)
+    for path in done.left_out:
+        print(f"{path} is not copied: it is large, and no weights that xlmr reads", file=sys.stderr)
+    if args.json:
+        print_json({"path": str(args.target), "weights": done.weights, "bytes": done.size})
+    else:
+        print(f"{args.target}: {done.weights} weights, {done.size:,} bytes")
 
 
 def _pipeline(task: str, args: argparse.Namespace) -> Pipeline:
@@ -479,32 +396,3 @@ def _texts(args: argparse.Namespace) -> list[str]:
     if not given:
         raise ValueError("there is no text: give texts as arguments, or one a line on standard input")
     return given.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False))
-
-
-def _print_table(rows: Iterable[Sequence[Any]]) -> None:
-    """Columns of equal width, also where letters take two cells of a terminal or none."""
-    cells = [[_clean(str(cell)) for cell in row] for row in rows]
-    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
-        print("  " + "  ".join(padded).rstrip())
-
-
-def _clean(text: str) -> str:
-    """The text without control characters, which could steer the terminal."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" else c for c in text)
-
-
-def _width(text: str) -> int:
-    """How many cells of a terminal the text takes."""
-    return sum(_cells(character) for character in text)
-
-
-def _cells(character: str) -> int:
-    if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # drawn onto the letter before, or not at all
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1

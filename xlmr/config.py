@@ -155,17 +155,11 @@ class XLMRobertaConfig:
         neither a field nor a key of the file.
         """
         name_or_dir = os.fspath(pretrained_model_name_or_path)
-        path: Path | None = Path(name_or_dir)
-        if not (path and path.is_file()):
-            path = resolve(
-                name_or_dir,
-                "config.json",
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                subfolder=subfolder,
-            )
+        source: dict[str, Any] = {
+            "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+        }  # fmt: skip
+        file = Path(name_or_dir)
+        path = file if file.is_file() else resolve(name_or_dir, "config.json", subfolder=subfolder, **source)
         if path is None:
             raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, subfolder)}")
         values = read_json(path)

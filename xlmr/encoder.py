@@ -34,10 +34,9 @@ from .heads import XLMRobertaForSequenceClassification
 from .model import XLMRobertaModel
 from .multi_vector import (
     TokenHeads,
-    colbert_score,
     colbert_vecs,
-    compute_lexical_matching_score,
     lexical_weights,
+    pair_scores,
     read_token_heads,
 )
 from .ops import for_inference
@@ -214,21 +213,13 @@ class Encoder:
         given = [pairs] if one else list(pairs)
         if any(isinstance(pair, str) or len(pair) != 2 for pair in given):
             raise TypeError("pairs is a list of (query, passage), or one such pair: something else is in it")
-        sides = []
-        for side, limit in ((0, max_query_length), (1, max_passage_length)):
-            options: dict[str, Any] = {"max_length": limit, "batch_tokens": batch_tokens, "output": "torch"}
-            sides.append(self.encode([p[side] for p in given], return_sparse=True, return_colbert_vecs=True, **options))
-        w_dense, w_sparse, w_colbert = weights_for_different_modes
-        q, p = sides
-        each = {
-            "colbert": list(map(float, map(colbert_score, q["colbert_vecs"], p["colbert_vecs"]))),
-            "sparse": list(map(compute_lexical_matching_score, q["lexical_weights"], p["lexical_weights"])),
-            "dense": (q["dense_vecs"] * p["dense_vecs"]).sum(1).tolist(),
-        }
-        rows = list(zip(*each.values(), strict=True))
-        two = [(s * w_sparse + d * w_dense) / (w_sparse + w_dense) for _, s, d in rows]
-        three = [(c * w_colbert + s * w_sparse + d * w_dense) / (w_colbert + w_sparse + w_dense) for c, s, d in rows]
-        scores = {**each, "sparse+dense": two, "colbert+sparse+dense": three}
+
+        def encoded(side: int, max_length: int | None) -> dict[str, Any]:
+            options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens, "output": "torch"}
+            return self.encode([pair[side] for pair in given], return_sparse=True, return_colbert_vecs=True, **options)
+
+        queries, passages = encoded(0, max_query_length), encoded(1, max_passage_length)
+        scores = pair_scores(queries, passages, weights_for_different_modes)
         return {name: values[0] for name, values in scores.items()} if one else scores
 
     # What a call needs

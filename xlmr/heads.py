@@ -40,20 +40,20 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
     def encode(self, inputs: Arguments, **needs: Any) -> tuple[Encoded, dict[str, Any]]:
         """Runs the base model on `inputs`; `needs` as in XLMRobertaModel.encode. Returns the last layer's rows and the
         fields that every output shares. A base model that is not plain is called instead."""
-        if plain(self.roberta):
-            encoded = self.roberta.encode(inputs, **needs)
-        else:
-            token = EVERY_POSITION.set(True)
-            try:
-                output = self.roberta(**{k: v for k, v in inputs._asdict().items() if v is not None}, return_dict=True)
-            finally:
-                EVERY_POSITION.reset(token)
-            hidden = output.last_hidden_state
-            layout = plan(*hidden.shape[:2], device=hidden.device)
-            encoded = Encoded(
-                hidden.flatten(0, 1), layout, {k: v for k, v in output.items() if k != "last_hidden_state"}
-            )
+        encoded = self.roberta.encode(inputs, **needs) if plain(self.roberta) else self._called(inputs)
         return encoded, {name: encoded.fields.get(name) for name in ("hidden_states", "attentions")}
+
+    def _called(self, inputs: Arguments) -> Encoded:
+        """What a base model that was replaced or hooked gives when it is called, as anyone else would call it."""
+        token = EVERY_POSITION.set(True)
+        try:
+            given = {name: value for name, value in inputs._asdict().items() if value is not None}
+            output = self.roberta(**given, return_dict=True)
+        finally:
+            EVERY_POSITION.reset(token)
+        hidden = output.last_hidden_state
+        fields = {name: value for name, value in output.items() if name != "last_hidden_state"}
+        return Encoded(hidden.flatten(0, 1), plan(*hidden.shape[:2], device=hidden.device), fields)
 
     def dropped(self, x: Tensor) -> Tensor:
         """The head's own dropout, where it is one of torch's; else whatever stands in its place."""
@@ -263,7 +263,7 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         check_labels(labels, inputs.shape, self.config.vocab_size)
         if labels is None and not return_logits:
             raise ValueError(NOTHING_TO_RETURN)
-        following = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
+        following = None if labels is None else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         part = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
         if part and labels is not None:
             raise ValueError("labels score every position: leave out logits_to_keep, or labels")

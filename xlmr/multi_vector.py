@@ -91,3 +91,20 @@ def colbert_score(query: Any, passage: Any) -> Tensor:
     """The mean, over a query's vectors [n, D], of the largest product with one of a passage's [m, D]: a 0-d tensor."""
     query, passage = torch.as_tensor(query), torch.as_tensor(passage)
     return (query @ passage.T).amax(1).mean()
+
+
+def pair_scores(
+    queries: Mapping[str, Any], passages: Mapping[str, Any], weights: Sequence[float]
+) -> dict[str, list[float]]:
+    """Of what a bge-m3 encodes of n queries and n passages the scores of each pair: by the three kinds of vector, and
+    the means of two and of all three, in which dense, sparse and ColBERT have these `weights`."""
+    w_dense, w_sparse, w_colbert = weights
+    colbert = list(map(float, map(colbert_score, queries["colbert_vecs"], passages["colbert_vecs"])))
+    sparse = list(map(compute_lexical_matching_score, queries["lexical_weights"], passages["lexical_weights"]))
+    dense = (queries["dense_vecs"] * passages["dense_vecs"]).sum(1).tolist()
+    two = [(s * w_sparse + d * w_dense) / (w_sparse + w_dense) for s, d in zip(sparse, dense, strict=True)]
+    three = [
+        (c * w_colbert + s * w_sparse + d * w_dense) / (w_colbert + w_sparse + w_dense)
+        for c, s, d in zip(colbert, sparse, dense, strict=True)
+    ]
+    return {"colbert": colbert, "sparse": sparse, "dense": dense, "sparse+dense": two, "colbert+sparse+dense": three}

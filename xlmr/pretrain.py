@@ -9,17 +9,13 @@ import argparse
 import json
 import logging
 import math
-import mmap
 import os
 import shutil
 import sys
 import tempfile
 import time
-from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import accumulate
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from .config import XLMRobertaConfig
-from .encode import Packed, batches, choose_device, pack
+from .encode import Packed, choose_device, pack
 from .files import write_atomically
 from .heads import IGNORED, XLMRobertaForMaskedLM
 from .ops import BACKENDS
 from .tokenizer import XLMRobertaTokenizer
+from .training_text import Lines, LineTokenizer, Position, read_batches, read_once
 
 logger = logging.getLogger(__name__)
 
-POOL = 4096  # lines that are tokenised, sorted by length and cut into batches together
 LOG, CURVE, STATE = "log.jsonl", "loss.png", "training.pt"
 Path_ = str | os.PathLike[str]
 
@@ -75,110 +71,6 @@ class Recipe:
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         return self.learning_rate * (self.steps - step) / max(self.steps - self.warmup, 1)
-
-
-class Lines(Sequence[str]):
-    """The lines of text files that are not blank, read where they stand: only their offsets are kept in memory."""
-
-    def __init__(self, paths: Sequence[Path_]) -> None:
-        self.paths = [Path(path) for path in paths]
-        self._maps: list[mmap.mmap] = []
-        self._offsets: list[array[int]] = []
-        for path in self.paths:
-            with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    raise ValueError(f"{path} is empty: give text files of one text a line")
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            offsets, start = array("q"), 0
-            for line in iter(mapped.readline, b""):
-                if not line.isspace():
-                    offsets.append(start)
-                start += len(line)
-            if not offsets:
-                raise ValueError(f"{path} holds blank lines only: give text files of one text a line")
-            self._maps.append(mapped)
-            self._offsets.append(offsets)
-        self._ends = list(accumulate(map(len, self._offsets)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        which = bisect_right(self._ends, index)
-        offset = self._offsets[which][index - self._ends[which]]
-        mapped = self._maps[which]
-        end = mapped.find(b"\n", offset)
-        try:
-            return mapped[offset : len(mapped) if end < 0 else end].decode("utf-8").strip("\r\ufeff")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.paths[which]} is not UTF-8 in the line at byte {offset}: {error}") from error
-
-    def fingerprint(self) -> list[list[Any]]:
-        """What must not change between a run and its resumption: names aside, the size of each file."""
-        return [[len(mapped), len(offsets)] for mapped, offsets in zip(self._maps, self._offsets, strict=True)]
-
-
-class LineTokenizer:
-    """Lines to token ids, cut to `max_length`; counts the texts and those it cut, in all and before its last call."""
-
-    def __init__(self, tokenizer: XLMRobertaTokenizer, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.texts = self.cut = 0
-        self.before = (0, 0)
-
-    def __call__(self, lines: Sequence[str]) -> list[list[int]]:
-        self.before = (self.texts, self.cut)
-        parts = [[part for part in line.split("\t", 1) if part.strip()] for line in lines]
-        ids: dict[int, list[int]] = {}
-        for count in (1, 2):
-            chosen = [i for i, texts in enumerate(parts) if len(texts) == count]
-            rows = self._encode([parts[i] for i in chosen], self.max_length + 1)
-            ids.update(zip(chosen, rows, strict=True))
-            long = [i for i in chosen if len(ids[i]) > self.max_length]
-            rows = self._encode([parts[i] for i in long], self.max_length)
-            ids.update(zip(long, rows, strict=True))
-            self.cut += len(long)
-        self.texts += len(lines)
-        return [ids[i] for i in range(len(lines))]
-
-    def _encode(self, parts: list[list[str]], max_length: int) -> list[list[int]]:
-        """Single texts, or pairs, to rows of at most `max_length` ids."""
-        if not parts:
-            return []
-        columns = [list(column) for column in zip(*parts, strict=True)]
-        second = columns[1] if len(columns) > 1 else None
-        return self.tokenizer(columns[0], second, truncation=True, max_length=max_length)["input_ids"]
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run has read: so many batches of a pool of an epoch."""
-
-    epoch: int = 0
-    pool: int = 0
-    batch: int = 0
-
-
-def read_batches(
-    lines: Lines, encode: LineTokenizer, recipe: Recipe, position: Position
-) -> Iterator[tuple[Position, list[list[int]]]]:
-    """Batches of token ids from `position` on, without end, each with the position after it. Texts of a batch are of
-    like lengths; pools of lines and the batches in a pool come in a new random order every epoch."""
-    while True:
-        draw = torch.Generator().manual_seed(recipe.seed * 2**20 + position.epoch)
-        order = torch.randperm(len(lines), generator=draw).split(POOL)
-        for pool, chosen in enumerate(order):
-            ids = None
-            draw.manual_seed((recipe.seed * 2**20 + position.epoch) * 2**20 + pool)
-            if pool < position.pool:
-                continue
-            ids = encode([lines[i] for i in chosen.tolist()])
-            cut = list(batches([len(one) for one in ids], recipe.batch_tokens))
-            for number, index in enumerate(torch.randperm(len(cut), generator=draw).tolist()):
-                if number >= position.batch:
-                    yield Position(position.epoch, pool, number + 1), [ids[i] for i in cut[index]]
-            position = replace(position, batch=0)
-        position = Position(position.epoch + 1)
 
 
 def mask_tokens(
@@ -233,14 +125,12 @@ def held_out_loss(
     """Mean cross entropy of masked tokens of `lines`; the masks are the same at every call."""
     model.eval()
     total = count = 0.0
-    for start in range(0, len(lines), POOL):
-        ids = encode([lines[i] for i in range(start, min(start + POOL, len(lines)))])
-        for number, batch in enumerate(batches([len(one) for one in ids], recipe.batch_tokens)):
-            packed, labels = masker([ids[i] for i in batch], start + number)
-            size = int((labels != IGNORED).sum())
-            if size:
-                total += float(masked_loss(model, packed, labels, recipe.bf16)) * size
-                count += size
+    for number, ids in read_once(lines, encode, recipe.batch_tokens):
+        packed, labels = masker(ids, number)
+        size = int((labels != IGNORED).sum())
+        if size:
+            total += float(masked_loss(model, packed, labels, recipe.bf16)) * size
+            count += size
     model.train()
     return total / count if count else math.nan
 
@@ -266,6 +156,11 @@ class Run:
         self.masker = Masker(tokenizer, recipe.mask_probability)
         self.optimizer = _optimizer(model, recipe)
         self.step, self.tokens, self.position = 0, 0, Position()
+
+    def batches(self) -> Iterator[tuple[Position, list[list[int]]]]:
+        """What is left to read, without end."""
+        recipe = self.recipe
+        return read_batches(self.lines, self.encode, self.position, seed=recipe.seed, batch_tokens=recipe.batch_tokens)
 
     def advance(self, source: Iterator[tuple[Position, list[list[int]]]]) -> Tensor:
         """One optimizer step on the next batches; returns its loss, the mean over all their labelled tokens."""
@@ -332,8 +227,12 @@ class Run:
 
 def _checkpoints(output: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    found = [path for path in output.glob("checkpoint-*") if _step_of(path).isdigit()]
+    return sorted(found, key=lambda path: int(_step_of(path)))
+
+
+def _step_of(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("checkpoint-")
 
 
 def _load_tokenizer(where: Path_ | None) -> XLMRobertaTokenizer:
@@ -352,6 +251,19 @@ def _load_config(where: XLMRobertaConfig | Path_ | None) -> XLMRobertaConfig:
             "no model: give --config FILE|DIR|NAME to start from scratch, or --init DIR|NAME to go on training"
         )
     return XLMRobertaConfig.from_json_file(where) if Path(where).is_file() else XLMRobertaConfig.from_pretrained(where)
+
+
+def _load_model(
+    init: Path_ | None, config: XLMRobertaConfig | Path_ | None, tokenizer: XLMRobertaTokenizer
+) -> XLMRobertaForMaskedLM:
+    """The model to go on training, else a new one: on the CPU, so that the seed gives the same weights everywhere."""
+    if init is not None:
+        model = XLMRobertaForMaskedLM.from_pretrained(init, dtype=torch.float32)
+        _check_vocabulary(model.config, tokenizer)
+        return model
+    parsed = _load_config(config)
+    _check_vocabulary(parsed, tokenizer)
+    return XLMRobertaForMaskedLM(parsed)
 
 
 def _check_vocabulary(config: XLMRobertaConfig, tokenizer: XLMRobertaTokenizer) -> None:
@@ -396,7 +308,7 @@ def pretrain(
     found = _checkpoints(output)
     if found and not resume:
         raise ValueError(
-            f"{output} holds a run at step {found[-1].name[11:]}: resume it (--resume), or choose another --output"
+            f"{output} holds a run at step {_step_of(found[-1])}: resume it (--resume), or choose another --output"
         )
     if found:
         init = tokenizer = found[-1]
@@ -404,13 +316,7 @@ def pretrain(
     if not isinstance(tokenizer, XLMRobertaTokenizer):
         tokenizer = _load_tokenizer(tokenizer if tokenizer is not None else init)
     torch.manual_seed(recipe.seed)
-    if init is None:
-        parsed = _load_config(config)
-        _check_vocabulary(parsed, tokenizer)
-        model = XLMRobertaForMaskedLM(parsed)  # on the CPU, so that the seed gives the same weights everywhere
-    else:
-        model = XLMRobertaForMaskedLM.from_pretrained(init, dtype=torch.float32)
-        _check_vocabulary(model.config, tokenizer)
+    model = _load_model(init, config, tokenizer)
     model.to(choose_device(device)).set_backend(backend)
     run = Run(model.train(), tokenizer, lines, recipe)
     if found:
@@ -426,7 +332,7 @@ def _train(
     recipe, began = run.recipe, time.monotonic()
     log = [entry for entry in _read_log(output / LOG) if entry["step"] <= run.step]
     write_atomically(output, {LOG: "".join(map(_log_line, log))})
-    source = read_batches(run.lines, run.encode, recipe, run.position)
+    source = run.batches()
     losses: list[Tensor] = []
     with _bar(progress, recipe.steps, run.step) as bar, open(output / LOG, "a", encoding="utf-8") as file:
         while run.step < recipe.steps:

@@ -6,19 +6,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import check_side, choice, integer
+
 Span = tuple[int, int]  # of the tokens of one text: first, and one past the last
 Values = tuple[list[list], "list[list] | None"]  # one value a token, for each text and for its pair, if there are pairs
+RowSpans = tuple[int, Span, "Span | None"]  # the number of a row's text, the span of its tokens, and its pair's
+
+PADDING: dict[Any, str] = {name: name for name in ("longest", "max_length", "do_not_pad")}
+PADDING |= {True: "longest", False: "do_not_pad"}
+TRUNCATION: dict[Any, str] = {name: name for name in ("longest_first", "only_first", "only_second", "do_not_truncate")}
+TRUNCATION |= {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
 
 
 @dataclass(frozen=True)
 class TokenLayout:
     """The rows of a batch, whatever is laid out in them: ids, masks, offsets.
 
-    spans: for each row the number of its text, the span of that text's tokens, and its pair's span or None.
     special: whether special tokens stand around the texts.  length, side: where rows are padded to, None for nowhere.
     """
 
-    spans: list[tuple[int, Span, Span | None]]
+    spans: list[RowSpans]
     special: bool
     length: int | None = None
     side: str = "right"
@@ -60,12 +67,54 @@ def pad_row(row: list, length: int | None, fill: Any, side: str) -> list:
     return row + missing if side == "right" else missing + row
 
 
-def padded_length(longest: int, padding: str, max_length: int | None, multiple: int | None) -> int | None:
-    """The length that rows are padded to; None for "do_not_pad" and for "max_length" where there is no limit."""
-    length = longest if padding == "longest" else max_length
-    if padding == "do_not_pad" or length is None:
-        return None
-    return length if multiple is None else -(-length // multiple) * multiple
+@dataclass(frozen=True)
+class Padding:
+    """How rows are padded: to the longest or a limit or not at all, rounded up to a multiple, on one side."""
+
+    strategy: str
+    multiple: int | None
+    side: str
+
+    @classmethod
+    def of(cls, padding: Any, pad_to_multiple_of: Any, side: Any) -> Padding:
+        """Read the options of a call; ValueError for what is not allowed."""
+        strategy = choice("padding", padding, PADDING)
+        multiple = None if pad_to_multiple_of is None else integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
+        return cls(strategy, None if strategy == "do_not_pad" else multiple, check_side("padding_side", side))
+
+    def length(self, longest: int, limit: int | None) -> int | None:
+        """The length that rows are padded to; None for "do_not_pad" and for "max_length" where there is no limit."""
+        length = longest if self.strategy == "longest" else limit
+        if self.strategy == "do_not_pad" or length is None:
+            return None
+        return length if self.multiple is None else -(-length // self.multiple) * self.multiple
+
+
+def kept_spans(
+    ids: Values, truncation: str, budget: int | None, side: str, stride: int | None = None
+) -> list[RowSpans]:
+    """Of each text, and its pair, what stays of its tokens if it may keep `budget` of them, None for all.
+
+    With a `stride`, the windows follow that the rest is cut into, which share so many tokens.
+    """
+    first, second = ids
+    spans: list[RowSpans] = []
+    for sample, row in enumerate(first):
+        count, other = len(row), None if second is None else len(second[sample])
+        kept, other_kept = (count, other or 0) if budget is None else cut(count, other, truncation, budget)
+        if stride is not None:
+            others = [None] if other is None else windows(other, other_kept, stride, side)
+            spans += [(sample, *both) for both in combine(windows(count, kept, stride, side), others)]
+        else:
+            other_part = None if other is None else kept_part(other, other_kept, side)
+            spans.append((sample, kept_part(count, kept, side), other_part))
+    return spans
+
+
+def row_length(spans: RowSpans) -> int:
+    """How many tokens of texts a row holds, those around them not counted."""
+    _, (start, stop), pair = spans
+    return stop - start + (pair[1] - pair[0] if pair else 0)
 
 
 def cut(first: int, second: int | None, strategy: str, budget: int) -> tuple[int, int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import operator
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from .added_tokens import AddedToken, AddedVocabulary
+from .arguments import as_lists, integer
 from .sentencepiece_model import CONTROL_PIECES, SPACE, SentencePieceModel
 
 SPECIAL_TOKENS = {
@@ -25,126 +25,6 @@ _CLEAN_UP = {
     " ' ": "'",
     **{f" {ending}": ending for ending in ("n't", "'m", "'s", "'ve", "'re")},
 }
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token outside sentencepiece's reach; the fields are those of tokenizers.AddedToken.
-
-    lstrip, rstrip: the token takes the white space before, after it. single_word: it is matched only where no word
-    character touches it. special: `skip_special_tokens` leaves it out. normalized: kept for other readers of the
-    files; here a token is always matched verbatim, as transformers 4's Python tokenizer does.
-    """
-
-    content: str
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool = True
-    special: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.content, str) or not self.content:
-            raise ValueError(f"an added token is {self.content!r}; a non-empty str is needed")
-        for field in fields(self)[1:]:
-            if not isinstance(getattr(self, field.name), bool):
-                raise ValueError(f"{field.name} of the added token {self.content!r} must be true or false")
-
-    def __str__(self) -> str:
-        return self.content
-
-    @classmethod
-    def of(cls, value: Any, special: bool = False) -> AddedToken:
-        """Read a str, a dict as the checkpoint files hold, or an object such as tokenizers.AddedToken."""
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, str):
-            return cls(value, special=special, normalized=not special)
-        names = [field.name for field in fields(cls)]
-        if isinstance(value, Mapping) and "content" in value:
-            return cls(**{"special": special, **{name: value[name] for name in names if name in value}})
-        if hasattr(value, "content"):
-            return cls(**{name: getattr(value, name) for name in names})
-        raise ValueError(f"a token is {value!s:.80}; allowed: a str, an AddedToken or a dict with its fields")
-
-
-class AddedVocabulary:
-    """The added tokens and their ids; immutable, so that whoever still reads an older one is never misled."""
-
-    def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
-        self.tokens = dict(sorted(tokens.items()))
-        self.ids = {token.content: index for index, token in self.tokens.items()}
-        self.special_ids = frozenset(index for index, token in self.tokens.items() if token.special)
-        self.end = max(self.tokens, default=-1) + 1
-
-    @functools.cached_property
-    def _every(self) -> _Matcher:
-        return _Matcher(self.ids)
-
-    @functools.cached_property
-    def _ordinary(self) -> _Matcher:
-        return _Matcher(token.content for token in self.tokens.values() if not token.special)
-
-    def with_tokens(self, new: Mapping[int, AddedToken]) -> AddedVocabulary:
-        """This vocabulary with some tokens put in, or put in the place of those with the same id."""
-        return AddedVocabulary({**self.tokens, **new})
-
-    def may_occur(self, texts: Iterable[str]) -> bool:
-        """False only if no text holds an added token: a quick look for their first characters."""
-        return any(map(self._every.first.search, texts))
-
-    def split(self, text: str, split_special_tokens: bool = False) -> Iterator[tuple[int, int, int | None]]:
-        """Yield (start, end, id) of the added tokens in a text, the longest that fits, and (…, None) between them.
-
-        `split_special_tokens` leaves the special ones in the text, where sentencepiece cuts them like any other word.
-        """
-        end = 0
-        for start, stop in (self._ordinary if split_special_tokens else self._every).find(text):
-            token = self.tokens[self.ids[text[start:stop]]]
-            if token.single_word and _touches_word(text, start, stop):
-                continue
-            start = max(start, end)  # where the token before has taken white space that this one starts with
-            while token.lstrip and start > end and text[start - 1].isspace():
-                start -= 1
-            while token.rstrip and stop < len(text) and text[stop].isspace():
-                stop += 1
-            if start > end:
-                yield end, start, None
-            yield start, stop, self.ids[token.content]
-            end = stop
-        if end < len(text):
-            yield end, len(text), None
-
-
-class _Matcher:
-    """Finds words in a text: a regular expression jumps to their first characters, a set tells the rest."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        self._words = frozenset(words)
-        self._lengths: dict[str, list[int]] = {}
-        for word in sorted(self._words, key=len, reverse=True):
-            lengths = self._lengths.setdefault(word[0], [])
-            if len(word) not in lengths[-1:]:
-                lengths.append(len(word))
-        self.first = re.compile(f"[{re.escape(''.join(self._lengths))}]" if self._words else "(?!)")
-
-    def find(self, text: str) -> Iterator[tuple[int, int]]:
-        """Yield (start, end) of matches from left to right, none overlapping, each the longest at its place."""
-        end = 0
-        for candidate in self.first.finditer(text):
-            start = candidate.start()
-            if start < end:
-                continue
-            for length in self._lengths[text[start]]:
-                word = text[start : start + length]
-                if word in self._words:
-                    end = start + len(word)  # the slice is shorter at the end of the text
-                    yield start, end
-                    break
-
-
-def _touches_word(text: str, start: int, stop: int) -> bool:
-    return bool(re.match(r"\w", text[stop : stop + 1]) or re.match(r"\w", text[max(start - 1, 0) : start]))
 
 
 def _special_token(name: str) -> property:
@@ -340,7 +220,7 @@ class Vocabulary:
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The token of an id, or the tokens of a list or tensor of them; ValueError for an id that does not exist."""
-        ids = plain(ids)
+        ids = as_lists(ids)
         if isinstance(ids, int):
             return self._token(ids)
         if skip_special_tokens:
@@ -362,7 +242,7 @@ class Vocabulary:
         `clean_up_tokenization_spaces`: remove the spaces before punctuation and English contractions; by default the
         attribute of that name. ValueError for an id that does not exist.
         """
-        ids = plain(token_ids)
+        ids = as_lists(token_ids)
         ids = [ids] if isinstance(ids, int) else ids
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
@@ -375,7 +255,7 @@ class Vocabulary:
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> list[str]:
         """`decode` of each row of ids."""
-        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in plain(sequences)]
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in as_lists(sequences)]
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
@@ -383,41 +263,3 @@ class Vocabulary:
         for spaced, joined in _CLEAN_UP.items():
             text = text.replace(spaced, joined)
         return text
-
-
-def tokens_by_id(entries: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
-    """The added tokens of a checkpoint by id, from (id, token); ValueError for what is no id, or one given twice."""
-    tokens: dict[int, Any] = {}
-    for index, token in entries:
-        if isinstance(index, bool) or not isinstance(index, (int, str)) or not str(index).isdecimal():
-            raise ValueError(f"the checkpoint gives an added token the id {index!r}; an integer from 0 up is needed")
-        if int(index) in tokens:
-            raise ValueError(f"the checkpoint gives two added tokens the id {index}")
-        tokens[int(index)] = token
-    return tokens
-
-
-def describe(value: Any) -> str:
-    """The value and its type, cut short, for an error message."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def plain(value: Any) -> Any:
-    """Tensors and arrays, and lists of them, as lists and numbers."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if not isinstance(value, (list, tuple)):
-        return value
-    return list(value) if {*map(type, value)} == {int} else [plain(item) for item in value]
-
-
-def integer(name: str, value: Any, least: int = 0) -> int:
-    """The value as an int; TypeError or ValueError if it is none, or less than `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {describe(value)}; an int is needed") from None
-    if number < least:
-        raise ValueError(f"{name} is {number}; it must be at least {least}")
-    return number

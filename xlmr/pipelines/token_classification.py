@@ -1,16 +1,66 @@
-"""Scores of tokens to stretches of a text: named entities and answers, by the rules of transformers' pipelines."""
+"""token-classification: the named entities of a text, by the rules of transformers' pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from .tokenizer import XLMRobertaTokenizer
+from ..heads import XLMRobertaForTokenClassification
+from ..tokenizer import XLMRobertaTokenizer
+from .base import Pipeline
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
+
+
+class TokenClassificationPipeline(Pipeline):
+    """The named entities of a text, as transformers.TokenClassificationPipeline gives them."""
+
+    task = "token-classification"
+    model_class = XLMRobertaForTokenClassification
+
+    @torch.no_grad()
+    def answers(
+        self,
+        texts: list[str],
+        aggregation_strategy: str = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+        batch_size: int | None = None,
+    ) -> list[Any]:
+        """For each text a list, with "none" of a {entity, score, index, word, start, end} a token, else of
+        {entity_group, score, word, start, end}. start and end count characters of the text.
+
+        aggregation_strategy: one of STRATEGIES, see `entities`. ignore_labels: are left out. stride: a longer text
+        is read in windows that share so many tokens; without it, it is truncated, as in the reference.
+        """
+        strategy = str(aggregation_strategy).lower()
+        if strategy not in STRATEGIES:
+            allowed = ", ".join(map(repr, STRATEGIES))
+            raise ValueError(f"aggregation_strategy is {aggregation_strategy!r}: allowed are {allowed}")
+        if stride is not None and strategy == "none":
+            raise ValueError("stride needs an aggregation_strategy that makes entities, which windows may share")
+        windows: dict[str, Any] = {} if stride is None else {"stride": stride, "return_overflowing_tokens": True}
+        batch = self.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self._longest,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            **windows,
+        )
+        logits = self._token_logits(batch["input_ids"], self.model.classifier, batch_size)
+        owners = batch.get("overflow_to_sample_mapping", range(len(texts)))
+        columns = (batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"])
+        found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
+        for owner, row, ids, offsets, special in zip(owners, logits, *columns, strict=True):
+            tokens = tokens_of(texts[owner], ids, row.softmax(-1).tolist(), offsets, special, self.tokenizer)
+            rows = entities(tokens, strategy, self.model.config.id2label, self.tokenizer)
+            key = "entity" if strategy == "none" else "entity_group"
+            found[owner].append([one for one in rows if one[key] not in ignore_labels])
+        return [without_overlaps(chain.from_iterable(own)) if len(own) > 1 else own[0] for own in found]
 
 
 class Token(NamedTuple):
@@ -25,36 +75,40 @@ class Token(NamedTuple):
 
 
 def tokens_of(
-    text: str, ids: Sequence[int], scores: Sequence[list[float]], offsets: Any, special: Any, words: XLMRobertaTokenizer
+    text: str,
+    ids: Sequence[int],
+    scores: Sequence[list[float]],
+    offsets: Any,
+    special: Any,
+    tokenizer: XLMRobertaTokenizer,
 ) -> list[Token]:
     """The tokens of one row that come from the text; an unknown one is a word of its own, as the text has it."""
     found = []
     for i, (token, (start, end)) in enumerate(zip(ids, offsets, strict=True)):
         if not special[i]:
             inside = start > 0 and " " not in text[start - 1 : start + 1]
-            word = words.convert_ids_to_tokens(token)
-            if token == words.unk_token_id:
+            word = tokenizer.convert_ids_to_tokens(token)
+            if token == tokenizer.unk_token_id:
                 word, inside = text[start:end], False
             found.append(Token(i, word, scores[i], start, end, inside))
     return found
 
 
-def entities(tokens: list[Token], strategy: str, labels: dict[int, str], words: XLMRobertaTokenizer) -> list[dict]:
+def entities(tokens: list[Token], strategy: str, labels: dict[int, str], tokenizer: XLMRobertaTokenizer) -> list[dict]:
     """The labels of tokens ("none"), or runs of one label ("simple"). With the others a word's tokens agree first: on
     the label of the first, of the surest ("max"), or that of the mean scores ("average")."""
     if strategy in ("none", "simple"):
         found = [_labelled([token], token.scores, token.word, labels) for token in tokens]
-        if strategy == "simple":
-            return _grouped(found, words)
-        return [{**one, "index": token.place} for one, token in zip(found, tokens, strict=True)]
+        return found if strategy == "none" else _grouped(found, tokenizer)
     merged = []
     for word in _words(tokens):
-        text = words.convert_tokens_to_string([token.word for token in word])
+        text = tokenizer.convert_tokens_to_string([token.word for token in word])
         merged.append(_labelled(word, _agreed(word, strategy), text, labels))
-    return _grouped(merged, words)
+    return _grouped(merged, tokenizer)
 
 
 def _words(tokens: list[Token]) -> list[list[Token]]:
+    """The tokens of each word."""
     found: list[list[Token]] = []
     for token in tokens:
         if found and token.inside:
@@ -65,6 +119,7 @@ def _words(tokens: list[Token]) -> list[list[Token]]:
 
 
 def _agreed(word: list[Token], strategy: str) -> list[float]:
+    """The scores that the tokens of a word agree on."""
     if strategy == "first":
         return word[0].scores
     if strategy == "max":
@@ -73,6 +128,7 @@ def _agreed(word: list[Token], strategy: str) -> list[float]:
 
 
 def _labelled(tokens: list[Token], scores: list[float], word: str, labels: dict[int, str]) -> dict[str, Any]:
+    """The best of the labels for a token, or for the tokens of a word."""
     best = max(range(len(scores)), key=scores.__getitem__)
     return {
         "entity": labels[best],
@@ -89,7 +145,7 @@ def _tag(label: str) -> tuple[bool, str]:
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 
-def _grouped(found: list[dict[str, Any]], words: XLMRobertaTokenizer) -> list[dict[str, Any]]:
+def _grouped(found: list[dict[str, Any]], tokenizer: XLMRobertaTokenizer) -> list[dict[str, Any]]:
     """Neighbours of one kind as one entity, whose score is their mean."""
     runs: list[list[dict[str, Any]]] = []
     for one in found:
@@ -102,7 +158,7 @@ def _grouped(found: list[dict[str, Any]], words: XLMRobertaTokenizer) -> list[di
         {
             "entity_group": run[0]["entity"].split("-", 1)[-1],
             "score": sum(one["score"] for one in run) / len(run),
-            "word": words.convert_tokens_to_string([one["word"] for one in run]),
+            "word": tokenizer.convert_tokens_to_string([one["word"] for one in run]),
             "start": run[0]["start"],
             "end": run[-1]["end"],
         }
@@ -123,29 +179,3 @@ def without_overlaps(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _weight(one: dict[str, Any]) -> tuple[int, float]:
     return one["end"] - one["start"], one["score"]
-
-
-class Window(NamedTuple):
-    """The best stretches of tokens (first, last, score) in a window, and the score of there being no answer."""
-
-    spans: list[tuple[int, int, float]]
-    none: float
-
-
-def best_spans(logits: Tensor, allowed: Sequence[bool], k: int, longest: int) -> Window:
-    """The k best answers by logits [L, 2] of starts and ends, at most `longest` tokens long, of `allowed` tokens only.
-
-    The softmax of either runs over the allowed tokens and the first one, `<s>`, which stands for no answer.
-    """
-    outside = torch.tensor([not (ok or i == 0) for i, ok in enumerate(allowed)])
-    start, end = logits.float().masked_fill(outside[:, None], -1e4).softmax(0).unbind(1)
-    none = float(start[0] * end[0])
-    scores = (start[:, None] * end).triu().tril(longest - 1)
-    scores[0], scores[:, 0] = 0, 0
-    values, places = scores.flatten().topk(min(k, scores.numel()))
-    spans = []
-    for value, place in zip(values.tolist(), places.tolist(), strict=True):
-        first, last = divmod(place, len(allowed))
-        if allowed[first] and allowed[last] and first <= last < first + longest:
-            spans.append((first, last, value))
-    return Window(spans, none)

@@ -1,0 +1,65 @@
+"""`xlmr convert`: the weights of a checkpoint directory rewritten as safetensors, its other files copied."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from .files import resolve
+from .weights import SHARD, WEIGHTS, read_weights, write_weights
+
+COPIED = 2**26  # bytes: files up to this size are copied
+
+
+class Converted(NamedTuple):
+    """How many weights were written, of how many bytes together; `left_out`: large files that were not copied."""
+
+    weights: int
+    size: int
+    left_out: list[Path]
+
+
+def convert(source: Path, target: Path) -> Converted:
+    """Make `target`, a new or empty directory, of `source`: it appears whole or not at all.
+
+    Files above COPIED that are no weights we read are left out: they are weights for other programs. ValueError for
+    directories that will not do, OSError and ValueError for weights that cannot be read.
+    """
+    _check_directories(source, target)
+    weights = read_weights(partial(resolve, source), str(source))
+    left_out: list[Path] = []
+
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        rewritten = [name for name in names if _is_weights(name)] if Path(folder) == source else []
+        others = [Path(folder, name) for name in names if name not in rewritten]
+        large = [path for path in others if path.is_file() and path.stat().st_size > COPIED]
+        left_out.extend(large)
+        return [*rewritten, *(path.name for path in large)]
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as scratch:
+        new = Path(scratch, "new")
+        shutil.copytree(source, new, ignore=ignored)
+        config = (new / "config.json").read_text(encoding="utf-8")
+        write_weights(new, weights, config, "50GB", safe_serialization=True)
+        os.replace(new, target)
+    return Converted(len(weights), sum(weight.nbytes for weight in weights.values()), left_out)
+
+
+def _check_directories(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        raise ValueError(f"{source} is no directory: give that of a checkpoint")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty: give a new directory")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{target} is inside {source}: give a directory outside")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"there is no config.json in {source}: it is no checkpoint")
+
+
+def _is_weights(name: str) -> bool:
+    return name in WEIGHTS or SHARD.fullmatch(name) is not None

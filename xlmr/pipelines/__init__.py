@@ -1,0 +1,85 @@
+"""Text in, answers out: `pipeline(task, model)` gives a callable that returns what transformers' pipeline does.
+
+A task has a file of its own here; base.py is what they share.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+
+from ..checkpoint import place_on
+from ..demo import CHECKPOINT
+from ..encode import choose_device
+from ..encoder import Encoder
+from ..pretrained import XLMRobertaPreTrainedModel
+from ..tokenizer import XLMRobertaTokenizer
+from .base import Pipeline
+from .feature_extraction import FeatureExtractionPipeline
+from .fill_mask import FillMaskPipeline
+from .question_answering import QuestionAnsweringPipeline
+from .sentence_similarity import SentenceSimilarityPipeline
+from .text_classification import TextClassificationPipeline
+from .token_classification import TokenClassificationPipeline
+from .zero_shot_classification import ZeroShotClassificationPipeline
+
+PIPELINES: dict[str, type[Pipeline]] = {
+    cls.task: cls
+    for cls in (
+        FillMaskPipeline,
+        FeatureExtractionPipeline,
+        TextClassificationPipeline,
+        TokenClassificationPipeline,
+        QuestionAnsweringPipeline,
+        ZeroShotClassificationPipeline,
+        SentenceSimilarityPipeline,
+    )
+}
+ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
+
+
+def pipeline(
+    task: str,
+    model: str | PathLike[str] | XLMRobertaPreTrainedModel | Encoder | None = None,
+    tokenizer: str | PathLike[str] | XLMRobertaTokenizer | None = None,
+    *,
+    device: int | str | torch.device | None = None,
+    device_map: Any = None,
+    dtype: str | torch.dtype = "auto",
+    torch_dtype: str | torch.dtype | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    backend: str = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> Pipeline:
+    """The pipeline of `task`, one of PIPELINES, on a checkpoint directory, a hub name or a model.
+
+    model: None is the embedded demo; sentence-similarity takes an Encoder, too. tokenizer: by default the one beside
+    the model's weights. device: by default a GPU where there is one, while a model that is given stays where it is; a
+    number is a GPU's, -1 the CPU. backend: as in `xlmr.load`. device_map, dtype, torch_dtype, revision and token are
+    from_pretrained's, model_kwargs more of its keywords. options: defaults for those of the task's calls. Raises
+    ValueError and TypeError for an unknown task, option or kind of model, OSError for a checkpoint that cannot be read.
+    """
+    task = ALIASES.get(task, task)
+    if task not in PIPELINES:
+        raise ValueError(f"{task!r} is no task: allowed are {', '.join(map(repr, [*PIPELINES, *ALIASES]))}")
+    cls = PIPELINES[task]
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    device = device if device_map is None else place_on(device, device_map)
+    source: Any = CHECKPOINT if model is None else model
+    if isinstance(source, (str, PathLike)):
+        path = {"dtype": dtype if torch_dtype is None else torch_dtype, "backend": backend, **(model_kwargs or {})}
+        tokenizer = source if tokenizer is None else tokenizer
+        source = cls.from_checkpoint(source, device=choose_device(device), **path, **hub)
+    elif isinstance(source, torch.nn.Module):
+        source = source if device is None else source.to(choose_device(device))
+        if tokenizer is None:
+            raise ValueError("a model was given without its tokenizer: pass tokenizer=, a tokenizer or its directory")
+    if isinstance(source, Encoder):  # which has its own
+        tokenizer = None
+    elif isinstance(tokenizer, (str, PathLike)):
+        tokenizer = XLMRobertaTokenizer.from_pretrained(tokenizer, **hub)
+    return cls(source, tokenizer, **options)

@@ -1,0 +1,51 @@
+"""sentence-similarity: the cosines between a sentence and others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from ..encode import BATCH_TOKENS
+from ..encoder import Encoder, load
+from ..files import own_keywords
+from ..model import XLMRobertaModel
+from .base import LONG_LIST, Pipeline
+
+
+class SentenceSimilarityPipeline(Pipeline):
+    """The cosines between a sentence and others, as the hub's inference service gives them."""
+
+    task = "sentence-similarity"
+    model_class = XLMRobertaModel
+    takes = "{'source_sentence': …, 'sentences': […]}"
+
+    def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
+        encoder = Encoder(model, tokenizer) if isinstance(model, XLMRobertaModel) else model
+        if not isinstance(encoder, Encoder):
+            raise TypeError(f"{self.task} needs an Encoder, as xlmr.load gives it; this is a {type(encoder).__name__}")
+        if not encoder.recipe.pooling:
+            raise ValueError(f"{self.task} needs a model that gives vectors, this is a cross-encoder: use xlmr rerank")
+        self.encoder = encoder
+        super().__init__(encoder.model, encoder.tokenizer, **options)
+
+    @classmethod
+    def from_checkpoint(cls, where: str | PathLike[str], **keywords: Any) -> Encoder:
+        return load(where, **own_keywords(keywords))
+
+    def _read(self, one: Any) -> tuple[str, list[str]] | None:
+        if not isinstance(one, Mapping) or one.keys() != {"source_sentence", "sentences"}:
+            return None
+        source, others = one["source_sentence"], one["sentences"]
+        strings = isinstance(others, list | tuple) and all(isinstance(text, str) for text in (source, *others))
+        return (source, list(others)) if strings else None
+
+    def answers(self, texts: list[tuple[str, list[str]]], batch_tokens: int = BATCH_TOKENS) -> list[Any]:
+        """For each source and its sentences the list of their cosines. batch_tokens: tokens computed at once."""
+        flat = [text for source, others in texts for text in (source, *others)]
+        show = None if len(flat) < LONG_LIST else True
+        vectors = self.encoder.encode(
+            flat, normalize=True, output="torch", batch_tokens=batch_tokens, show_progress_bar=show
+        )
+        own = vectors.split([1 + len(others) for _, others in texts])
+        return [(rows[1:] @ rows[0]).tolist() for rows in own]

@@ -247,7 +247,12 @@ def test_methods_and_keywords_of_the_reference(tmp_path: Path) -> None:
         config.update({"hidden_size": 24, "num_labels": 3})
         config.to_json_file(tmp_path / f"{kind.__module__}.json")
         config.save_pretrained(save_directory=tmp_path, push_to_hub=False)
-        how = {"trust_remote_code": True, "attn_implementation": "sdpa", "force_download": False}
+        how = {
+            "finetuning_task": "ner",
+            "trust_remote_code": True,
+            "attn_implementation": "sdpa",
+            "force_download": False,
+        }
         config = kind.from_pretrained(pretrained_model_name_or_path=tmp_path, **how)
         assert not hasattr(config, "trust_remote_code")
         found.append((config.hidden_size, config.num_labels, config.vocab_size))

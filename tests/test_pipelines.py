@@ -289,6 +289,8 @@ def test_zero_shot_answers_as_the_reference(nli: Path, labels: Any, options: Any
     ours, theirs = both("zero-shot-classification", nli)
     for inputs in ("La France", ["The capital", LONG]):
         same(ours(inputs, labels, **options), theirs(inputs, labels, **options))
+    named = {"sequences": "La France", "candidate_labels": labels}
+    same(ours(**named, **options), theirs(**named, **options))
 
 
 def qa_contract(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference import RIGHT, B, build, ids, inputs
+import transformers
+from reference import RIGHT, TINY, B, build, ids, inputs
 from torch import Tensor, nn
 
 import xlmr
@@ -21,6 +22,7 @@ def test_names_that_other_libraries_ask_for() -> None:
     reference, ours = build("ForMaskedLM")
     assert (ours.device, ours.dtype) == (reference.device, reference.dtype)
     assert ours.num_parameters() == reference.num_parameters()
+    assert ours.get_memory_footprint() == reference.get_memory_footprint(return_buffers=False)
     ours.roberta.requires_grad_(False)
     reference.roberta.requires_grad_(False)
     assert ours.num_parameters(only_trainable=True) == reference.num_parameters(only_trainable=True)
@@ -117,6 +119,52 @@ def test_a_head_written_elsewhere_loads(tmp_path: Any) -> None:
     assert model.roberta.backend_report() == "eager, as asked"
     assert torch.equal(model.roberta.pooler.dense.weight, base.pooler.dense.weight)
     assert model(input_ids=ids(), attention_mask=RIGHT).shape == (B, 1)
+
+
+@pytest.mark.parametrize("outer", [transformers, xlmr])
+@pytest.mark.parametrize("inner", [transformers, xlmr])
+def test_a_loaded_encoder_is_not_initialised_again_by_the_model_around_it(
+    tmp_path: Any, outer: Any, inner: Any
+) -> None:
+    _, base = build("Model")
+    base.save_pretrained(tmp_path)
+
+    class Regressor(outer.XLMRobertaPreTrainedModel):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.encoder = inner.XLMRobertaModel.from_pretrained(tmp_path)
+            self.score = nn.Linear(config.hidden_size, 1)
+            self.post_init()
+
+    model = Regressor(outer.XLMRobertaConfig(**TINY))
+    assert torch.equal(model.encoder.encoder.layer[0].output.dense.weight, base.encoder.layer[0].output.dense.weight)
+
+
+def test_a_model_of_transformers_around_ours_initialises_what_its_checkpoint_lacks(tmp_path: Any) -> None:
+    class Regressor(transformers.XLMRobertaPreTrainedModel):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.roberta = xlmr.XLMRobertaModel(xlmr.XLMRobertaConfig(**TINY))
+            self.post_init()
+
+    reference, _ = build("ForMaskedLM")
+    reference.save_pretrained(tmp_path)
+    loaded = Regressor.from_pretrained(tmp_path).roberta
+    assert torch.equal(
+        loaded.encoder.layer[0].output.dense.weight, reference.roberta.encoder.layer[0].output.dense.weight
+    )
+    assert loaded.pooler.dense.weight.std().item() == pytest.approx(TINY["initializer_range"], rel=0.1)
+
+
+def test_resized_embeddings_are_not_initialised_again() -> None:
+    _, ours = build("ForMaskedLM", tie_word_embeddings=False)
+    ours.resize_token_embeddings(110)
+    decoder, words = ours.lm_head.decoder.weight.clone(), ours.get_input_embeddings().weight.clone()
+    ours.post_init()
+    assert torch.equal(ours.lm_head.decoder.weight, decoder)
+    assert torch.equal(ours.get_input_embeddings().weight, words)
+    with pytest.raises(ValueError, match="an integer is needed"):
+        ours.resize_token_embeddings(pad_to_multiple_of=1.3)
 
 
 def test_ops_are_swapped_in_one_line_and_invisible() -> None:

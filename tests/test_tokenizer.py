@@ -367,7 +367,10 @@ def test_adding_tokens(tokenizer: Any) -> None:
     assert tokenizer.all_special_tokens == ["<s>", "</s>", "<unk>", "<pad>", "<c>", "<mask>", "<a>"]
     assert tokenizer.decode(tokenizer("one <a> two").input_ids, skip_special_tokens=True) == "onetwo"
     assert tokenizer.add_special_tokens({"extra_special_tokens": ["<b>"]}, replace_extra_special_tokens=False) == 1
-    assert tokenizer.extra_special_tokens == ["<a>", "<b>"]
+    assert tokenizer.add_special_tokens({"extra_special_tokens": ["<c>"]}, replace_additional_special_tokens=False) == 0
+    assert tokenizer.extra_special_tokens == ["<a>", "<b>", "<c>"]
+    expected = tokenizer.convert_tokens_to_ids(["<a>", "<b>", "<c>"])
+    assert tokenizer.extra_special_tokens_ids == tokenizer.additional_special_tokens_ids == expected
 
 
 def test_special_tokens(tokenizer: Any, theirs: Any) -> None:

@@ -352,11 +352,14 @@ def test_a_save_that_fails_leaves_the_old_files(
 def test_what_transformers_is_told_about_its_tokenizers(model_file: Path, tmp_path: Path) -> None:
     path = {"pretrained_model_name_or_path": model_file.parent}
     how = {"use_fast": False, "trust_remote_code": True, "sp_model_kwargs": {}, "do_lower_case": False, "legacy": True}
+    how |= {"add_prefix_space": True, "from_slow": True, "verbose": False, "use_auth_token": None}
     tokenizer = XLMRobertaTokenizer.from_pretrained(**path, **how)
     assert tokenizer("Paris").input_ids == XLMRobertaTokenizer.from_pretrained(model_file.parent)("Paris").input_ids
     tokenizer.save_pretrained(tmp_path / "saved", legacy_format=False, push_to_hub=False)
     assert not any(name in (tmp_path / "saved" / CONFIG).read_text() for name in how)
     with pytest.raises(TypeError, match="do_lower_case is True: this is not offered here"):
         XLMRobertaTokenizer.from_pretrained(**path, do_lower_case=True)
+    with pytest.raises(ValueError, match="add_prefix_space is False: "):
+        XLMRobertaTokenizer.from_pretrained(**path, add_prefix_space=False)
     with pytest.raises(TypeError, match="unexpected keyword argument 'legacy_formats'"):
         tokenizer.save_pretrained(tmp_path / "saved", legacy_formats=False)

@@ -26,6 +26,8 @@ __all__ = ["load_model", "own_keywords", "place_on", "read_json", "resolve", "sa
 
 logger = logging.getLogger(__name__)
 
+INITIALISED = "_is_hf_initialized"  # of a module, in transformers too: neither library initialises it a second time
+
 
 def load_model(
     cls: Any,
@@ -85,6 +87,8 @@ def load_model(
     if "ops" not in arguments:
         model.set_backend(backend)
     info = _assign(model, weights, place, ignore_mismatched_sizes)
+    for module in model.modules():
+        module.__dict__[INITIALISED] = True
     if not output_loading_info:
         _report(cls.__name__, os.fspath(name_or_dir), info)
     model.to(place).eval()  # nothing moves: this tells the model where its parameters now are
@@ -155,7 +159,8 @@ def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore
     lacking = wanted.keys() - found.keys() - {name for name, *_ in mismatched}
     missing = {name for name in lacking if ties.get(name, name) in lacking}
     if sum(wanted[name].numel() for name in missing - ties.keys()) > stored:  # before memory is taken for them
-        raise ValueError(f"the checkpoint holds less than half of {type(model).__name__}: it lacks {_listed(missing)}")
+        reason = f"it lacks {_listed(missing)}" + (f", and holds {_listed(unexpected, 3)}" if unexpected else "")
+        raise ValueError(f"the checkpoint holds less than half of {type(model).__name__}: {reason}")
     _initialise(model, wanted.keys() - found.keys() - ties.keys(), device)
     places: set[int] = set()
     for name in list(found):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .block import Block
+from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
 from .ops import Ops, resolve
 from .outputs import ModelOutput
@@ -68,9 +69,9 @@ class XLMRobertaPreTrainedModel(Block):
     def post_init(self) -> None:
         """Initialises what is not yet, ties the weights and hands the ops to every block: the end of a constructor."""
         for module in self.modules():
-            if not module.__dict__.get("_initialized"):
+            if not module.__dict__.get(INITIALISED):
                 self._init_weights(module)
-                module.__dict__["_initialized"] = True
+                module.__dict__[INITIALISED] = not any(p.is_meta for p in module.parameters(recurse=False))
         self.tie_weights()
         self._choose_path()
 
@@ -207,6 +208,11 @@ class XLMRobertaPreTrainedModel(Block):
             p.numel() for p in self.parameters() if p not in excluded and (p.requires_grad or not only_trainable)
         )
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """The bytes of the parameters, and of the buffers too; a tied parameter counts once."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def get_input_embeddings(self) -> Any:
         return self.base_model.embeddings.word_embeddings
 
@@ -227,6 +233,8 @@ class XLMRobertaPreTrainedModel(Block):
         follow, ties stay. Returns the word embeddings."""
         old = self.get_input_embeddings()
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        if not isinstance(pad_to_multiple_of, int | None):
+            raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}: an integer is needed")
         if pad_to_multiple_of:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         padding_idx = old.padding_idx
@@ -255,6 +263,7 @@ class XLMRobertaPreTrainedModel(Block):
             if mean:
                 target[kept:] = parameter.float().mean(0).to(target.dtype)
             target.requires_grad_(parameter.requires_grad)
+        new.__dict__[INITIALISED] = True
         return new.train(old.training)
 
     def activation_checkpointing_enable(

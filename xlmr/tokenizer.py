@@ -45,6 +45,7 @@ class XLMRobertaTokenizer(Vocabulary):
         model_input_names: what a call returns by default, of input_ids, token_type_ids and attention_mask.
         clean_up_tokenization_spaces: whether decode removes spaces before punctuation.
         split_special_tokens: whether special tokens written in a text are cut like any other word.
+        add_prefix_space: a text begins with ▁, as in pre-training; nothing else is offered.
         special_tokens: bos_token, eos_token, sep_token, cls_token, unk_token, pad_token, mask_token; str or AddedToken.
 
     A text is cut at the added and special tokens in it first, verbatim, then each stretch between them is given to
@@ -70,9 +71,12 @@ class XLMRobertaTokenizer(Vocabulary):
         model_input_names: Sequence[str] = ("input_ids", "attention_mask"),
         clean_up_tokenization_spaces: bool = False,
         split_special_tokens: bool = False,
+        add_prefix_space: bool = True,
         name_or_path: str = "",
         **special_tokens: Any,
     ) -> None:
+        if not add_prefix_space:
+            raise ValueError("add_prefix_space is False: XLM-R was trained with ▁ in front of every text, leave it out")
         self.name_or_path = name_or_path
         self.init_kwargs: dict[str, Any] = {}  # of tokenizer_config.json, what is only written back
         self.model_max_length = (

@@ -132,12 +132,17 @@ class Vocabulary:
         return len(fresh)
 
     def add_special_tokens(
-        self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
+        self,
+        special_tokens_dict: Mapping[str, Any],
+        replace_extra_special_tokens: bool = True,
+        replace_additional_special_tokens: bool = True,
     ) -> int:
         """Give the special tokens' attributes, or `additional_special_tokens`, new tokens; return how many ids are new.
 
-        `replace_extra_special_tokens`: whether the additional ones take the place of those before or join them.
+        `replace_extra_special_tokens` (transformers 4: replace_additional_special_tokens): whether the additional ones
+        take the place of those before or join them.
         """
+        replaces = replace_extra_special_tokens and replace_additional_special_tokens
         extra_names = {"additional_special_tokens", "extra_special_tokens"}
         unknown = special_tokens_dict.keys() - SPECIAL_TOKENS.keys() - extra_names
         if unknown:
@@ -148,7 +153,7 @@ class Vocabulary:
             if name in extra_names:
                 if not isinstance(value, (list, tuple)):
                     raise ValueError(f"{name} is {value!r}; a list of str or AddedToken is needed")
-                before = [] if replace_extra_special_tokens else self._additional
+                before = [] if replaces else self._additional
                 contents = [AddedToken.of(token).content for token in value]
                 self._additional = list(dict.fromkeys([*before, *contents]))
             else:
@@ -161,7 +166,13 @@ class Vocabulary:
         """The special tokens that have no attribute of their own."""
         return list(self._additional)
 
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        """The ids of `additional_special_tokens`."""
+        return [self._added.ids[token] for token in self._additional]
+
     extra_special_tokens = additional_special_tokens  # its name in transformers 5
+    extra_special_tokens_ids = additional_special_tokens_ids
 
     @property
     def special_tokens_map(self) -> dict[str, str]:

@@ -18,11 +18,19 @@ class ZeroShotClassificationPipeline(Pipeline):
     task = "zero-shot-classification"
     model_class = XLMRobertaForSequenceClassification
 
-    def __call__(self, inputs: Any, candidate_labels: str | Sequence[str] | None = None, **options: Any) -> Any:
-        """As Pipeline. `candidate_labels` may be given here, or when the pipeline is made."""
+    def __call__(
+        self,
+        inputs: Any = None,
+        candidate_labels: str | Sequence[str] | None = None,
+        *,
+        sequences: Any = None,
+        **options: Any,
+    ) -> Any:
+        """As Pipeline; `sequences` is the reference's name of `inputs`. `candidate_labels` may be given here, or when
+        the pipeline is made."""
         if candidate_labels is not None:
             options["candidate_labels"] = candidate_labels
-        return super().__call__(inputs, **options)
+        return super().__call__(sequences if inputs is None else inputs, **options)
 
     @torch.no_grad()
     def answers(

@@ -1,5 +1,6 @@
 """What every kernel shares: where Triton can run, the choice among measured configurations, and the refusals."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -167,7 +168,8 @@ def opaque(launch: Callable[..., Any]) -> Callable[..., Any]:
     def launched(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.cuda.device_count() < 2:
             return launch(*args, **kwargs)
-        with torch.cuda.device(_first_tensor(args).device):
+        device = _first_tensor(args).device  # check() refuses what is on no GPU
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return launch(*args, **kwargs)
 
     return launched

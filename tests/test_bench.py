@@ -4,7 +4,9 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +18,20 @@ import torch.utils.flop_counter
 import transformers
 from torch import Tensor
 
-from bench import bench_model, bench_peers, compare, forward, harness, ncu, plots, providers, report, roofline, shapes
+from bench import (
+    bench_model,
+    bench_peers,
+    compare,
+    forward,
+    gpu_tests,
+    harness,
+    ncu,
+    plots,
+    providers,
+    report,
+    roofline,
+    shapes,
+)
 from bench import round as bench_round
 
 
@@ -166,6 +181,34 @@ def test_a_round_goes_on_and_ends_in_a_page(tmp_path: Path) -> None:
     assert "&lt;GPU&gt;" in page
     assert page.count("<svg") == 1
     assert "failed (exit 3)" in page
+
+
+def test_a_part_out_of_time_leaves_no_process_behind(tmp_path: Path) -> None:
+    """As the tests on a GPU and the compiler's workers are: processes of a part's own, which would disturb the next."""
+    code = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    part = bench_round.Part("late", (sys.executable, "-c", code), 1.0)
+    assert bench_round.run(part, tmp_path, 2) == "out of time"
+    child = Path("/proc", (tmp_path / "logs/late.txt").read_text().strip(), "stat")
+    deadline = time.monotonic() + 5
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.05)
+
+
+def test_every_test_on_a_gpu_is_in_one_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    argv = ["gpu_tests", "--processes", "2", "--out", str(tmp_path), "--", "--collect-only", "tests/test_dropout.py"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert gpu_tests.main() == 0
+    shares = [re.findall(r"tests/\S+::\S+", path.read_text()) for path in tmp_path.iterdir()]
+    assert sorted(map(len, shares)) == [3, 3]
+    assert len({*shares[0], *shares[1]}) == 6  # those that take no device are in none
+
+    def start(log: Path, number: int, *_: Any) -> Any:
+        log.write_text("said\n")
+        return subprocess.Popen([sys.executable, "-c", f"exit({number})"])
+
+    monkeypatch.setattr(gpu_tests, "start", start)
+    assert gpu_tests.main() == 1
 
 
 TINY = {

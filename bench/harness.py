@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -124,10 +125,10 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
         for name, provider in case.providers.items():
             try:
                 checks[name] = check(case, provider, mode)
-            except (RuntimeError, NotImplementedError, ImportError) as error:  # what this machine lacks
+            except Exception as error:  # what this machine lacks makes others fail in many ways
                 if name.startswith(OURS) and not isinstance(error, torch.OutOfMemoryError):
                     raise
-                log(f"{case.kernel} {case.shape}: {name} cannot run: {str(error).splitlines()[0]}")
+                log(f"{case.kernel} {case.shape}: {name} cannot run: {reason(error)}")
                 continue
             if not checks[name].right:
                 message = f"{case.kernel} {case.shape}: {name} is wrong by {checks[name].error:.2e}; not measured"
@@ -138,6 +139,11 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
             calls[name] = timed(provider, case, mode)
         for name, times in interleaved(calls, _rounds(calls, seconds)).items():
             yield _row(case, mode, name, quantiles(times), checks[name])
+
+
+def reason(error: Exception) -> str:
+    """The first line of what it says."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _row(case: Case, mode: str, provider: str, found: dict[str, float], check: Check) -> dict[str, Any]:
@@ -358,11 +364,15 @@ def _nvidia(fields: str) -> str | None:
     """A GPU's facts from nvidia-smi; None where there is none."""
     if not torch.cuda.is_available() or torch.version.hip:
         return None
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    return _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+
+
+def _said(*command: str) -> str | None:
+    """What a command prints; None where it prints nothing, or is not there."""
+    if shutil.which(command[0]) is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

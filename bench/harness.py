@@ -316,11 +316,12 @@ def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 def write(name: str | Path, results: dict[str, Any]) -> Path:
-    """Writes bench/results/<name>.json, or the file of that path."""
+    """Writes bench/results/<name>.json, or the file of that path; never half, for a round may end this process."""
     path = name if isinstance(name, Path) else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return unfinished.replace(path)
 
 
 def log(message: str) -> None:

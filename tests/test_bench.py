@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import torch.utils.flop_counter
 import transformers
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from bench import (
     bench_model,
@@ -27,6 +29,7 @@ from bench import (
     harness,
     ncu,
     plots,
+    profile,
     providers,
     report,
     roofline,
@@ -187,6 +190,11 @@ def test_a_machine_without_its_tools_is_measured_all_the_same(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("PATH", "")
     assert harness._nvidia("driver_version") is harness._commit() is None
+
+
+def test_a_range_is_not_mistaken_for_its_shadow_on_the_gpu() -> None:
+    events = [SimpleNamespace(key="xlmr.linear", device_type=kind) for kind in (DeviceType.CPU, DeviceType.CUDA)]
+    assert profile.of_the_host(events) == {"xlmr.linear": events[0]}
 
 
 def test_a_part_out_of_time_leaves_no_process_behind(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def graphs(found: Mapping[Config, Sequence[Call]]) -> dict[Config, dict[str, flo
             for call in calls:
                 call()
         replays[tables.text(config)] = graph.replay
-    seconds = harness.interleaved(replays, ROUNDS)
+    seconds = harness.interleaved(replays, ROUNDS, lead=harness.LEAD)
     return {config: harness.quantiles(seconds[tables.text(config)]) for config in found}
 
 

@@ -197,6 +197,30 @@ def test_a_range_is_not_mistaken_for_its_shadow_on_the_gpu() -> None:
     assert profile.of_the_host(events) == {"xlmr.linear": events[0]}
 
 
+def test_a_kernel_is_timed_with_the_host_ahead_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events in an idle queue would time the launching: tens of microseconds where a kernel takes three."""
+    done: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            done.append("event")
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", done.append)
+    times = harness.interleaved({"kernel": lambda: done.append("call")}, rounds=1, warm_up=0, lead=7)
+    assert (times, done) == ({"kernel": [0.002]}, [7, "event", "call", "event"])
+    harness.interleaved({"model": lambda: done.append("call")}, rounds=1, warm_up=0)
+    assert done[4:] == ["event", "call", "event"]
+
+
 def test_a_part_out_of_time_leaves_no_process_behind(tmp_path: Path) -> None:
     """As the tests on a GPU and the compiler's workers are: processes of a part's own, which would disturb the next."""
     code = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"

@@ -80,8 +80,8 @@ def interleaved(
     candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2, lead: int = 0
 ) -> dict[str, list[float]]:
     """Seconds of `rounds` calls of each candidate, in turn, so that a disturbance meets them all: by CUDA events where
-    there is a GPU, by the wall clock elsewhere. `lead`: by how many of the GPU's cycles the host is ahead of each call, so
-    that launching does not count."""
+    there is a GPU, by the wall clock elsewhere. `lead`: cycles of the GPU by which the host is ahead of a call, so that
+    launching does not count."""
     for _ in range(warm_up):
         for call in candidates.values():
             call()

@@ -264,7 +264,7 @@ def plain_dropout(
     """softmax, what the seed drops of it, times v: for every sequence and head by itself."""
     levels, (rows, heads, _) = keep_levels(p), q.shape
     mask = torch.empty(512, 128, dtype=torch.int8, device=q.device)
-    _kept_kernel[(1,)](seed, mask, levels, ROWS=512, BLOCK=128)
+    _kept_kernel[(1,)](seed, mask, levels, ROWS=512, BLOCK=128, enable_fp_fusion=True)
     mask = mask[: rows * heads].view(rows, heads, 128).transpose(0, 1).to(q) * (LEVELS / max(levels, 1))
     outs = []
     for q_start, q_len, k_start, k_len in torch.stack([s.q_starts, s.q_lens, s.k_starts, s.k_lens], 1).tolist():

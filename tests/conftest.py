@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker("cuda")
-    if shard := config.getoption("--shard"):
+    if shard := config.getoption("--shard", default=None):
         first, count = map(int, shard.split("/"))
         items[:] = [item for item in items if item.get_closest_marker("cuda")][first::count]
 

@@ -119,13 +119,8 @@ def run(todo: Iterable[Job], path: Path, minutes: float) -> tuple[dict[str, Any]
         rows += found.rows
         add_utilisation(rows)
         not_run += found.not_run
-        write(path, results)
+        harness.write(path, results)
     return results, right
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Never half: a round may end this process."""
-    os.replace(harness.write(path.with_suffix(".part"), results), path)
 
 
 def main() -> int:

@@ -92,7 +92,7 @@ class Gate:
                 jobs = self._recorded(cases).jobs
             new[config] = {key: job for key, job in jobs.items() if key not in self.present}
         every = {key: job for jobs in new.values() for key, job in jobs.items()}
-        results = self.gate._results(list(every.values()), self.cache, self.processes)
+        results = self.gate._results(list(every.values()), self.cache, self.processes, launched=True)
         limits = self.gate.TARGETS[self.target]
         sound = {key for key, found in zip(every, results, strict=True) if not found.problems(limits)}
         return [config for config, jobs in new.items() if jobs.keys() <= sound]

@@ -291,9 +291,12 @@ def _one_line(error: Exception) -> str:
 # ---- What comes out ----
 
 
-def compiled(job: Job) -> Measured:
-    """Compiles, without Triton's own cache: only what is measured is kept."""
-    with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, TRITON_CACHE_DIR=directory):
+def compiled(job: Job, launched: bool = False) -> Measured:
+    """Compiles; Triton's own cache keeps only what is to be `launched` next."""
+    with contextlib.ExitStack() as stack:
+        if not launched:
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(mock.patch.dict(os.environ, TRITON_CACHE_DIR=directory))
         try:
             kernel = triton.compile(job.source, target=TARGETS[job.target].gpu, options=job.options)
         except Exception as error:  # a compiler fails in many ways; the other kernels are still of interest
@@ -371,13 +374,13 @@ def gate(
     return rows, problems
 
 
-def _results(jobs: list[Job], cache: Path, processes: int) -> list[Measured]:
-    """In the jobs' order; those that the cache does not know are compiled in parallel."""
+def _results(jobs: list[Job], cache: Path, processes: int, launched: bool = False) -> list[Measured]:
+    """In the jobs' order; those that the cache does not know are compiled in parallel; `launched`: see compiled."""
     cache.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not (cache / f"{job.key}.json").exists()]
     if missing:
         # Forked: a kernel cannot be pickled. A worker inherits the list and is sent indices.
-        with multiprocessing.get_context("fork").Pool(processes, _inherit, [missing]) as pool:
+        with multiprocessing.get_context("fork").Pool(processes, _inherit, [missing, launched]) as pool:
             results = pool.imap_unordered(_compile, range(len(missing)))
             for index, result in tqdm(results, total=len(missing), desc="compiling", file=sys.stderr):
                 path = cache / f"{missing[index].key}.json"
@@ -392,15 +395,15 @@ def _read(path: Path) -> Measured:
     return Measured(**{**found, "dots": [Dot(**dot) for dot in found["dots"]]})
 
 
-_inherited: list[Job] = []
+_inherited: list[tuple[Job, bool]] = []
 
 
-def _inherit(jobs: list[Job]) -> None:
-    _inherited[:] = jobs
+def _inherit(jobs: list[Job], launched: bool) -> None:
+    _inherited[:] = [(job, launched) for job in jobs]
 
 
 def _compile(index: int) -> tuple[int, Measured]:
-    return index, compiled(_inherited[index])
+    return index, compiled(*_inherited[index])
 
 
 # ---- XLM-R's shapes. Every case costs time: it is here for a configuration, a dtype or a branch ----

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from xlmr.ops import Check, compare
 
 RESULTS = Path(__file__).parent / "results"
 MODES = ("forward", "backward", "full")
+LEAD = 1_000_000  # cycles, about half a millisecond: a kernel's call, and its backward, are launched in less
 OURS = "xlmr"  # how the names of this package's providers begin
 # Liger-Kernel's columns, with our version for theirs, then what else a figure needs to be read.
 COLUMNS = (
@@ -74,13 +76,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 2, lead: int = 0
+) -> dict[str, list[float]]:
     """Seconds of `rounds` calls of each candidate, in turn, so that a disturbance meets them all: by CUDA events where
-    there is a GPU, by the wall clock elsewhere."""
+    there is a GPU, by the wall clock elsewhere. `lead`: cycles of the GPU by which the host is ahead of a call, so that
+    launching does not count."""
     for _ in range(warm_up):
         for call in candidates.values():
             call()
-    clock = _cuda_clock if torch.cuda.is_available() else _wall_clock
+    clock = functools.partial(_cuda_clock, lead=lead) if torch.cuda.is_available() else _wall_clock
     readings: dict[str, list[Callable[[], float]]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
@@ -95,9 +100,11 @@ def _wall_clock(call: Callable[[], Any]) -> Callable[[], float]:
     return lambda: seconds
 
 
-def _cuda_clock(call: Callable[[], Any]) -> Callable[[], float]:
+def _cuda_clock(call: Callable[[], Any], lead: int = 0) -> Callable[[], float]:
     """Read after all rounds, so that no synchronisation stands between the calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if lead:
+        torch.cuda._sleep(lead)
     start.record()
     call()
     end.record()
@@ -124,10 +131,10 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
         for name, provider in case.providers.items():
             try:
                 checks[name] = check(case, provider, mode)
-            except (RuntimeError, NotImplementedError, ImportError) as error:  # what this machine lacks
+            except Exception as error:  # what this machine lacks makes others fail in many ways
                 if name.startswith(OURS) and not isinstance(error, torch.OutOfMemoryError):
                     raise
-                log(f"{case.kernel} {case.shape}: {name} cannot run: {str(error).splitlines()[0]}")
+                log(f"{case.kernel} {case.shape}: {name} cannot run: {reason(error)}")
                 continue
             if not checks[name].right:
                 message = f"{case.kernel} {case.shape}: {name} is wrong by {checks[name].error:.2e}; not measured"
@@ -136,8 +143,13 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
                 log(message)
                 continue
             calls[name] = timed(provider, case, mode)
-        for name, times in interleaved(calls, _rounds(calls, seconds)).items():
+        for name, times in interleaved(calls, _rounds(calls, seconds), lead=LEAD).items():
             yield _row(case, mode, name, quantiles(times), checks[name])
+
+
+def reason(error: Exception) -> str:
+    """The first line of what it says."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _row(case: Case, mode: str, provider: str, found: dict[str, float], check: Check) -> dict[str, Any]:
@@ -310,11 +322,12 @@ def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 def write(name: str | Path, results: dict[str, Any]) -> Path:
-    """Writes bench/results/<name>.json, or the file of that path."""
+    """Writes bench/results/<name>.json, or the file of that path; never half, for a round may end this process."""
     path = name if isinstance(name, Path) else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return unfinished.replace(path)
 
 
 def log(message: str) -> None:
@@ -358,11 +371,15 @@ def _nvidia(fields: str) -> str | None:
     """A GPU's facts from nvidia-smi; None where there is none."""
     if not torch.cuda.is_available() or torch.version.hip:
         return None
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    return _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+
+
+def _said(*command: str) -> str | None:
+    """What a command prints; None where it prints nothing, or is not there."""
+    if shutil.which(command[0]) is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

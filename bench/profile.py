@@ -7,16 +7,16 @@ chrome://tracing or ui.perfetto.dev), operations.json, and operations.svg. On a 
 """
 
 import argparse
-import contextlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import xlmr
@@ -96,14 +96,16 @@ def operations(model: Any, run: Callable[[], Any], dtype: torch.dtype, out: Path
     model.ops = plain
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
-    events = {event.key: event for event in profiler.key_averages()}
+    events = of_the_host(profiler.key_averages())
 
     def milliseconds(name: str) -> float:
         event = events[name]
         return (event.device_time_total if gpu else event.cpu_time_total) / STEPS / 1e3
 
     peak, bandwidth = harness.roofs(dtype)
-    whole = milliseconds("step")
+    # On a GPU backward runs in a thread of its own: it is in no range of this one.
+    times = harness.interleaved({"step": run}, STEPS) if gpu else {}
+    whole = harness.quantiles(times["step"])["median_ms"] if gpu else milliseconds("step")
     rows = []
     for name, (calls, flops, size) in totals.items():
         ms = milliseconds(f"xlmr.{name}")
@@ -120,17 +122,25 @@ def operations(model: Any, run: Callable[[], Any], dtype: torch.dtype, out: Path
     return sorted(rows, key=lambda row: row["ms"], reverse=True)
 
 
-@contextlib.contextmanager
-def proton(path: Path, wanted: bool) -> Iterator[None]:
-    """Triton's profiler around what is measured, where it is wanted."""
-    if not wanted:
-        yield
-        return
+def of_the_host(events: Iterable[Any]) -> dict[str, Any]:
+    """The ranges by name, each with the time of the kernels launched in it; not their shadows of the same name on the
+    GPU's own time line, which go from the first kernel to the last."""
+    return {event.key: event for event in events if event.device_type == DeviceType.CPU}
+
+
+def proton(model: Any, run: Callable[[], Any], path: Path) -> None:
+    """A few steps under Triton's profiler; before torch's begins, for each wants CUPTI to itself."""
     import triton.profiler
 
+    plain, model.ops = model.ops, traced(model.ops)
+    run()
+    path.parent.mkdir(parents=True, exist_ok=True)
     triton.profiler.start(str(path), hook="triton")
-    yield
+    for _ in range(STEPS):
+        run()
+    torch.cuda.synchronize()
     triton.profiler.finalize()
+    model.ops = plain
 
 
 def main() -> int:
@@ -149,8 +159,10 @@ def main() -> int:
     config = xlmr.XLMRobertaConfig(**{**BASE, "num_hidden_layers": args.layers})
     model = xlmr.XLMRobertaForMaskedLM(config).to(device="cuda" if gpu else "cpu", dtype=DTYPES[args.dtype])
     model.train(args.train)
-    with proton(args.out / "proton", args.proton):
-        rows = operations(model, step(model, args.train, lengths(32, 128, 0.4)), DTYPES[args.dtype], args.out)
+    run = step(model, args.train, lengths(32, 128, 0.4))
+    if args.proton:
+        proton(model, run, args.out / "proton")
+    rows = operations(model, run, DTYPES[args.dtype], args.out)
     results = {"environment": harness.environment(), "train": args.train, "dtype": args.dtype, "rows": rows}
     (args.out / "operations.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     what = f"{'Training step' if args.train else 'Forward pass'}, {args.dtype}, {harness.device_name()}"

@@ -6,7 +6,10 @@ goes on. At the end DIR/report.html shows everything, pictures included, in one 
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,8 +43,7 @@ def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
     csv = str(out / "kernels.csv")
     found = []
     if gpu:
-        tests = (*python, "pytest", "-q", "--maxfail", "20", "-m", "cuda", "tests")
-        found.append(Part("tests on the GPU", tests, 0.3))
+        found.append(Part("tests on the GPU", (*python, "bench.gpu_tests", "--out", str(out / "logs")), 0.3))
     if gpu and tune:  # what follows is measured with what it found
         tuning = (*python, "bench.tune", "--write", "--out", str(out / "tune.json"))
         found.append(Part("tuning", tuning, 0.5, timed=True))
@@ -65,10 +67,15 @@ def run(part: Part, out: Path, seconds: float) -> str:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [*part.command, *(["--minutes", str(0.75 * seconds / 60)] if part.timed else [])]
     with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
         try:
-            code = subprocess.run(command, stdout=file, stderr=file, timeout=seconds, check=False).returncode
+            code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             return "out of time"
+        finally:  # whatever it started would disturb the parts that follow
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return "done" if code == 0 else f"failed (exit {code}), see {log}"
 
 

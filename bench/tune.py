@@ -130,7 +130,7 @@ def graphs(found: Mapping[Config, Sequence[Call]]) -> dict[Config, dict[str, flo
             for call in calls:
                 call()
         replays[tables.text(config)] = graph.replay
-    seconds = harness.interleaved(replays, ROUNDS)
+    seconds = harness.interleaved(replays, ROUNDS, lead=harness.LEAD)
     return {config: harness.quantiles(seconds[tables.text(config)]) for config in found}
 
 
@@ -175,10 +175,12 @@ def copies(entry: Entry, device: torch.device, cache: int) -> list[list[partial[
 
 
 def changed(paths: Sequence[Path]) -> str:
-    """What git does not know of these files, or why it cannot say: what is written should be all that is new."""
+    """What git does not know of these files: what is written should be all that is new. Nothing where they stand in no
+    repository, or there is no git."""
     command = ["git", "-C", str(paths[0].parent), "status", "--porcelain", "--", *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return ""
 
 
 def source(file: str) -> Path:
@@ -216,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"python -m bench.tune: {error}\n")
     todo, rows = tables.entries(files, target), list[dict[str, Any]]()
+    results = {"environment": harness.environment(), "written": given.write, "rows": rows}
+    path = harness.write(given.out, results)
     for entry in tqdm(todo, unit="entry"):
         if time.monotonic() > end:
             harness.log(f"out of time: {len(todo) - len(rows)} of {len(todo)} entries are left as they are")
@@ -226,11 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append({**row, "refused": len(candidates) - len(fitting)})
         if given.write and best != entry.present:
             tables.write(source(entry.file), entry.table, target, {entry.bucket: best})
-    results = {"environment": harness.environment(), "written": given.write, "rows": rows}
+        harness.write(path, results)  # a round may end this process
     print(json.dumps(results, indent=1) if given.json else harness.table(rows, COLUMNS))
-    harness.log(
-        f"{sum(row['better'] for row in rows)} of {len(rows)} are better; wrote {harness.write(given.out, results)}"
-    )
+    harness.log(f"{sum(row['better'] for row in rows)} of {len(rows)} are better; wrote {path}")
     return 0
 
 

@@ -1,18 +1,29 @@
 """What every kernel shares: where Triton can run, the choice among measured configurations, and the refusals."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Ask = TypeVar("Ask", bound=Callable[..., Any])
 
 TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest minor version
 MIN_CAPABILITY = (8, 0)  # NVIDIA: Ampere is the first with bf16 tensor cores and asynchronous copies
 HIP_TARGETS = ("gfx942",)  # AMD: MI300
 
 
+def fact(ask: Ask) -> Ask:
+    """A question about the machine: torch.compile takes the answer, instead of tracing how it is found (and warning of
+    functools.lru_cache). It is torch.compiler.assume_constant_result, which imports the compiler."""
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ask
+
+
+@fact
 def unsupported(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, in one clause, or None where they can.
 
@@ -79,9 +90,14 @@ def pick(table: Table, device: torch.device, bucket: object) -> Config:
     return table.get(target(device), table["portable"])[bucket]
 
 
-@functools.lru_cache
+@fact
 def target(device: torch.device) -> str:
     """The key of `device` in a Table: "sm_80", "sm_90", …, "gfx942", …; "portable" in the interpreter."""
+    return _target(device)
+
+
+@functools.lru_cache
+def _target(device: torch.device) -> str:
     if device.type != "cuda":
         return "portable"
     if torch.version.hip:
@@ -90,9 +106,14 @@ def target(device: torch.device) -> str:
     return f"sm_{major}0"
 
 
-@functools.lru_cache
+@fact
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of the device; 1 in the interpreter."""
+    return _processors(device)
+
+
+@functools.lru_cache
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -167,7 +188,8 @@ def opaque(launch: Callable[..., Any]) -> Callable[..., Any]:
     def launched(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.cuda.device_count() < 2:
             return launch(*args, **kwargs)
-        with torch.cuda.device(_first_tensor(args).device):
+        device = _first_tensor(args).device  # check() refuses what is on no GPU
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return launch(*args, **kwargs)
 
     return launched

@@ -51,7 +51,7 @@ CONFIGS: Table = {
     },
 }
 SPLIT_ROWS = 64  # dw and db are split along T into multiples of it
-SUM_BLOCK = 1024
+SUM = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -207,6 +207,6 @@ def sum_splits(partials: Tensor, dtype: torch.dtype) -> Tensor:
         return partials[0].to(dtype)
     total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     if total.numel():
-        grid = (triton.cdiv(total.numel(), SUM_BLOCK),)
-        _sum_splits_kernel[grid](partials, total, total.numel(), len(partials), BLOCK=SUM_BLOCK, num_warps=4)
+        grid = (triton.cdiv(total.numel(), SUM["BLOCK"]),)
+        _sum_splits_kernel[grid](partials, total, total.numel(), len(partials), **SUM)
     return total

@@ -105,6 +105,8 @@ DZ_CONFIGS: Table = {
     "gfx942": {2: config(8, 2, BLOCK_M=128, BLOCK_V=128), 4: config(8, 2, BLOCK_M=128, BLOCK_V=64)},
 }
 
+ROW = {"num_warps": 4, "enable_fp_fusion": True}  # of the kernels that finish one row a program
+
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(2**31 - 1)  # the word of an empty place: higher than any
 
@@ -492,7 +494,7 @@ def vocab_topk_fwd(head: Head, k: int, targets: Tensor | None) -> tuple[Tensor, 
         _vocab_topk_kernel[(T,)](
             maxima, sums, z, z_columns, log_probs[:, first:], columns[:, first:], last, k, head.chunks, words - 1,
             CANDIDATES=candidates, K=shape[2], BLOCK_C=triton.next_power_of_2(head.chunks),
-            BLOCK=min(triton.next_power_of_2(candidates), 1024), num_warps=4,
+            BLOCK=min(triton.next_power_of_2(candidates), 1024), **ROW,
         )  # fmt: skip
         after = last, columns[:, first + shape[2] - 1].contiguous()
     return log_probs, columns
@@ -510,7 +512,7 @@ def vocab_cross_entropy_fwd(head: Head, labels: Tensor, smoothing: float, z_loss
         _vocab_loss_kernel[(T,)](
             *head, labels, *softmax, totals, losses, lse, *head.strides, len(head.weight), head.chunks, smoothing,
             z_loss, N=N, BLOCK_C=triton.next_power_of_2(head.chunks), BLOCK_N=min(triton.next_power_of_2(N), 1024),
-            num_warps=4,
+            **ROW,
         )  # fmt: skip
     return losses, lse
 

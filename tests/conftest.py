@@ -76,11 +76,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shard", metavar="I/N", help="of the tests of kernels only every N-th, from the I-th on (from 0)"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the tests of kernels, so that `pytest -m cuda` runs them all on a GPU and nothing else."""
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker("cuda")
+    if shard := config.getoption("--shard", default=None):
+        first, count = map(int, shard.split("/"))
+        items[:] = [item for item in items if item.get_closest_marker("cuda")][first::count]
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ pytest.importorskip("triton")
 SCRIPT = """
 import json
 import sys
+import warnings
+from functools import lru_cache
 from types import SimpleNamespace
 from unittest import mock
 
@@ -34,8 +36,10 @@ from xlmr.ops import triton as kernels
 
 NOTHING = lambda *args: None
 kernels()
+warnings.filterwarnings("error", message=".*lru_cache")
+interpreted = SimpleNamespace(environ={"TRITON_INTERPRET": "1"})  # to _launch alone: the kernels can run on a CPU
 pretended = {
-    "unsupported": NOTHING, "target": lambda device: "sm_90", "processors": lambda device: 132,
+    "os": interpreted, "_target": lru_cache(lambda device: "sm_90"), "_processors": lru_cache(lambda device: 132),
     "_check_ids": NOTHING, "_check_values": NOTHING, "_check_disjoint": NOTHING,  # made on a CPU only
 }
 for name, module in list(sys.modules.items()):

@@ -23,7 +23,7 @@ def mask(
 ) -> Tensor:
     out = torch.full(shape, 9, dtype=torch.int8, device=seed.device)
     grid = shape[0] // tile[0], shape[1] // tile[1]
-    _keeps_kernel[grid](seed, out, first_row, keep_levels(p), ROWS=tile[0], BLOCK=tile[1])
+    _keeps_kernel[grid](seed, out, first_row, keep_levels(p), ROWS=tile[0], BLOCK=tile[1], enable_fp_fusion=True)
     return out
 
 

@@ -80,4 +80,5 @@ def test_a_launcher_works_where_its_first_tensor_is(
     monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device) or contextlib.nullcontext())
     launch = opaque(lambda name, tensors, *, by: (name, len(tensors), by))
     assert launch("linear", [None, torch.zeros(1).as_subclass(Somewhere)], by=2) == ("linear", 2, 2)
+    assert launch("linear", [torch.zeros(1)], by=2) == ("linear", 1, 2)  # to refuse it is the launcher's part
     assert seen == entered

@@ -29,7 +29,11 @@ def unsupported(device: torch.device) -> str | None:
 
     The interpreter (TRITON_INTERPRET=1) counts as able on a CPU. CUDA is initialised only when `device` is a GPU.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return _unsupported(device, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@functools.lru_cache  # asked before every launch
+def _unsupported(device: torch.device, interpreted: bool) -> str | None:
     if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"Triton kernels need a GPU and the tensors are on {device.type!r}"
     return triton_problem() or (None if interpreted else _gpu_problem(device))
@@ -147,12 +151,6 @@ def check(operation: str, *, mixed: bool = False, **tensors: torch.Tensor | None
 def wants_gradients(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of any of the tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def require(condition: bool, message: str) -> None:
-    """ValueError(message) unless `condition`: for shapes and values."""
-    if not condition:
-        raise ValueError(message)
 
 
 def input_precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -33,7 +33,8 @@ def programs(T: int, device: torch.device) -> int:
 def check_affine(operation: str, weight: Tensor, bias: Tensor, N: int) -> None:
     for name, vector in (("weight", weight), ("bias", bias)):
         fits = vector.shape == (N,) and vector.is_contiguous()
-        _launch.require(fits, f"{operation}: {name} is {tuple(vector.shape)}, expected a contiguous [{N}]")
+        if not fits:
+            raise ValueError(f"{operation}: {name} is {tuple(vector.shape)}, expected a contiguous [{N}]")
 
 
 def contiguous_rows(dy: Tensor) -> Tensor:

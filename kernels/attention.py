@@ -50,7 +50,6 @@ from ._launch import (
     input_precision,
     opaque,
     pick,
-    require,
     wants_gradients,
 )
 from ._loops import bound
@@ -621,34 +620,29 @@ def _constants(q: Tensor) -> dict[str, Any]:
 
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, sequences: Any, softmax_scale: float) -> None:
-    shapes = ", ".join(str(list(t.shape)) for t in (q, k, v))
-    require(
-        q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:],
-        f"attention: q, k, v are {shapes}; allowed are [Tq, H, D], [Tk, H, D], [Tk, H, D]",
-    )
-    require(
-        q.shape[2] in HEAD_DIMS,
-        f"attention: head_dim is {q.shape[2]}, allowed are {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}; use backend='eager'",
-    )
-    strides = ", ".join(str(t.stride()) for t in (q, k, v))
-    require(
-        all(t.stride(2) == 1 or t.numel() == 0 for t in (q, k, v)),
-        f"attention: q, k, v have strides {strides}; the last dimension must be contiguous",
-    )
-    require(
-        0 < softmax_scale < float("inf"), f"attention: softmax_scale is {softmax_scale}; it must be positive and finite"
-    )
+    if not (q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:]):
+        shapes = ", ".join(str(list(t.shape)) for t in (q, k, v))
+        raise ValueError(f"attention: q, k, v are {shapes}; allowed are [Tq, H, D], [Tk, H, D], [Tk, H, D]")
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(
+            f"attention: head_dim is {q.shape[2]}, allowed are {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}; use backend='eager'"
+        )
+    if not all(t.stride(2) == 1 or t.numel() == 0 for t in (q, k, v)):
+        strides = ", ".join(str(t.stride()) for t in (q, k, v))
+        raise ValueError(f"attention: q, k, v have strides {strides}; the last dimension must be contiguous")
+    if not 0 < softmax_scale < float("inf"):
+        raise ValueError(f"attention: softmax_scale is {softmax_scale}; it must be positive and finite")
     spans = (sequences.q_starts, sequences.q_lens, sequences.k_starts, sequences.k_lens)
-    require(
+    if not (
         all(t.dtype == torch.int32 and t.dim() == 1 and t.shape == spans[0].shape for t in spans)
-        and (spans[0].numel() > 0 or q.shape[0] == 0),
-        "attention: the starts and lengths of the sequences must be int32 [B], B ≥ 1 where q has rows; got "
-        + ", ".join(f"{t.dtype} {list(t.shape)}" for t in spans),
-    )
-    require(
-        all(t.device == q.device for t in spans),
-        f"attention: the sequences are on {spans[0].device}, q is on {q.device}",
-    )
+        and (spans[0].numel() > 0 or q.shape[0] == 0)
+    ):
+        raise ValueError(
+            "attention: the starts and lengths of the sequences must be int32 [B], B ≥ 1 where q has rows; got "
+            + ", ".join(f"{t.dtype} {list(t.shape)}" for t in spans)
+        )
+    if not all(t.device == q.device for t in spans):
+        raise ValueError(f"attention: the sequences are on {spans[0].device}, q is on {q.device}")
     if q.device.type == "cpu":  # elsewhere reading them would wait for the device
         _check_values(sequences, q.shape[0], k.shape[0])
 
@@ -656,24 +650,22 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, sequences: Any, softmax_sc
 def _check_values(sequences: Any, rows: int, keys: int) -> None:
     q_starts, q_lens = sequences.q_starts.tolist(), sequences.q_lens.tolist()
     ends = [start + length for start, length in zip(q_starts, q_lens, strict=True)]
-    require(
-        min(q_lens, default=0) >= 0 and [0, *ends] == [*q_starts, rows],
-        f"attention: q_starts {q_starts} and q_lens {q_lens} must cut the {rows} rows of q into adjacent sequences",
-    )
+    if not (min(q_lens, default=0) >= 0 and [0, *ends] == [*q_starts, rows]):
+        raise ValueError(
+            f"attention: q_starts {q_starts} and q_lens {q_lens} must cut the {rows} rows of q into adjacent sequences"
+        )
     k_starts, k_lens = sequences.k_starts.tolist(), sequences.k_lens.tolist()
-    require(
-        all(length >= 0 and 0 <= start <= keys - length for start, length in zip(k_starts, k_lens, strict=True)),
-        f"attention: k_starts {k_starts} and k_lens {k_lens} leave the {keys} rows of k and v",
-    )
+    if not all(length >= 0 and 0 <= start <= keys - length for start, length in zip(k_starts, k_lens, strict=True)):
+        raise ValueError(f"attention: k_starts {k_starts} and k_lens {k_lens} leave the {keys} rows of k and v")
 
 
 def _check_disjoint(sequences: Any) -> None:
     starts, lens = sequences.k_starts.tolist(), sequences.k_lens.tolist()
     spans = sorted((start, start + length) for start, length in zip(starts, lens, strict=True) if length)
-    require(
-        all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)),
-        f"attention: k_starts {starts} and k_lens {lens} overlap; for gradients every key must be one sequence's",
-    )
+    if not all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise ValueError(
+            f"attention: k_starts {starts} and k_lens {lens} overlap; for gradients every key must be one sequence's"
+        )
 
 
 class Attention(torch.autograd.Function):

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dropout import draw_seed, keep_factors, keep_levels
-from ._launch import Table, check, config, opaque, pick, require, wants_gradients
+from ._launch import Table, check, config, opaque, pick, wants_gradients
 from ._norm import (
     bucket,
     check_affine,
@@ -386,7 +386,10 @@ def embed_fwd(
     T, N = ids[0].numel(), weight.numel()
     for name, table in zip(("word", "token_type", "position"), tables, strict=True):
         fits = table.dim() == 2 and table.shape[1] == N > 0 and (table.stride(1) == 1 or N == 1)
-        require(fits, f"embed: {name} is {tuple(table.shape)}, expected [rows, {N}] with a contiguous last dimension")
+        if not fits:
+            raise ValueError(
+                f"embed: {name} is {tuple(table.shape)}, expected [rows, {N}] with a contiguous last dimension"
+            )
     check_affine("embed", weight, bias, N)
     for name, given, table in zip(("input_ids", "token_type_ids", "position_ids"), ids, tables, strict=True):
         _check_ids(name, given, T, table)
@@ -408,10 +411,12 @@ def _layout(ids: Sequence[Tensor], tables: Sequence[Tensor]) -> list[int]:
 
 
 def _check_ids(name: str, ids: Tensor, T: int, table: Tensor) -> None:
-    require(ids.shape == (T,), f"embed: {name} is {tuple(ids.shape)}, expected [{T}], as input_ids has {T} tokens")
+    if ids.shape != (T,):
+        raise ValueError(f"embed: {name} is {tuple(ids.shape)}, expected [{T}], as input_ids has {T} tokens")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"embed: {name} is {ids.dtype}, allowed are torch.int32 and torch.int64")
-    require(ids.device == table.device, f"embed: {name} is on {ids.device}, the tables on {table.device}")
+    if ids.device != table.device:
+        raise ValueError(f"embed: {name} is on {ids.device}, the tables on {table.device}")
     if ids.device.type == "cpu" and T and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
         found = f"from {int(ids.min())} to {int(ids.max())}"
         raise IndexError(f"embed: {name} go {found}, the table has rows 0 to {len(table) - 1}")

@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from ._dropout import draw_seed, keep_factors, keep_levels
 from ._gelu import gelu_slope_tile, gelu_tile
-from ._launch import Table, check, config, opaque, pick, require, wants_gradients
+from ._launch import Table, check, config, opaque, pick, wants_gradients
 from ._norm import (
     bucket,
     check_affine,
@@ -267,12 +267,15 @@ def layer_norm_fwd(
     """(y [T, N], mean [T], rstd [T]) of LayerNorm(x + residual), or of LayerNorm(gelu(x)) where residual is None; no
     mean and rstd without `statistics`. With a seed `levels` of 65,536 of x's elements survive."""
     check(operation, mixed=True, x=x, residual=residual, weight=weight, bias=bias)
-    require(x.dim() == 2 and x.shape[1] > 0, f"{operation}: x is {tuple(x.shape)}, expected [T, N] with N ≥ 1")
+    if not (x.dim() == 2 and x.shape[1] > 0):
+        raise ValueError(f"{operation}: x is {tuple(x.shape)}, expected [T, N] with N ≥ 1")
     T, N = x.shape
     for name, rows in (("x", x), ("residual", residual)):
         if rows is not None:
-            require(rows.shape == x.shape, f"{operation}: {name} is {tuple(rows.shape)}, x is {tuple(x.shape)}")
-            require(N == 1 or rows.stride(1) == 1, f"{operation}: the last dimension of {name} must be contiguous")
+            if rows.shape != x.shape:
+                raise ValueError(f"{operation}: {name} is {tuple(rows.shape)}, x is {tuple(x.shape)}")
+            if not (N == 1 or rows.stride(1) == 1):
+                raise ValueError(f"{operation}: the last dimension of {name} must be contiguous")
     check_affine(operation, weight, bias, N)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)

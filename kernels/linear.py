@@ -49,7 +49,6 @@ from ._launch import (
     opaque,
     pick,
     processors,
-    require,
     target,
     wants_gradients,
 )
@@ -372,19 +371,26 @@ def _check_arguments(operation: str, x: Tensor, weights: Sequence[Tensor], biase
     matrices = {f"w{part}" if part else "weight": w for part, w in zip(suffixes, weights, strict=True)}
     vectors = {f"b{part}" if part else "bias": b for part, b in zip(suffixes, biases, strict=True) if b is not None}
     check(operation, x=x, **matrices, **vectors)
-    require(x.dim() == 2, f"{operation}: x is {tuple(x.shape)}, expected [T, K]")
+    if x.dim() != 2:
+        raise ValueError(f"{operation}: x is {tuple(x.shape)}, expected [T, K]")
     first = weights[0]
     for name, w in matrices.items():
         fits = w.dim() == 2 and w.shape[1] == x.shape[1] and w.shape == first.shape
-        require(fits, f"{operation}: {name} is {tuple(w.shape)}, expected [N, {x.shape[1]}], the same N for all")
+        if not fits:
+            raise ValueError(f"{operation}: {name} is {tuple(w.shape)}, expected [N, {x.shape[1]}], the same N for all")
         same = len(w) == 1 or w.stride(0) == first.stride(0)
-        require(same, f"{operation}: rows of {name} are {w.stride(0)} elements apart, of the first {first.stride(0)}")
+        if not same:
+            raise ValueError(
+                f"{operation}: rows of {name} are {w.stride(0)} elements apart, of the first {first.stride(0)}"
+            )
     for name, m in {"x": x, **matrices}.items():
         contiguous = m.shape[1] <= 1 or m.stride(1) == 1
-        require(contiguous, f"{operation}: the last dimension of {name} must be contiguous")
+        if not contiguous:
+            raise ValueError(f"{operation}: the last dimension of {name} must be contiguous")
     for name, b in vectors.items():
         fits = b.shape == first.shape[:1] and b.is_contiguous()
-        require(fits, f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{len(first)}]")
+        if not fits:
+            raise ValueError(f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{len(first)}]")
 
 
 class Linear(torch.autograd.Function):

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import Table, autocast, check, config, input_precision, opaque, pick, require, wants_gradients
+from ._launch import Table, autocast, check, config, input_precision, opaque, pick, wants_gradients
 from ._products import BLOCK_K, product_dw, product_dx, sum_splits
 
 
@@ -396,31 +396,40 @@ class Head(NamedTuple):
 
 def _head(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
     check(operation, x=x, weight=weight, bias=bias)
-    require(x.dim() == 2 and x.shape[1] > 0, f"{operation}: x is {tuple(x.shape)}, expected [T, N] with N ≥ 1")
+    if not (x.dim() == 2 and x.shape[1] > 0):
+        raise ValueError(f"{operation}: x is {tuple(x.shape)}, expected [T, N] with N ≥ 1")
     N, V = x.shape[1], len(weight)
     fits = weight.shape == (V, N) and 0 < V < 2**31 - MAX_K
-    require(fits, f"{operation}: weight is {tuple(weight.shape)}, expected [V, {N}] with V ≥ 1")
+    if not fits:
+        raise ValueError(f"{operation}: weight is {tuple(weight.shape)}, expected [V, {N}] with V ≥ 1")
     for name, matrix in (("x", x), ("weight", weight)):
-        require(N == 1 or matrix.stride(1) == 1, f"{operation}: the last dimension of {name} must be contiguous")
+        if not (N == 1 or matrix.stride(1) == 1):
+            raise ValueError(f"{operation}: the last dimension of {name} must be contiguous")
     if bias is not None:
         fits = bias.shape == (V,) and bias.is_contiguous()
-        require(fits, f"{operation}: bias is {tuple(bias.shape)}, expected a contiguous [{V}]")
+        if not fits:
+            raise ValueError(f"{operation}: bias is {tuple(bias.shape)}, expected a contiguous [{V}]")
     return Head(x, weight, bias)
 
 
 def _check_ids(operation: str, name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    require(ids.shape == shape, f"{operation}: {name} is {tuple(ids.shape)}, expected {list(shape)}")
+    if ids.shape != shape:
+        raise ValueError(f"{operation}: {name} is {tuple(ids.shape)}, expected {list(shape)}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{operation}: {name} is {ids.dtype}, allowed are torch.int32 and torch.int64")
-    require(ids.device == device, f"{operation}: {name} is on {ids.device}, x on {device}")
+    if ids.device != device:
+        raise ValueError(f"{operation}: {name} is on {ids.device}, x on {device}")
 
 
 def check_loss(reduction: str, label_smoothing: float, z_loss: float) -> None:
     """ValueError for settings that cross entropy does not know."""
     known = "mean", "sum", "none"
-    require(reduction in known, f"reduction is {reduction!r}: allowed are {', '.join(map(repr, known))}")
-    require(0.0 <= label_smoothing <= 1.0, f"label_smoothing is {label_smoothing}: allowed is 0 to 1")
-    require(z_loss >= 0.0, f"z_loss is {z_loss}: at least 0 is needed")
+    if reduction not in known:
+        raise ValueError(f"reduction is {reduction!r}: allowed are {', '.join(map(repr, known))}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}: allowed is 0 to 1")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss is {z_loss}: at least 0 is needed")
 
 
 def _check_range(operation: str, name: str, ids: Tensor, V: int) -> None:
@@ -617,7 +626,8 @@ def vocab_cross_entropy(
     CPU and gives NaN on a GPU. `backward`: "chunked" for speed, "recompute" for the least memory (see WORDS).
     """
     check_loss(reduction, label_smoothing, z_loss)
-    require(backward in WORDS, f"backward is {backward!r}: allowed are {', '.join(map(repr, WORDS))}")
+    if backward not in WORDS:
+        raise ValueError(f"backward is {backward!r}: allowed are {', '.join(map(repr, WORDS))}")
     x, weight, bias = autocast(x, weight, bias)
     arguments = x, weight, bias, labels, ignore_index, label_smoothing, z_loss
     if wants_gradients(x, weight, bias):
@@ -645,6 +655,7 @@ def vocab_topk(
         _check_range("vocab_topk", "targets", targets, len(weight))
         targets = targets.contiguous()
     words = len(weight if targets is None else targets)
-    require(0 <= k <= words, f"vocab_topk: k is {k}, expected 0 to {words}, the words that compete")
+    if not 0 <= k <= words:
+        raise ValueError(f"vocab_topk: k is {k}, expected 0 to {words}, the words that compete")
     log_probs, columns = vocab_topk_fwd(head, k, targets)
     return log_probs, columns if targets is None else targets[columns].long()

@@ -34,6 +34,7 @@ from bench import (
     report,
     roofline,
     shapes,
+    study,
 )
 from bench import round as bench_round
 
@@ -435,3 +436,13 @@ def test_models_are_drawn(tmp_path: Path) -> None:
     assert "&lt;flash&gt;" in page
     shutil.copy(harness.RESULTS / "round_cpu/models.json", tmp_path)  # what is committed can be shown
     assert "32 texts, 40% fill" in report.write(tmp_path, {}).read_text(encoding="utf-8")
+
+
+def test_the_study_of_tiles_has_those_of_the_table() -> None:
+    pytest.importorskip("triton")
+    table = importlib.import_module("xlmr.kernels.attention").CONFIGS["sm_90"]
+    found = study._tiles()
+    assert {table[64, 2, load] for load in ("short", "long")} <= set(found.values())
+    assert len(set(found.values())) == len(found) > 40
+    ran = study._running({"fails": lambda: 1 / 0, "runs": lambda: 1})
+    assert list(ran) == ["runs"]

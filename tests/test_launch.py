@@ -4,19 +4,20 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from xlmr.kernels._launch import opaque, unsupported
+from xlmr.kernels._launch import _unsupported, opaque, unsupported
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def machine(
         triton: str | None = "3.6.0",
         capability: tuple[int, int] | None = (9, 0),
@@ -29,8 +30,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=amd))
         monkeypatch.setattr(torch.version, "hip", "7.0" if amd else None)
         monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreter else "0")
+        _unsupported.cache_clear()
 
-    return machine
+    yield machine
+    _unsupported.cache_clear()
 
 
 @pytest.mark.parametrize(

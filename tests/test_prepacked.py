@@ -64,6 +64,14 @@ def test_a_changed_weight_is_packed_again(packings: mock.Mock) -> None:
     assert not packed._packed
 
 
+def test_a_model_made_in_inference_mode_is_packed(packings: mock.Mock) -> None:
+    with torch.inference_mode():
+        layer, packed, x = nn.Linear(16, 24), PackedLinear(), torch.randn(5, 16)
+        for _ in range(2):
+            torch.testing.assert_close(packed.linear(x, layer.weight, layer.bias), layer(x))
+    assert packings.call_count == 1
+
+
 def test_what_is_not_packed_is_eager(packings: mock.Mock) -> None:
     layer, packed, x = nn.Linear(16, 24), PackedLinear(), torch.randn(5, 16)
     packed.linear(x, layer.weight, layer.bias).sum().backward()

@@ -28,8 +28,9 @@ def unsupported(device: torch.device) -> str | None:
 class PackedLinear:
     """Eager's linear, linear_act and qkv_projection, which pack a parameter at its first use and again after a change.
 
-    A change is noticed through the parameter's version, address and dtype: what writes through `.data` in place
-    escapes it. What cannot be packed (gradients, autocast, graphs, weights that are no parameters) goes to eager.
+    A change is noticed through the parameter's version, address and dtype. What writes through `.data` in place escapes
+    it, and what writes into parameters made in inference mode, which have no version. What cannot be packed (gradients,
+    autocast, graphs, weights that are no parameters) goes to eager.
     """
 
     def __init__(self) -> None:
@@ -56,9 +57,9 @@ class PackedLinear:
 
     def _pack(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The weight in blocks; None where it cannot be used so."""
-        if not eager.onednn_takes(x, weight, bias) or type(weight) is not nn.Parameter or weight.is_inference():
+        if not eager.onednn_takes(x, weight, bias) or type(weight) is not nn.Parameter:
             return None
-        stamp = weight.data_ptr(), weight._version, weight.dtype
+        stamp = weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
         known, packed = self._packed.get(weight, (None, None))
         if known != stamp:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)

@@ -26,42 +26,65 @@ def unsupported(device: torch.device) -> str | None:
 
 
 class PackedLinear:
-    """Eager's linear, linear_act and qkv_projection, which pack a parameter at its first use and again after a change.
+    """Eager's linear, linear_act and qkv_projection, which pack parameters at their first use and again after a change.
 
-    A change is noticed through the parameter's version, address and dtype. What writes through `.data` in place escapes
+    A change is noticed through a parameter's version, address and dtype. What writes through `.data` in place escapes
     it, and what writes into parameters made in inference mode, which have no version. What cannot be packed (gradients,
     autocast, graphs, weights that are no parameters) goes to eager.
     """
 
     def __init__(self) -> None:
-        self._packed: Any = WeakIdKeyDictionary()  # parameter → (its stamp, its weights in blocks)
+        self._packed: Any = WeakIdKeyDictionary()  # first weight → {how many: (stamps of all, blocks, bias)}
 
     def __reduce__(self) -> Any:
         return type(self), ()  # a copy of the model packs its own
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See xlmr.eager.linear."""
-        packed = self._pack(x, weight, bias)
-        return eager.linear(x, weight, bias) if packed is None else eager.onednn_linear(x, packed, bias, "none")
+        packed = self._pack(x, [weight], [bias])
+        return eager.linear(x, weight, bias) if packed is None else eager.onednn_linear(x, *packed, "none")
 
     def linear_act(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu") -> Tensor:
         """See xlmr.eager.linear_act."""
-        packed = self._pack(x, weight, bias) if act == "gelu" else None
-        return eager.linear_act(x, weight, bias, act) if packed is None else eager.onednn_linear(x, packed, bias, act)
+        packed = self._pack(x, [weight], [bias]) if act == "gelu" else None
+        return eager.linear_act(x, weight, bias, act) if packed is None else eager.onednn_linear(x, *packed, act)
 
     def qkv_projection(
         self, x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, bq: Tensor | None, bk: Tensor | None, bv: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See xlmr.eager.qkv_projection."""
-        return self.linear(x, wq, bq), self.linear(x, wk, bk), self.linear(x, wv, bv)
+        """See xlmr.eager.qkv_projection; one product, whose rows the three tensors share."""
+        packed = self._pack(x, [wq, wk, wv], [bq, bk, bv])
+        if packed is None:
+            return eager.qkv_projection(x, wq, wk, wv, bq, bk, bv)
+        q, k, v = eager.onednn_linear(x, *packed, "none").split([len(wq), len(wk), len(wv)], dim=-1)
+        return q, k, v
 
-    def _pack(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The weight in blocks; None where it cannot be used so."""
-        if not eager.onednn_takes(x, weight, bias) or type(weight) is not nn.Parameter:
+    def _pack(
+        self, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The weights below one another in blocks, and their biases; None where they cannot be used so."""
+        given = [b for b in biases if b is not None]
+        if (
+            any(type(w) is not nn.Parameter for w in weights)
+            or len(given) not in (0, len(weights))
+            or not eager.onednn_takes(x, *weights, *given)
+        ):
             return None
-        stamp = weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
-        known, packed = self._packed.get(weight, (None, None))
-        if known != stamp:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
-            self._packed[weight] = stamp, packed
-        return packed
+        stamps = [_stamp(p) for p in (*weights, *given)]
+        uses = self._packed.setdefault(weights[0], {})
+        known, blocks, bias = uses.get(len(weights), (None, None, None))
+        if known != stamps:
+            blocks = torch.ops.mkldnn._reorder_linear_weight(_joined(weights).contiguous(), ROWS)
+            bias = _joined(given) if given else None
+            uses[len(weights)] = stamps, blocks, bias
+        return blocks, bias
+
+
+def _joined(parameters: list[Tensor]) -> Tensor:
+    """One below the other; of a single one the tensor itself, not a copy."""
+    detached = [p.detach() for p in parameters]
+    return detached[0] if len(detached) == 1 else torch.cat(detached)
+
+
+def _stamp(parameter: Tensor) -> tuple[int, int | None, torch.dtype]:
+    return parameter.data_ptr(), None if parameter.is_inference() else parameter._version, parameter.dtype

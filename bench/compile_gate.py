@@ -232,6 +232,7 @@ class Recorder:
             stack.callback(triton.runtime.driver.set_active, active)
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", record))
             stack.enter_context(mock.patch.object(torch, "empty", _allocated))
+            stack.enter_context(mock.patch.object(_launch, "REMEMBERS", False))
             for module, (name, value) in itertools.product({_launch, *SHARED, *self.modules}, pretended.items()):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))

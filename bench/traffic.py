@@ -266,6 +266,7 @@ def _linear(kernel: ModuleType, dtype: str, random: Random) -> Iterator[Case]:
 def _on(target: str, kernel: ModuleType, call: Callable[[], object]) -> object:
     """The call with the configurations of a target: its tiles, and tensor descriptors where it has them."""
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_launch, "REMEMBERS", False))
         for module in (_launch, kernel):
             stack.enter_context(mock.patch.object(module, "target", return_value=target))
         return call()

@@ -69,6 +69,7 @@ def launches(entry: Entry) -> Iterator[list[Call]]:
     with (
         mock.patch.object(entry.module, "pick", picked),
         mock.patch.object(KernelInterface, "__getitem__", launching),
+        mock.patch.object(_launch, "REMEMBERS", False),
     ):
         yield found
 

@@ -4,12 +4,13 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Ask = TypeVar("Ask", bound=Callable[..., Any])
+Plan = TypeVar("Plan", bound=Callable[..., Any])
 
 TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest minor version
 MIN_CAPABILITY = (8, 0)  # NVIDIA: Ampere is the first with bf16 tensor cores and asynchronous copies
@@ -74,11 +75,11 @@ class Config:
     num_warps: int
     num_stages: int
 
-    @property
-    def meta(self) -> dict[str, int]:
-        """Keywords of a launch: kernel[grid](…, **config.meta)."""
+    meta: dict[str, int] = field(init=False, repr=False, compare=False)  # keywords of a launch: kernel[grid](…, **meta)
+
+    def __post_init__(self) -> None:
         launch = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return {**dict(self.tiles), **launch}
+        object.__setattr__(self, "meta", {**dict(self.tiles), **launch})
 
 
 def config(num_warps: int, num_stages: int, **tiles: int) -> Config:
@@ -124,13 +125,77 @@ def _processors(device: torch.device) -> int:
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check(operation: str, *, mixed: bool = False, **tensors: torch.Tensor | None) -> None:
-    """Refuses what no kernel takes: a device that cannot run them, a foreign dtype, tensors that do not fit together.
+class Kind(NamedTuple):
+    """What checks, tiles and Triton's choice among compiled kernels read of a tensor: all but its values."""
 
-    Optional tensors may be None. With `mixed` each may have its own dtype: the kernel computes in fp32 whatever comes.
-    A launcher that needs gradients stands in an autograd.Function, whose forward sees none; elsewhere they are refused,
-    for what the launcher returns would be detached.
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+    aligned: bool  # begins at a multiple of 16 bytes; torch.compile knows no addresses, there it is taken to
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
+def kinds(*tensors: torch.Tensor | None) -> tuple[Kind | None, ...]:
+    """The Kind of each tensor; None stays None."""
+    unknown = torch.compiler.is_compiling()
+    return tuple(
+        [  # not a generator: this is asked before every launch
+            None if t is None else Kind(t.dtype, t.device, t.shape, t.stride(), unknown or t.data_ptr() % 16 == 0)
+            for t in tensors
+        ]
+    )
+
+
+REMEMBERS = True  # set to False by tools that exchange what plans are made from, or watch Triton start kernels
+
+
+def remembered(plan: Plan) -> Plan:
+    """What is decided from kinds alone is decided once for all calls of those kinds: the checks of one launch take the
+    host longer than the launch. Not inside torch.compile, whose graphs hold what was decided."""
+    memory = functools.lru_cache(maxsize=4096)(plan)
+
+    @functools.wraps(plan)
+    def recall(*args: Any) -> Any:
+        return (memory if REMEMBERS and not torch.compiler.is_compiling() else plan)(*args)
+
+    return recall  # type: ignore[return-value]
+
+
+class Launch:
+    """A kernel with its grid and its constants, for arguments of always the same kinds.
+
+    The first call leaves it to Triton to compile, or find, the kernel specialised for them; later ones start that
+    kernel, without a search that takes the host longer than the start.
     """
+
+    def __init__(self, kernel: Any, *grid: int, **constants: Any):
+        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.start: Callable[..., None] | None = None
+        self.trailing: list[Any] = []
+
+    def __call__(self, *args: Any) -> None:
+        if self.start is not None:
+            self.start(*args, *self.trailing)
+            return
+        compiled = self.kernel[self.grid](*args, **self.constants)
+        if compiled is not None and not torch.compiler.is_compiling():  # the interpreter compiles nothing
+            self.trailing = [self.constants[name] for name in self.kernel.arg_names[len(args) :]]
+            self.start = compiled[(*self.grid, 1, 1)[:3]]
+
+
+def check(operation: str, *, mixed: bool = False, **tensors: torch.Tensor | None) -> None:
+    """Refuses what no kernel takes: a device that cannot run them, a foreign dtype, tensors that do not fit together,
+    and gradients (see check_kinds and refuse_gradients). Optional tensors may be None."""
+    check_kinds(operation, mixed=mixed, **tensors)
+    refuse_gradients(operation, *tensors.values())
+
+
+def check_kinds(operation: str, *, mixed: bool = False, **tensors: torch.Tensor | Kind | None) -> None:
+    """With `mixed` each tensor may have its own dtype: the kernel computes in fp32 whatever comes."""
     given = {name: t for name, t in tensors.items() if t is not None}
     first, *_ = given.values()
     why = unsupported(first.device)
@@ -144,7 +209,12 @@ def check(operation: str, *, mixed: bool = False, **tensors: torch.Tensor | None
                 f"{operation}: {name} is {tensor.dtype}, the first argument {first.dtype}; allowed is one of "
                 f"{', '.join(map(str, DTYPES))}{'' if mixed else ' for all'}"
             )
-    if wants_gradients(*given.values()):
+
+
+def refuse_gradients(operation: str, *tensors: torch.Tensor | None) -> None:
+    """A launcher that needs gradients stands in an autograd.Function, whose forward sees none; elsewhere they are
+    refused, for what the launcher returns would be detached."""
+    if wants_gradients(*tensors):
         raise RuntimeError(f"{operation}: has no gradients; call under torch.no_grad(), or use backend='eager'")
 
 

@@ -30,9 +30,9 @@ def programs(T: int, device: torch.device) -> int:
     return max(1, min(triton.cdiv(T, MIN_ROWS), PROGRAMS_PER_PROCESSOR * _launch.processors(device)))
 
 
-def check_affine(operation: str, weight: Tensor, bias: Tensor, N: int) -> None:
+def check_affine(operation: str, weight: _launch.Kind, bias: _launch.Kind, N: int) -> None:
     for name, vector in (("weight", weight), ("bias", bias)):
-        fits = vector.shape == (N,) and vector.is_contiguous()
+        fits = vector.shape == (N,) and (N == 1 or vector.stride == (1,))
         if not fits:
             raise ValueError(f"{operation}: {name} is {tuple(vector.shape)}, expected a contiguous [{N}]")
 
@@ -149,5 +149,5 @@ def sum_partials(dw: Tensor | None, db: Tensor | None, weight: Tensor, bias: Ten
     ]
     if given:
         P, N = given[0].shape
-        _sum_partials_kernel[(triton.cdiv(N, dict(SUM.tiles)["BLOCK_N"]),)](dw, db, *totals, P, N, **SUM.meta)
+        _sum_partials_kernel[(triton.cdiv(N, SUM.meta["BLOCK_N"]),)](dw, db, *totals, P, N, **SUM.meta)
     return tuple(totals)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Table, config, input_precision, pick, processors
+from ._launch import Kind, Table, config, input_precision, kinds, pick, processors
 from ._loops import bound
 
 # Elements a step along the summed dimension, by the bytes of an element: 128 bytes. Never by the load: it decides the
@@ -151,7 +151,7 @@ def product_dx(dys: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor | N
     if dx.numel():
         itemsize, pads = first.element_size(), 3 - parts
         tuned = pick(CONFIGS, first.device, (itemsize, _load("dx", *dys, *weights)))
-        block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
+        block_m, block_n = (tuned.meta[name] for name in ("BLOCK_M", "BLOCK_N"))
         _dx_kernel[(triton.cdiv(T, block_m) * triton.cdiv(K, block_n),)](
             *dys, *[None] * pads, *weights, *[None] * pads, dx, *first.stride(), K if N == 1 else weights[0].stride(0),
             T, N=N, K=K, PARTS=parts, ADD=out is not None, PRECISION=input_precision(first.dtype, first.device),
@@ -164,7 +164,7 @@ def product_dw(dys: Sequence[Tensor], x: Tensor) -> Tensor:
     """dyᵀ·x of each part, [parts, N, K]: one to three gradients at equal strides."""
     (T, K), N, parts, itemsize = x.shape, dys[0].shape[1], len(dys), x.element_size()
     tuned = pick(CONFIGS, x.device, (itemsize, _load("dw", *dys, x)))
-    block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
+    block_m, block_n = (tuned.meta[name] for name in ("BLOCK_M", "BLOCK_N"))
     tiles = triton.cdiv(N, block_m) * triton.cdiv(K, block_n)
     splits, length = split_rows(T, tiles * parts, x.device)
     partials = torch.empty((splits, parts, N, K), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
@@ -177,20 +177,14 @@ def product_dw(dys: Sequence[Tensor], x: Tensor) -> Tensor:
     return sum_splits(partials, x.dtype)
 
 
-def vectorised(*matrices: Tensor) -> bool:
-    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements. (A storage on a
-    GPU begins at a multiple of 16 bytes; torch.compile knows no offsets, so there a matrix is taken to begin it.)"""
-    return all(
-        (torch.compiler.is_compiling() or m.storage_offset() * m.element_size() % 16 == 0)
-        and m.shape[1] % 16 == 0
-        and (len(m) == 1 or m.stride(0) % 16 == 0)
-        for m in matrices
-    )
+def vectorised(*matrices: Kind) -> bool:
+    """Whether Triton sees that 16 bytes can be loaded at once: it asks for multiples of 16 elements."""
+    return all(m.aligned and m.shape[1] % 16 == 0 and (m.shape[0] == 1 or m.stride[0] % 16 == 0) for m in matrices)
 
 
 def _load(gradient: str, *matrices: Tensor) -> str:
     """The load of CONFIGS: `gradient`, or "unaligned"."""
-    return gradient if all(m.stride(1) == 1 for m in matrices) and vectorised(*matrices) else "unaligned"
+    return gradient if all(m.stride(1) == 1 for m in matrices) and vectorised(*kinds(*matrices)) else "unaligned"
 
 
 def split_rows(T: int, programs: int, device: torch.device, waves: int = 1) -> tuple[int, int]:

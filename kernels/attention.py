@@ -32,6 +32,7 @@ three kernels, at half the rate of fp32's: a third more time.
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,13 +44,19 @@ from torch.autograd.function import once_differentiable
 from ._dropout import LEVELS, draw_seed, keep_levels, keeps
 from ._launch import (
     Config,
+    Kind,
+    Launch,
     Table,
     autocast,
     check,
+    check_kinds,
     config,
     input_precision,
+    kinds,
     opaque,
     pick,
+    refuse_gradients,
+    remembered,
     wants_gradients,
 )
 from ._loops import bound
@@ -517,21 +524,43 @@ def attention_fwd(
 
     `seed` (int64 [1]) is for dropout_p > 0; without one nothing is dropped.
     """
-    check("attention", q=q, k=k, v=v)
-    _check_arguments(q, k, v, sequences, softmax_scale)
+    spans = sequences.q_starts, sequences.q_lens, sequences.k_starts, sequences.k_lens
+    plan = _plan(softmax_scale, *kinds(q, k, v, *spans))
+    refuse_gradients("attention", q, k, v)
+    if q.device.type == "cpu":  # elsewhere reading them would wait for the device
+        _check_values(sequences, q.shape[0], k.shape[0])
     rows, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
+    lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     chosen, blocks = _programs("out", q, k, sequences, seed)
-    _attention_fwd_kernel[(len(blocks) * heads,)](
-        q, k, v, out, lse,
-        *_common(blocks, sequences, seed, dropout_p, softmax_scale, q),
-        *(t.stride(dim) for t in (q, k, v) for dim in (0, 1)),
-        CAUSAL=causal, **_constants(q), **chosen.meta,
-    )  # fmt: skip
+    launch = _launch(plan, chosen, len(blocks), causal, seed is not None, input_precision(q.dtype, q.device))
+    launch(q, k, v, out, lse, *_common(blocks, sequences, seed, dropout_p, softmax_scale, q), *plan.strides)
     return out, lse
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What the kinds of q, k and v decide."""
+
+    heads: int
+    head_dim: int
+    strides: tuple[int, ...]  # of rows and heads of q, of k, of v
+
+
+@remembered
+def _plan(softmax_scale: float, q: Kind, k: Kind, v: Kind, *spans: Kind) -> _Plan:
+    check_kinds("attention", q=q, k=k, v=v)
+    _check_arguments(softmax_scale, q, k, v, spans)
+    return _Plan(*q.shape[1:], tuple(t.stride[dim] for t in (q, k, v) for dim in (0, 1)))
+
+
+@remembered
+def _launch(plan: _Plan, chosen: Config, blocks: int, causal: bool, dropout: bool, precision: str) -> Launch:
+    """`dropout`, whether there is a seed, chooses another compiled kernel."""
+    constants = _constants(plan.head_dim, precision)
+    return Launch(_attention_fwd_kernel, blocks * plan.heads, CAUSAL=causal, **constants, **chosen.meta)
 
 
 @opaque
@@ -565,7 +594,7 @@ def attention_bwd(
     if out.numel() == 0:
         return dq, dk, dv
     strides = [t.stride(dim) for t in (dout, q, k, v) for dim in (0, 1)]
-    constants = {"CAUSAL": causal, **_constants(q)}
+    constants = {"CAUSAL": causal, **_constants(q.shape[2], input_precision(q.dtype, q.device))}
 
     if needed[0] or needed[1]:
         chosen, blocks = _programs("dq", q, k, sequences, seed)
@@ -590,13 +619,13 @@ def _programs(result: str, q: Tensor, k: Tensor, sequences: Any, seed: Tensor | 
     key = 64 if q.shape[2] <= 64 else 128, q.element_size()
     if result == "dkv":
         chosen = pick(BACKWARD_CONFIGS, q.device, ("dkv", *key))
-        return chosen, sequences.blocks(dict(chosen.tiles)["BLOCK_N"], len(k), keys=True)
+        return chosen, sequences.blocks(chosen.meta["BLOCK_N"], len(k), keys=True)
     if result == "dq":
         chosen = pick(BACKWARD_CONFIGS, q.device, ("dq", *key))
     else:
         load = "short" if len(q) <= SHORT * sequences.q_lens.numel() else "long"
         chosen = pick(CONFIGS, q.device, (*key, load if seed is None else "dropout"))
-    return chosen, sequences.blocks(dict(chosen.tiles)["BLOCK_M"], len(q))
+    return chosen, sequences.blocks(chosen.meta["BLOCK_M"], len(q))
 
 
 def _common(
@@ -610,32 +639,26 @@ def _common(
     return blocks, *(t.contiguous() for t in spans), seed, levels, kept, softmax_scale * LOG2_E.value, heads, rows
 
 
-def _constants(q: Tensor) -> dict[str, Any]:
-    head_dim = q.shape[2]
-    return {
-        "HEAD_DIM": head_dim,
-        "PRECISION": input_precision(q.dtype, q.device),
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-    }
+def _constants(head_dim: int, precision: str) -> dict[str, Any]:
+    return {"HEAD_DIM": head_dim, "PRECISION": precision, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
 
 
-def _check_arguments(q: Tensor, k: Tensor, v: Tensor, sequences: Any, softmax_scale: float) -> None:
-    if not (q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:]):
+def _check_arguments(softmax_scale: float, q: Kind, k: Kind, v: Kind, spans: Sequence[Kind]) -> None:
+    if not (len(q.shape) == len(k.shape) == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:]):
         shapes = ", ".join(str(list(t.shape)) for t in (q, k, v))
         raise ValueError(f"attention: q, k, v are {shapes}; allowed are [Tq, H, D], [Tk, H, D], [Tk, H, D]")
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(
             f"attention: head_dim is {q.shape[2]}, allowed are {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}; use backend='eager'"
         )
-    if not all(t.stride(2) == 1 or t.numel() == 0 for t in (q, k, v)):
-        strides = ", ".join(str(t.stride()) for t in (q, k, v))
+    if not all(t.stride[2] == 1 or 0 in t.shape for t in (q, k, v)):
+        strides = ", ".join(str(t.stride) for t in (q, k, v))
         raise ValueError(f"attention: q, k, v have strides {strides}; the last dimension must be contiguous")
     if not 0 < softmax_scale < float("inf"):
         raise ValueError(f"attention: softmax_scale is {softmax_scale}; it must be positive and finite")
-    spans = (sequences.q_starts, sequences.q_lens, sequences.k_starts, sequences.k_lens)
     if not (
-        all(t.dtype == torch.int32 and t.dim() == 1 and t.shape == spans[0].shape for t in spans)
-        and (spans[0].numel() > 0 or q.shape[0] == 0)
+        all(t.dtype == torch.int32 and len(t.shape) == 1 and t.shape == spans[0].shape for t in spans)
+        and (0 not in spans[0].shape or q.shape[0] == 0)
     ):
         raise ValueError(
             "attention: the starts and lengths of the sequences must be int32 [B], B ≥ 1 where q has rows; got "
@@ -643,8 +666,6 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, sequences: Any, softmax_sc
         )
     if not all(t.device == q.device for t in spans):
         raise ValueError(f"attention: the sequences are on {spans[0].device}, q is on {q.device}")
-    if q.device.type == "cpu":  # elsewhere reading them would wait for the device
-        _check_values(sequences, q.shape[0], k.shape[0])
 
 
 def _check_values(sequences: Any, rows: int, keys: int) -> None:

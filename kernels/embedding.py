@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dropout import draw_seed, keep_factors, keep_levels
-from ._launch import Table, check, config, opaque, pick, wants_gradients
+from ._launch import Table, check, config, kinds, opaque, pick, wants_gradients
 from ._norm import (
     bucket,
     check_affine,
@@ -390,7 +390,7 @@ def embed_fwd(
             raise ValueError(
                 f"embed: {name} is {tuple(table.shape)}, expected [rows, {N}] with a contiguous last dimension"
             )
-    check_affine("embed", weight, bias, N)
+    check_affine("embed", *kinds(weight, bias), N)
     for name, given, table in zip(("input_ids", "token_type_ids", "position_ids"), ids, tables, strict=True):
         _check_ids(name, given, T, table)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in (*tables, weight)))
@@ -465,9 +465,9 @@ def _table_gradient(dh: Tensor, ids: Tensor, table: Tensor, padding_idx: int | N
         pieces, padding = triton.cdiv(T, CHUNK), -1 if padding_idx is None else padding_idx % len(table)
         partials = torch.empty((pieces, 2, N), dtype=torch.float32, device=dh.device)
         sizes = len(table), padding, T, N
-        grid = (pieces, triton.cdiv(N, dict(PIECES.tiles)["BLOCK_N"]))
+        grid = (pieces, triton.cdiv(N, PIECES.meta["BLOCK_N"]))
         _sum_pieces_kernel[grid](dh, ids, order, gradient, partials, *sizes, **PIECES.meta)
-        grid = (pieces, triton.cdiv(N, dict(SPANS.tiles)["BLOCK_N"]))
+        grid = (pieces, triton.cdiv(N, SPANS.meta["BLOCK_N"]))
         _sum_spans_kernel[grid](ids, gradient, partials, *sizes, **SPANS.meta)
     return gradient
 

@@ -28,7 +28,9 @@ SM, two rows of each in flight, in 80 registers (128 with the GELU): from about 
 partial sums stay in the L2; adding them up takes about 5 µs.
 """
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +41,20 @@ from torch.autograd.function import once_differentiable
 
 from ._dropout import draw_seed, keep_factors, keep_levels
 from ._gelu import gelu_slope_tile, gelu_tile
-from ._launch import Table, check, config, opaque, pick, wants_gradients
+from ._launch import (
+    Config,
+    Kind,
+    Launch,
+    Table,
+    check_kinds,
+    config,
+    kinds,
+    opaque,
+    pick,
+    refuse_gradients,
+    remembered,
+    wants_gradients,
+)
 from ._norm import (
     bucket,
     check_affine,
@@ -266,27 +281,50 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y [T, N], mean [T], rstd [T]) of LayerNorm(x + residual), or of LayerNorm(gelu(x)) where residual is None; no
     mean and rstd without `statistics`. With a seed `levels` of 65,536 of x's elements survive."""
-    check(operation, mixed=True, x=x, residual=residual, weight=weight, bias=bias)
-    if not (x.dim() == 2 and x.shape[1] > 0):
+    plan = _plan(operation, *kinds(x, residual, weight, bias))
+    refuse_gradients(operation, x, residual, weight, bias)
+    T, N = x.shape
+    y = torch.empty((T, N), dtype=plan.dtype, device=x.device)
+    mean, rstd = torch.empty((2, T), dtype=torch.float32, device=x.device) if statistics else (None, None)
+    if T:
+        launch = _launch(plan, pick(CONFIGS, x.device, plan.bucket), statistics, seed is not None)
+        launch(x, residual, weight, bias, y, mean, rstd, seed, levels, *plan.strides, T, eps)
+    return y, mean, rstd
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What the kinds of x, residual, weight and bias decide."""
+
+    T: int
+    N: int
+    dtype: torch.dtype  # of y
+    strides: tuple[int, int]  # of the rows of x and residual
+    bucket: int | str
+
+
+@remembered
+def _plan(operation: str, x: Kind, residual: Kind | None, weight: Kind, bias: Kind) -> _Plan:
+    check_kinds(operation, mixed=True, x=x, residual=residual, weight=weight, bias=bias)
+    if not (len(x.shape) == 2 and x.shape[1] > 0):
         raise ValueError(f"{operation}: x is {tuple(x.shape)}, expected [T, N] with N ≥ 1")
     T, N = x.shape
     for name, rows in (("x", x), ("residual", residual)):
         if rows is not None:
             if rows.shape != x.shape:
                 raise ValueError(f"{operation}: {name} is {tuple(rows.shape)}, x is {tuple(x.shape)}")
-            if not (N == 1 or rows.stride(1) == 1):
+            if not (N == 1 or rows.stride[1] == 1):
                 raise ValueError(f"{operation}: the last dimension of {name} must be contiguous")
     check_affine(operation, weight, bias, N)
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-    y = torch.empty((T, N), dtype=dtype, device=x.device)
-    mean, rstd = torch.empty((2, T), dtype=torch.float32, device=x.device) if statistics else (None, None)
-    if T:
-        tuned = pick(CONFIGS, x.device, bucket(N)).meta
-        tensors = x, residual, weight, bias, y, mean, rstd, seed
-        strides = row_stride(x), row_stride(residual)
-        _layer_norm_fwd_kernel[(triton.cdiv(T, tuned["BLOCK_T"]),)](*tensors, levels, *strides, T, eps, N=N, **tuned)
-    return y, mean, rstd
+    given = [x.dtype, weight.dtype] if residual is None else [x.dtype, weight.dtype, residual.dtype]
+    strides = [0 if rows is None else N if T == 1 else rows.stride[0] for rows in (x, residual)]
+    return _Plan(T, N, functools.reduce(torch.promote_types, given), (strides[0], strides[1]), bucket(N))
+
+
+@remembered
+def _launch(plan: _Plan, tuned: Config, statistics: bool, dropout: bool) -> Launch:
+    """`statistics` and `dropout`, which tensors are None, choose another compiled kernel."""
+    return Launch(_layer_norm_fwd_kernel, triton.cdiv(plan.T, tuned.meta["BLOCK_T"]), N=plan.N, **tuned.meta)
 
 
 @opaque

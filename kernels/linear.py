@@ -29,6 +29,7 @@ Backward goes through pointers and transposes a tile on its way to wgmma: 400–
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,14 +42,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._gelu import gelu_slope_tile, gelu_tile
 from ._launch import (
     Config,
+    Kind,
+    Launch,
     Table,
     autocast,
-    check,
+    check_kinds,
     config,
     input_precision,
+    kinds,
     opaque,
     pick,
     processors,
+    refuse_gradients,
+    remembered,
     target,
     wants_gradients,
 )
@@ -284,34 +290,62 @@ def linear_fwd(
 
     `tuned` and `descriptors` overrule the table's configuration and the choice between descriptors and pointers.
     """
-    _check_arguments(operation, x, weights, biases)
-    (T, K), N, parts, itemsize = x.shape, len(weights[0]), len(weights), x.element_size()
-    y = torch.empty((T, parts, N), dtype=x.dtype, device=x.device)
+    plan = _plan(operation, descriptors, len(weights), *kinds(x, *weights, *biases))
+    refuse_gradients(operation, x, *weights, *biases)
+    y = torch.empty((plan.T, plan.parts, plan.N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
+    if tuned is None:
+        tuned = pick(CONFIGS, x.device, plan.bucket)
+    x_arg, w_args, y_arg = x, weights, y
+    if plan.descriptors:
+        block_m, block_n, block_k = tuned.meta["BLOCK_M"], tuned.meta["BLOCK_N"], BLOCK_K[x.element_size()]
+        x_arg = TensorDescriptor.from_tensor(x, [block_m, block_k])
+        w_args = [TensorDescriptor.from_tensor(w, [block_n, block_k]) for w in weights]
+        y_arg = TensorDescriptor.from_tensor(y, [block_m, 1, min(block_n, EPILOGUE_N.value)])
+    absent = [None] * (3 - plan.parts)
+    launch = _launch(plan, gelu, tuned, input_precision(x.dtype, x.device))
+    launch(x_arg, *w_args, *absent, *biases, *absent, y_arg, *plan.strides, plan.T)
+    return y
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What the kinds of the operands decide."""
+
+    T: int
+    N: int
+    K: int
+    parts: int
+    strides: tuple[int, int]  # of the rows of x and of the weights; a single row may have any
+    device: torch.device
+    itemsize: int
+    descriptors: bool
+    bucket: tuple[int, str]
+
+
+@remembered
+def _plan(operation: str, descriptors: bool | None, parts: int, x: Kind, *operands: Kind | None) -> _Plan:
+    weights: Sequence[Any] = operands[:parts]
+    _check_arguments(operation, x, weights, operands[parts:])
+    (T, K), (N, _), itemsize = x.shape, weights[0].shape, x.itemsize
     if descriptors is None:
         makes = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and not torch.compiler.is_compiling()
         descriptors = makes and _describable(N, x, *weights)
-    if tuned is None:
-        aligned = descriptors or (N % 16 == 0 and vectorised(x, *weights))  # y too
-        tuned = pick(CONFIGS, x.device, bucket(T, parts * N, itemsize, aligned))
-    block_m, block_n = (dict(tuned.tiles)[name] for name in ("BLOCK_M", "BLOCK_N"))
-    programs = triton.cdiv(T, block_m) * triton.cdiv(N, block_n) * parts
-    x_arg, w_args, y_arg = x, weights, y
-    if descriptors:
-        if programs > WAVES * processors(x.device):
-            programs = processors(x.device)
-        x_arg = TensorDescriptor.from_tensor(x, [block_m, BLOCK_K[itemsize]])
-        w_args = [TensorDescriptor.from_tensor(w, [block_n, BLOCK_K[itemsize]]) for w in weights]
-        y_arg = TensorDescriptor.from_tensor(y, [block_m, 1, min(block_n, EPILOGUE_N.value)])
-    absent = [None] * (3 - parts)
-    _linear_fwd_kernel[(programs,)](
-        x_arg, *w_args, *absent, *biases, *absent, y_arg,
-        K if T == 1 else x.stride(0), K if N == 1 else weights[0].stride(0), T,  # a single row may have any stride
-        N=N, K=K, PARTS=parts, GELU=gelu, PRECISION=input_precision(x.dtype, x.device), DESCRIPTORS=descriptors,
-        BLOCK_K=BLOCK_K[itemsize], GROUP_M=GROUP_M, **tuned.meta,
+    aligned = descriptors or (N % 16 == 0 and vectorised(x, *weights))  # y too
+    strides = K if T == 1 else x.stride[0], K if N == 1 else weights[0].stride[0]
+    return _Plan(T, N, K, parts, strides, x.device, itemsize, descriptors, bucket(T, parts * N, itemsize, aligned))
+
+
+@remembered
+def _launch(plan: _Plan, gelu: bool, tuned: Config, precision: str) -> Launch:
+    tiles = triton.cdiv(plan.T, tuned.meta["BLOCK_M"]) * triton.cdiv(plan.N, tuned.meta["BLOCK_N"]) * plan.parts
+    persistent = plan.descriptors and tiles > WAVES * processors(plan.device)
+    return Launch(
+        _linear_fwd_kernel, processors(plan.device) if persistent else tiles,
+        N=plan.N, K=plan.K, PARTS=plan.parts, GELU=gelu, PRECISION=precision, DESCRIPTORS=plan.descriptors,
+        BLOCK_K=BLOCK_K[plan.itemsize], GROUP_M=GROUP_M, **tuned.meta,
     )  # fmt: skip
-    return y
 
 
 @opaque
@@ -346,7 +380,7 @@ def _dz(
         return dys, [None] * len(biases)
     (T, N), parts, device = dys[0].shape, len(dys), dys[0].device
     tuned = ROW_SUMS
-    column_tiles = triton.cdiv(N, dict(tuned.tiles)["BLOCK_N"])
+    column_tiles = triton.cdiv(N, tuned.meta["BLOCK_N"])
     splits, length = split_rows(T, column_tiles * parts, device, WAVES_OF_SUMS)
     dz = None if z is None else torch.empty((T, N), dtype=dys[0].dtype, device=device)
     partials = torch.empty((splits, parts, N), dtype=torch.float32, device=device) if of_bias else None
@@ -358,39 +392,37 @@ def _dz(
     return dys if dz is None else [dz], [db if want else None for db, want in zip(sums, wanted, strict=True)]
 
 
-def _describable(N: int, *matrices: Tensor) -> bool:
+def _describable(N: int, *matrices: Kind) -> bool:
     """Whether descriptors can express x, the weights and y: all rows at multiples of 16 bytes, none overlapping."""
-    row = 16 // matrices[0].element_size()
-    return N % row == 0 and all(
-        m.data_ptr() % 16 == 0 and m.stride(0) % row == 0 and m.stride(0) >= m.shape[1] for m in matrices
-    )
+    row = 16 // matrices[0].itemsize
+    return N % row == 0 and all(m.aligned and m.stride[0] % row == 0 and m.stride[0] >= m.shape[1] for m in matrices)
 
 
-def _check_arguments(operation: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+def _check_arguments(operation: str, x: Kind, weights: Sequence[Kind], biases: Sequence[Kind | None]) -> None:
     suffixes = [""] if len(weights) == 1 else ["q", "k", "v"]
     matrices = {f"w{part}" if part else "weight": w for part, w in zip(suffixes, weights, strict=True)}
     vectors = {f"b{part}" if part else "bias": b for part, b in zip(suffixes, biases, strict=True) if b is not None}
-    check(operation, x=x, **matrices, **vectors)
-    if x.dim() != 2:
+    check_kinds(operation, x=x, **matrices, **vectors)
+    if len(x.shape) != 2:
         raise ValueError(f"{operation}: x is {tuple(x.shape)}, expected [T, K]")
     first = weights[0]
     for name, w in matrices.items():
-        fits = w.dim() == 2 and w.shape[1] == x.shape[1] and w.shape == first.shape
+        fits = len(w.shape) == 2 and w.shape[1] == x.shape[1] and w.shape == first.shape
         if not fits:
             raise ValueError(f"{operation}: {name} is {tuple(w.shape)}, expected [N, {x.shape[1]}], the same N for all")
-        same = len(w) == 1 or w.stride(0) == first.stride(0)
+        same = w.shape[0] == 1 or w.stride[0] == first.stride[0]
         if not same:
             raise ValueError(
-                f"{operation}: rows of {name} are {w.stride(0)} elements apart, of the first {first.stride(0)}"
+                f"{operation}: rows of {name} are {w.stride[0]} elements apart, of the first {first.stride[0]}"
             )
     for name, m in {"x": x, **matrices}.items():
-        contiguous = m.shape[1] <= 1 or m.stride(1) == 1
+        contiguous = m.shape[1] <= 1 or m.stride[1] == 1
         if not contiguous:
             raise ValueError(f"{operation}: the last dimension of {name} must be contiguous")
     for name, b in vectors.items():
-        fits = b.shape == first.shape[:1] and b.is_contiguous()
+        fits = b.shape == first.shape[:1] and (b.shape[0] <= 1 or b.stride == (1,))
         if not fits:
-            raise ValueError(f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{len(first)}]")
+            raise ValueError(f"{operation}: {name} is {tuple(b.shape)}, expected a contiguous [{first.shape[0]}]")
 
 
 class Linear(torch.autograd.Function):

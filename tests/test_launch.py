@@ -85,3 +85,114 @@ def test_a_launcher_works_where_its_first_tensor_is(
     assert launch("linear", [None, torch.zeros(1).as_subclass(Somewhere)], by=2) == ("linear", 2, 2)
     assert launch("linear", [torch.zeros(1)], by=2) == ("linear", 1, 2)  # to refuse it is the launcher's part
     assert seen == entered
+
+
+# Calls each launcher for many kinds of tensors: kernels `chosen` by Triton, as no plan is remembered, or `started`.
+SCRIPT = """
+import functools
+import itertools
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import triton
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from xlmr.kernels import _launch, attention, layer_norm, linear
+from xlmr.varlen import Sequences
+
+for name, answer in {"_unsupported": None, "_target": "sm_90", "_processors": 132}.items():
+    mock.patch.object(_launch, name, lambda *args, answer=answer: answer).start()
+triton.runtime.driver.set_active(SimpleNamespace(
+    get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0, get_current_stream=lambda device: 7,
+))
+launches, searches = [], []
+
+
+class Compiled(CompiledKernel):
+    # What Triton would have compiled for `key`: it starts nothing and notes how it was started.
+    def __init__(self, key):
+        self.key, self.name, self.src, self.function, self.packed_metadata, self.module = key, "", None, 1, 2, 3
+
+    def __del__(self):
+        pass
+
+    def _run(self, *args):
+        grid, (_, *hooks_and_arguments) = args[:6], args[6:]  # without the launch's metadata, new every time
+        launches.append((self.key, grid, *map(noted, hooks_and_arguments)))
+
+
+def noted(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
+    if hasattr(value, "block_shape"):
+        return noted(value.base), value.shape, value.strides, value.block_shape
+    return value
+
+
+def search(self, *args, run=JITFunction.run, **kwargs):
+    searches.append(self)
+    return run(self, *args, **kwargs)
+
+
+mock.patch.object(JITFunction, "run", search).start()
+mock.patch.object(JITFunction, "_do_compile", lambda self, key, *args: self.device_caches[0][0].setdefault(
+    key, Compiled((self.__name__, key)))).start()
+
+
+def matrix(rows, cols, dtype, offset=0, gap=0):
+    return torch.zeros(offset + rows * (cols + gap), dtype=dtype)[offset:].view(rows, cols + gap)[:, :cols]
+
+
+calls = []
+for T, offset, gap, dtype, bias in itertools.product(
+    (1, 16, 65, 130), (0, 1, 8), (0, 1, 16), (torch.bfloat16, torch.float32), (True, False)
+):
+    x, w = matrix(T, 64, dtype, offset, gap), matrix(64, 64, dtype, offset)
+    b = torch.zeros(64, dtype=dtype) if bias else None
+    calls += [
+        functools.partial(linear.linear, x, w, b),
+        functools.partial(linear.linear_act, x, w, b),
+        functools.partial(linear.qkv_projection, x, w, w, w, b, b, b),
+        functools.partial(layer_norm.gelu_layer_norm, x, w[0], w[0], 1e-5),
+        functools.partial(layer_norm.add_layer_norm, x, x.contiguous().bfloat16(), w[0], w[0], 1e-5, 0.1 * bias),
+    ]
+    q = x.view(T, 4, 16) if gap == 0 else x.unflatten(1, (4, 16))
+    sequences = Sequences.packed(torch.tensor([0, T], dtype=torch.int32), T)
+    calls.append(functools.partial(attention.attention, q, q, q.contiguous(), sequences, 0.25, offset == 1, 0.1 * bias))
+
+
+def training(call):
+    call.args[0].requires_grad_(True)
+    call()
+    call.args[0].requires_grad_(False)
+
+
+def record(remembers):
+    launches.clear()
+    searches.clear()
+    with mock.patch.object(_launch, "REMEMBERS", remembers):
+        for i, call in enumerate(calls):
+            call() if i % 7 else training(call)
+    return list(launches), len(searches)
+
+
+chosen, searched = record(False)
+assert len(chosen) == searched == len(calls), (len(chosen), searched, len(calls))
+record(True)
+started, searched = record(True)
+assert searched == 0
+for one, other in zip(chosen, started, strict=True):
+    assert one == other, (one, other)
+assert len({key for key, *_ in chosen}) > 50
+"""
+
+
+def test_launches_from_memory_are_those_that_triton_chooses() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

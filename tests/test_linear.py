@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.numerics import assert_accurate
 from xlmr import eager
+from xlmr.kernels import _launch
 from xlmr.kernels import _products as products
 from xlmr.kernels import linear as kernel
 from xlmr.kernels._launch import config
@@ -72,6 +73,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return launch(*args, **kwargs, tuned=tuned, descriptors=descriptors)
 
         monkeypatch.setattr(kernel, "linear_fwd", overruled)
+        monkeypatch.setattr(_launch, "REMEMBERS", False)
         monkeypatch.setattr(kernel, "processors", lambda device: 2)
         monkeypatch.setattr(kernel, "GROUP_M", 2)
 

@@ -139,15 +139,19 @@ class Kind(NamedTuple):
         return self.dtype.itemsize
 
 
-def kinds(*tensors: torch.Tensor | None) -> tuple[Kind | None, ...]:
-    """The Kind of each tensor; None stays None."""
+def kind(tensor: torch.Tensor) -> Kind:
+    """That of one tensor."""
+    (fields,) = kinds(tensor)
+    return Kind(*fields)  # type: ignore[misc]
+
+
+def kinds(*tensors: torch.Tensor | None) -> list[tuple[Any, ...] | None]:
+    """The fields of each tensor's Kind, for a plan; None stays None. Plain tuples, no generator: each launch asks."""
     unknown = torch.compiler.is_compiling()
-    return tuple(
-        [  # not a generator: this is asked before every launch
-            None if t is None else Kind(t.dtype, t.device, t.shape, t.stride(), unknown or t.data_ptr() % 16 == 0)
-            for t in tensors
-        ]
-    )
+    return [
+        None if t is None else (t.dtype, t.device, t.shape, t.stride(), unknown or t.data_ptr() % 16 == 0)
+        for t in tensors
+    ]
 
 
 REMEMBERS = True  # set to False by tools that exchange what plans are made from, or watch Triton start kernels
@@ -155,12 +159,17 @@ REMEMBERS = True  # set to False by tools that exchange what plans are made from
 
 def remembered(plan: Plan) -> Plan:
     """What is decided from kinds alone is decided once for all calls of those kinds: the checks of one launch take the
-    host longer than the launch. Not inside torch.compile, whose graphs hold what was decided."""
-    memory = functools.lru_cache(maxsize=4096)(plan)
+    host longer than the launch. The fields of a Kind reach the plan as one. Not inside torch.compile, whose graphs hold
+    what was decided."""
+
+    def decide(*args: Any) -> Any:
+        return plan(*(Kind(*arg) if type(arg) is tuple else arg for arg in args))
+
+    memory = functools.lru_cache(maxsize=4096)(decide)
 
     @functools.wraps(plan)
     def recall(*args: Any) -> Any:
-        return (memory if REMEMBERS and not torch.compiler.is_compiling() else plan)(*args)
+        return (memory if REMEMBERS and not torch.compiler.is_compiling() else decide)(*args)
 
     return recall  # type: ignore[return-value]
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Kind, Table, config, input_precision, kinds, pick, processors
+from ._launch import Kind, Table, config, input_precision, kind, pick, processors
 from ._loops import bound
 
 # Elements a step along the summed dimension, by the bytes of an element: 128 bytes. Never by the load: it decides the
@@ -184,7 +184,7 @@ def vectorised(*matrices: Kind) -> bool:
 
 def _load(gradient: str, *matrices: Tensor) -> str:
     """The load of CONFIGS: `gradient`, or "unaligned"."""
-    return gradient if all(m.stride(1) == 1 for m in matrices) and vectorised(*kinds(*matrices)) else "unaligned"
+    return gradient if all(m.stride(1) == 1 for m in matrices) and vectorised(*map(kind, matrices)) else "unaligned"
 
 
 def split_rows(T: int, programs: int, device: torch.device, waves: int = 1) -> tuple[int, int]:

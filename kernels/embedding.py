@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dropout import draw_seed, keep_factors, keep_levels
-from ._launch import Table, check, config, kinds, opaque, pick, wants_gradients
+from ._launch import Table, check, config, kind, opaque, pick, wants_gradients
 from ._norm import (
     bucket,
     check_affine,
@@ -390,7 +390,7 @@ def embed_fwd(
             raise ValueError(
                 f"embed: {name} is {tuple(table.shape)}, expected [rows, {N}] with a contiguous last dimension"
             )
-    check_affine("embed", *kinds(weight, bias), N)
+    check_affine("embed", kind(weight), kind(bias), N)
     for name, given, table in zip(("input_ids", "token_type_ids", "position_ids"), ids, tables, strict=True):
         _check_ids(name, given, T, table)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in (*tables, weight)))

@@ -11,7 +11,7 @@ from reference import HEADS, build, inputs, masks
 from torch import nn
 
 import xlmr
-from xlmr import eager
+from xlmr import eager, prepacked
 from xlmr.ops import EAGER, resolve
 from xlmr.prepacked import PackedLinear
 
@@ -19,8 +19,9 @@ PACK = torch.ops.mkldnn._reorder_linear_weight
 
 
 @pytest.fixture
-def packings() -> Iterator[mock.Mock]:
-    """Counts how often a weight is packed."""
+def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.Mock]:
+    """Counts how often a weight is packed, however small."""
+    monkeypatch.setattr(prepacked, "TINY", 0)
     with mock.patch.object(torch.ops.mkldnn, "_reorder_linear_weight", side_effect=PACK) as counted:
         yield counted
 
@@ -100,6 +101,8 @@ def test_what_is_not_packed_is_eager(packings: mock.Mock) -> None:
         packed.linear(x, layer.weight.clone(), layer.bias)  # a temporary
         packed.linear(x.double(), nn.Parameter(layer.weight.double()), layer.bias.double())
         torch.compile(packed.linear, backend="eager", fullgraph=True)(x, layer.weight, layer.bias)
+        with mock.patch.object(prepacked, "TINY", 5 * 16 * 24 + 1):
+            packed.linear(x, layer.weight, layer.bias)
     assert packings.call_count == 0
     with pytest.raises(ValueError, match="fuses 'gelu' only"), torch.no_grad():
         packed.linear_act(x, layer.weight, layer.bias, "relu")

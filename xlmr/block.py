@@ -21,6 +21,7 @@ from .ops import EAGER, Ops
 from .varlen import Layout, additive, plan
 
 BLOCKS: set[type] = {nn.ModuleList}
+PARAMETERS = {nn.Parameter, type(None)}
 
 
 def plain(module: nn.Module, kind: type | None = None) -> bool:
@@ -34,7 +35,7 @@ def plain(module: nn.Module, kind: type | None = None) -> bool:
         and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
         and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         and not (hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
-        and all(type(p) is nn.Parameter or p is None for p in state["_parameters"].values())
+        and PARAMETERS.issuperset(map(type, state["_parameters"].values()))
     )
 
 

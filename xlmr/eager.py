@@ -40,7 +40,7 @@ def embed(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, [T, in] → [T, out]."""
-    if onednn_takes(x, weight, bias) and _large(x, weight):
+    if _large(x, weight) and onednn_takes(x, weight, bias):
         return onednn_linear(x, weight, bias, "none")
     return F.linear(x, weight, bias)
 
@@ -49,7 +49,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu"
     """gelu(x · weightᵀ + bias) with the exact, erf form of GELU (Hendrycks & Gimpel, 2016); [T, in] → [T, out]."""
     if act != "gelu":
         raise ValueError(f"linear_act fuses 'gelu' only, not {act!r}: apply that activation to linear's result")
-    if onednn_takes(x, weight, bias) and _large(x, weight):
+    if _large(x, weight) and onednn_takes(x, weight, bias):
         return onednn_linear(x, weight, bias, "gelu")
     return F.gelu(F.linear(x, weight, bias))
 
@@ -89,12 +89,14 @@ def attention(
                 queries, keys, values, dropout_p=dropout_p, is_causal=causal and q_len > 1, scale=softmax_scale
             )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
 def _spans(t: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
     """t[start : start + length] of each, in ascending order; in one split, for the gradient of a slice is as large as
     t."""
+    if spans == [(0, len(t))]:
+        return (t,)
     bounds = [0, *(bound for start, length in spans for bound in (start, start + length)), len(t)]
     return t.split([end - start for start, end in itertools.pairwise(bounds)])[1::2]
 
@@ -285,7 +287,7 @@ def onednn_takes(x: Tensor, *parameters: Tensor | None) -> bool:
 def _large(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN pays for a weight that it has to lay in blocks first. Measured: at width 768 one row is faster
     with F.linear, eight rows with oneDNN."""
-    return x.numel() * len(weight) >= 2**21
+    return not _recorded() and x.numel() * len(weight) >= 2**21  # a graph keeps no decision by size
 
 
 def _recorded() -> bool:

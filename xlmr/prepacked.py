@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import eager
 
+TINY = 2**19  # multiplications in fp32 that F.linear has done before oneDNN is called; measured
 ROWS = 512  # the number of rows that oneDNN is told to expect; measured: from 1 to 1,640 it makes no difference
 
 
@@ -65,7 +66,8 @@ class PackedLinear:
         """The weights below one another in blocks, and their biases; None where they cannot be used so."""
         given = [b for b in biases if b is not None]
         if (
-            any(type(w) is not nn.Parameter for w in weights)
+            (x.dtype == torch.float32 and x.numel() * len(weights[0]) < TINY)
+            or any(type(w) is not nn.Parameter for w in weights)
             or len(given) not in (0, len(weights))
             or not eager.onednn_takes(x, *weights, *given)
         ):

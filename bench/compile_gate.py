@@ -410,7 +410,8 @@ def _compile(index: int) -> tuple[int, Measured]:
 # ---- XLM-R's shapes. Every case costs time: it is here for a configuration, a dtype or a branch ----
 
 MODELS = {"base": (768, 3072), "large": (1024, 4096)}  # hidden and intermediate units
-LOADS = (("base", 40), ("base", 1024), ("large", 8192))  # rows: one text … a full batch: every load of the tables
+# Rows: one text … a full batch: every load of the tables, and "medium" by pointers and by descriptors.
+LOADS = (("base", 40), ("base", 1024), ("base", 2560), ("large", 8192))
 OTHER_WIDTHS = (96, 256, 384, 2048, 4096, 10000)  # what else the row-wise kernels have configurations for
 VOCABULARY = 250002
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -483,6 +484,8 @@ def _linear(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):  # what no tensor descriptor can express: few columns, rows at odd addresses
         x = empty(dtype, 1024, 768)
         yield f"linear {dtype} to 3", partial(kernel.linear, x, empty(dtype, 3, 768), None)
+        narrow = empty(dtype, 2560, 384), empty(dtype, 384, 384), empty(dtype, 384)
+        yield f"linear {dtype} from 384", partial(kernel.linear, *narrow)  # by descriptors, and yet "small"
         odd = empty(dtype, 1024, 770), empty(dtype, 768, 770), empty(dtype, 768)
         yield f"linear {dtype} from 770", partial(kernel.linear, *odd)
     for dtype in ("bf16", "fp32"):

@@ -140,8 +140,10 @@ CONFIGS: Table = {
 # dz and the column sums stream: 16 rows of 128 columns a step on every target, not measured yet.
 ROW_SUMS = config(4, 1, BLOCK_M=16, BLOCK_N=128)
 WAVES_OF_SUMS = 4  # their programs for each processor
-# GPUs that copy whole tiles by themselves (TMA). Not for one text: describing its tensors costs more than they save.
+# GPUs that copy whole tiles by themselves (TMA). To describe a layer's tensors takes the host about 80 µs; up to
+# HOST_BOUND_ROWS the GPU, which they might save a tenth of its products, waits for the host. Estimated, not measured.
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
+HOST_BOUND_ROWS = 2048
 WAVES = 2  # more tiles than this for each processor: with descriptors the grid is persistent, one program a processor
 GROUP_M = 8  # row tiles that run down a column tile before the next one: their rows stay in L2
 EPILOGUE_N = tl.constexpr(128)  # columns finished at a time: the fp32 temporaries of 256 would spill
@@ -330,7 +332,7 @@ def _plan(operation: str, descriptors: bool | None, parts: int, x: Kind, *operan
     _check_arguments(operation, x, weights, operands[parts:])
     (T, K), (N, _), itemsize = x.shape, weights[0].shape, x.itemsize
     if descriptors is None:
-        makes = target(x.device) in DESCRIPTOR_TARGETS and T > TEXT_ROWS and not torch.compiler.is_compiling()
+        makes = target(x.device) in DESCRIPTOR_TARGETS and T > HOST_BOUND_ROWS and not torch.compiler.is_compiling()
         descriptors = makes and _describable(N, x, *weights)
     aligned = descriptors or (N % 16 == 0 and vectorised(x, *weights))  # y too
     strides = K if T == 1 else x.stride[0], K if N == 1 else weights[0].stride[0]

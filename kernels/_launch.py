@@ -243,10 +243,10 @@ def input_precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if allowed else "tf32x3"
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast(first: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype, inside torch.autocast for their device; else as they are. For matrix products;
     as in torch, LayerNorm computes in fp32 whatever comes and float64 is left alone."""
-    device = next(t.device.type for t in tensors if t is not None)
+    tensors, device = (first, *others), first.device.type
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):  # check() refuses other devices
         return tensors
     dtype = torch.get_autocast_dtype(device)

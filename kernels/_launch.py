@@ -74,7 +74,6 @@ class Config:
     tiles: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
-
     meta: dict[str, int] = field(init=False, repr=False, compare=False)  # keywords of a launch: kernel[grid](…, **meta)
 
     def __post_init__(self) -> None:

@@ -288,7 +288,7 @@ def layer_norm_fwd(
     mean, rstd = torch.empty((2, T), dtype=torch.float32, device=x.device) if statistics else (None, None)
     if T:
         launch = _launch(plan, pick(CONFIGS, x.device, plan.bucket), statistics, seed is not None)
-        launch(x, residual, weight, bias, y, mean, rstd, seed, levels, *plan.strides, T, eps)
+        launch(x, residual, weight, bias, y, mean, rstd, seed, levels, *plan.strides, T, float(eps))
     return y, mean, rstd
 
 

@@ -292,7 +292,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["levels", "heads", "rows"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, ends_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
     seed_ptr, levels, kept, scale_log2, heads, rows,
     stride_qm, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -302,11 +302,11 @@ def _attention_fwd_kernel(
     # rows of the QKV buffer, so DRAM pages are used in full, and the blocks of one text share its K and V in L2.
     head = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads
-    sequence = tl.load(blocks_ptr + 2 * block)
-    if sequence < 0:
-        return
-    first = tl.load(blocks_ptr + 2 * block + 1)
+    sequence = tl.load(blocks_ptr + block)
     q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
+    first = (block - tl.load(ends_ptr + sequence) + tl.cdiv(q_len, BLOCK_M)) * BLOCK_M
+    if first >= q_len:
+        return
     k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
     q_ptr += q_start * stride_qm + head * stride_qh
     k_ptr += k_start * stride_kn + head * stride_kh
@@ -369,7 +369,8 @@ def _add_dq(
 @triton.jit(do_not_specialize=["levels", "heads", "rows"])
 def _attention_bwd_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr,
-    blocks_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, seed_ptr, levels, kept, scale_log2, heads, rows,
+    blocks_ptr, ends_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
+    seed_ptr, levels, kept, scale_log2, heads, rows,
     stride_gm, stride_gh, stride_qm, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -377,11 +378,11 @@ def _attention_bwd_dq_kernel(
     """delta and, unless dq_ptr is None, dq of one block of queries."""
     head = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads
-    sequence = tl.load(blocks_ptr + 2 * block)
-    if sequence < 0:
-        return
-    first = tl.load(blocks_ptr + 2 * block + 1)
+    sequence = tl.load(blocks_ptr + block)
     q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
+    first = (block - tl.load(ends_ptr + sequence) + tl.cdiv(q_len, BLOCK_M)) * BLOCK_M
+    if first >= q_len:
+        return
     k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
     m = first + tl.arange(0, BLOCK_M)
     row = q_start + m
@@ -451,7 +452,8 @@ def _add_dkv(
 @triton.jit(do_not_specialize=["levels", "heads", "rows"])
 def _attention_bwd_dkv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    blocks_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr, seed_ptr, levels, kept, scale_log2, heads, rows,
+    blocks_ptr, ends_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
+    seed_ptr, levels, kept, scale_log2, heads, rows,
     stride_gm, stride_gh, stride_qm, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -459,12 +461,12 @@ def _attention_bwd_dkv_kernel(
     """dk and dv, but for the one whose pointer is None, of one block of keys."""
     head = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads
-    sequence = tl.load(blocks_ptr + 2 * block)
-    if sequence < 0:
-        return
-    first = tl.load(blocks_ptr + 2 * block + 1)
-    q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
+    sequence = tl.load(blocks_ptr + block)
     k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
+    first = (block - tl.load(ends_ptr + sequence) + tl.cdiv(k_len, BLOCK_N)) * BLOCK_N
+    if first >= k_len:
+        return
+    q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
     q_ptr += q_start * stride_qm + head * stride_qh
     k_ptr += k_start * stride_kn + head * stride_kh
     v_ptr += k_start * stride_vn + head * stride_vh
@@ -535,7 +537,7 @@ def attention_fwd(
     if out.numel() == 0:
         return out, lse
     chosen, blocks = _programs("out", q, k, sequences, seed)
-    launch = _launch(plan, chosen, len(blocks), causal, seed is not None, input_precision(q.dtype, q.device))
+    launch = _launch(plan, chosen, len(blocks[0]), causal, seed is not None, input_precision(q.dtype, q.device))
     launch(q, k, v, out, lse, *_common(blocks, sequences, seed, dropout_p, softmax_scale, q), *plan.strides)
     return out, lse
 
@@ -598,7 +600,7 @@ def attention_bwd(
 
     if needed[0] or needed[1]:
         chosen, blocks = _programs("dq", q, k, sequences, seed)
-        _attention_bwd_dq_kernel[(len(blocks) * heads,)](
+        _attention_bwd_dq_kernel[(len(blocks[0]) * heads,)](
             dout, q, k, v, out, lse, delta, dq,
             *_common(blocks, sequences, seed, dropout_p, softmax_scale, q), *strides, **constants, **chosen.meta,
         )  # fmt: skip
@@ -606,16 +608,16 @@ def attention_bwd(
         if k.device.type == "cpu":
             _check_disjoint(sequences)
         chosen, blocks = _programs("dkv", q, k, sequences, seed)
-        _attention_bwd_dkv_kernel[(len(blocks) * heads,)](
+        _attention_bwd_dkv_kernel[(len(blocks[0]) * heads,)](
             dout, q, k, v, lse, delta, dk, dv,
             *_common(blocks, sequences, seed, dropout_p, softmax_scale, q), *strides, **constants, **chosen.meta,
         )  # fmt: skip
     return dq, dk, dv
 
 
-def _programs(result: str, q: Tensor, k: Tensor, sequences: Any, seed: Tensor | None) -> tuple[Config, Tensor]:
-    """Of the kernel that computes `result` ("out", "dq" or "dkv"): its configuration, and the block of rows of each
-    program, as Sequences.blocks has it."""
+def _programs(result: str, q: Tensor, k: Tensor, sequences: Any, seed: Tensor | None) -> tuple[Config, Any]:
+    """Of the kernel that computes `result` ("out", "dq" or "dkv"): its configuration, and what Sequences.blocks says of
+    the block of rows of each program."""
     key = 64 if q.shape[2] <= 64 else 128, q.element_size()
     if result == "dkv":
         chosen = pick(BACKWARD_CONFIGS, q.device, ("dkv", *key))
@@ -629,14 +631,14 @@ def _programs(result: str, q: Tensor, k: Tensor, sequences: Any, seed: Tensor | 
 
 
 def _common(
-    blocks: Tensor, sequences: Any, seed: Tensor | None, dropout_p: float, softmax_scale: float, q: Tensor
+    blocks: Any, sequences: Any, seed: Tensor | None, dropout_p: float, softmax_scale: float, q: Tensor
 ) -> tuple[Any, ...]:
     """The arguments of every kernel, from blocks_ptr to rows."""
     spans = (sequences.q_starts, sequences.q_lens, sequences.k_starts, sequences.k_lens)
     levels = keep_levels(dropout_p)
     kept = LEVELS / max(levels, 1)  # where nothing is kept, nothing is multiplied
     rows, heads, _ = q.shape
-    return blocks, *(t.contiguous() for t in spans), seed, levels, kept, softmax_scale * LOG2_E.value, heads, rows
+    return *blocks, *(t.contiguous() for t in spans), seed, levels, kept, softmax_scale * LOG2_E.value, heads, rows
 
 
 def _constants(head_dim: int, precision: str) -> dict[str, Any]:

@@ -382,16 +382,20 @@ def test_the_load_changes_no_block_of_keys() -> None:
             assert len(blocks) == 1, f"{target}, head_dim {width}, {size} bytes: {blocks}"
 
 
+def described(s: Sequences, size: int, rows: int, keys: bool = False) -> list[tuple[int, int]]:
+    """Of each block that is not empty its sequence and its first row there, as the kernels read them."""
+    of, ends = s.blocks(size, rows, keys)
+    assert (of.dtype, ends.dtype, len(of)) == (torch.int32, torch.int32, rows // size + s.q_lens.numel())
+    lens = (s.k_lens if keys else s.q_lens).tolist()
+    firsts = [(i - int(ends[b]) + -(-lens[b] // size)) * size for i, b in enumerate(of.tolist())]
+    return [(b, first) for b, first in zip(of.tolist(), firsts, strict=True) if first < lens[b]]
+
+
 @given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6), block_m=st.sampled_from([1, 16, 64]))
 @settings(max_examples=50)
 def test_blocks_cover_every_row_once(lengths: list[int], block_m: int) -> None:
-    s = packed(*lengths)
-    blocks = s.blocks(block_m, sum(lengths))
-    assert blocks.dtype == torch.int32
-    assert blocks.shape == (sum(lengths) // block_m + len(lengths), 2)
-    expected = [[b, first] for b, length in enumerate(lengths) for first in range(0, length, block_m)]
-    assert blocks[: len(expected)].tolist() == expected
-    assert (blocks[len(expected) :, 0] == -1).all()
+    expected = [(b, first) for b, length in enumerate(lengths) for first in range(0, length, block_m)]
+    assert described(packed(*lengths), block_m, sum(lengths)) == expected
 
 
 def test_blocks_are_computed_once_and_travel() -> None:
@@ -400,12 +404,12 @@ def test_blocks_are_computed_once_and_travel() -> None:
     assert s.blocks(64, sum(RAGGED)) is blocks
     assert s.blocks(16, sum(RAGGED)) is not blocks
     keys = spans([5, 1], [0, 70], [64, 65])  # blocks of keys: theirs, in spite of the gap
-    assert keys.blocks(64, 140, keys=True)[:3].tolist() == [[0, 0], [1, 0], [1, 64]]
-    assert keys.blocks(64, 6).tolist() == [[0, 0], [1, 0]]
+    assert described(keys, 64, 140, keys=True) == [(0, 0), (1, 0), (1, 64)]
+    assert described(keys, 64, 6) == [(0, 0), (1, 0)]
     for other in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
-        assert torch.equal(other.blocks(64, sum(RAGGED)), blocks)
+        assert all(map(torch.equal, other.blocks(64, sum(RAGGED)), blocks))
     first = s.with_queries(s.q_starts.long().unique())
-    assert first.blocks(64, 4).shape == (5, 2)  # its queries are others
+    assert described(first, 64, 4) == [(0, 0), (2, 0), (3, 0), (4, 0)]  # its queries are others
 
 
 @pytest.mark.parametrize("lengths", [(0,), (0, 0)])

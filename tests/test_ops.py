@@ -10,8 +10,10 @@ import torch
 from numerics import assert_accurate
 from reference import HEADS, TINY, B, S, build, double, inputs, keep, masks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import xlmr
+from xlmr.kernels import linear
 from xlmr.ops import EAGER, Check, checked, resolve, triton
 
 SMALL = {"num_hidden_layers": 2}  # a program costs half a millisecond in the interpreter
@@ -96,6 +98,45 @@ def test_the_same_text_gives_the_same_bits(device: torch.device, ordered_dot: No
                 hidden = ours(torch.where(mask, padded, filler), mask.long()).last_hidden_state
             for i, text in enumerate(texts):
                 assert torch.equal(hidden[i, : len(text)], together[i])
+
+
+class Launched(TorchDispatchMode):
+    """Collects what of PyTorch's operations starts a kernel on a GPU: all but views, allocations and questions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if not (function.is_view or name in ("empty", "promote_types")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["every position", "padded", "packed"])
+def test_a_layer_is_seven_launches(form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own counted too: what one layer more launches. The kernels do not run."""
+    ids, mask = torch.randint(4, TINY["vocab_size"], (3, 4), device=device), torch.ones(3, 4, device=device)
+    mask[1, 2:] = 0
+    launched = Launched()
+    monkeypatch.setattr(
+        type(linear._linear_fwd_kernel), "run", lambda kernel, *_, **__: launched.names.append(kernel.fn.__name__)
+    )
+    calls = {
+        "every position": lambda model: model(ids),
+        "padded": lambda model: model(ids, mask),
+        "packed": lambda model: model.forward_packed(ids.flatten(), torch.tensor([0, 4, 5, 12], device=device), 7),
+    }
+    counts = []
+    for layers in (1, 2):
+        _, ours = build("Model", num_hidden_layers=layers)
+        ours.to(device).set_backend("triton")
+        launched.names.clear()
+        with torch.no_grad(), launched:
+            calls[form](ours)
+        counts.append(len(launched.names))
+    assert counts[1] - counts[0] == 7
 
 
 def test_swapped_one_operation_at_a_time(device: torch.device) -> None:

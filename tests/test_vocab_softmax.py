@@ -89,6 +89,8 @@ def test_targets_compete_under_the_whole_softmax(k: int, device: torch.device, p
     given = head(5, 24, 130, torch.float32, device)
     targets = torch.randperm(130, device=device)[:40]
     assert_best(vocab_topk(*given, k, targets), given, k, targets)
+    ours, twin = (topk(*given, k, targets.int()) for topk in (vocab_topk, eager.vocab_topk))
+    torch.testing.assert_close(ours, twin)  # ids int64 whatever the targets are
 
 
 def test_without_a_bias_and_with_strided_rows(device: torch.device, poisoned: None) -> None:

@@ -252,8 +252,8 @@ def vocab_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k most probable words of softmax(x · weightᵀ + bias) and their log-probabilities, best first.
 
-    x [T, N], weight [V, N] → log-probabilities [T, k] (fp32 or fp64) and word ids [T, k]. With `targets` [M] only those
-    words compete, while the softmax stays that of the whole vocabulary.
+    x [T, N], weight [V, N] → log-probabilities [T, k] (fp32 or fp64) and word ids int64 [T, k]. With `targets` [M] only
+    those words compete, while the softmax stays that of the whole vocabulary.
     """
     logits = linear(x, weight, bias)
     scores = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -261,7 +261,7 @@ def vocab_topk(
         values, words = scores.topk(k, dim=-1)
         return values, words
     values, indices = scores[:, targets].topk(k, dim=-1)
-    return values, targets[indices]
+    return values, targets[indices].long()
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:

@@ -74,10 +74,12 @@ class XLMRobertaSelfAttention(AttentionBlock):
         return out.flatten(-2)
 
     def project(self, x: Tensor, source: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x (of its `rows`), keys and values of source: in one fused projection where they allow it."""
+        """Queries of x (of its `rows`), keys and values of source: in one fused projection where they allow it. The
+        queries of all rows in one launch cost less than two launches more: they are a twelfth of a layer's products."""
         query, key, value = leaves = self.query, self.key, self.value
-        if source is x and rows is None and all(plain(leaf, nn.Linear) for leaf in leaves):
-            return self.ops.qkv_projection(x, *(m.weight for m in leaves), *(m.bias for m in leaves))
+        if source is x and all(plain(leaf, nn.Linear) for leaf in leaves):
+            q, k, v = self.ops.qkv_projection(x, *(m.weight for m in leaves), *(m.bias for m in leaves))
+            return q if rows is None else q[rows], k, v
         x = x if rows is None else x[rows]
         return self.linear(query, x), self.linear(key, source), self.linear(value, source)
 

@@ -27,7 +27,7 @@ class Sequences:
     k_lens: Tensor
     max_q: int
     max_k: int
-    _blocks: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _blocks: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int) -> "Sequences":
@@ -42,23 +42,19 @@ class Sequences:
         cut = torch.searchsorted(rows, bounds.to(rows.dtype), out_int32=True)
         return replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=min(self.max_q, rows.numel()))
 
-    def blocks(self, size: int, rows: int, keys: bool = False) -> Tensor:
-        """The `rows` rows of q, or of k and v, in blocks of at most `size`, none across sequences: int32
-        [rows // size + B, 2].
+    def blocks(self, size: int, rows: int, keys: bool = False) -> tuple[Tensor, Tensor]:
+        """The `rows` rows of q, or of k and v, in blocks of at most `size`, none across sequences: the sequence of each
+        of rows // size + B blocks, int32, and how many blocks end with each sequence or before, `ends` int32 [B].
 
-        Each entry is a sequence and the block's first row within it; entries past the last block name sequence −1.
-        Computed on the device once for all layers; `rows` is q.shape[0] or k.shape[0], known on the host. The keys of
-        two sequences must not overlap.
+        Of sequence b are the blocks before ends[b], as many as it fills; what follows the last of them is empty.
+        Computed on the device once for all layers, in five launches; `rows` is q.shape[0] or k.shape[0], known on the
+        host. The keys of two sequences must not overlap.
         """
         if (size, keys) not in self._blocks:
             lens = self.k_lens if keys else self.q_lens
-            counts = (lens + (size - 1)) // size
-            ends = counts.cumsum(0, dtype=torch.int32)
-            block = torch.arange(rows // size + counts.numel(), dtype=torch.int32, device=counts.device)
-            sequence = torch.searchsorted(ends, block, right=True, out_int32=True)
-            sequence = torch.where(block < ends[-1:], sequence, -1)
-            first = (block - (ends - counts)[sequence]) * size
-            self._blocks[size, keys] = torch.stack([sequence, first], dim=1)
+            ends = ((lens + (size - 1)) // size).cumsum(0, dtype=torch.int32)
+            block = torch.arange(rows // size + lens.numel(), dtype=torch.int32, device=lens.device)
+            self._blocks[size, keys] = torch.searchsorted(ends[:-1], block, right=True, out_int32=True), ends
         return self._blocks[size, keys]
 
     @cached_property
@@ -189,7 +185,8 @@ def _packed(keep: Tensor, lens: list[int], batch: int, seqlen: int) -> Layout:
 def _every_row(batch: int, seqlen: int, keys: int, device: torch.device) -> Layout:
     def every(length: int) -> tuple[Tensor, Tensor]:
         rows = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)
-        return rows[:batch] if length else rows.expand(batch), torch.full_like(rows[:1], length).expand(batch)
+        starts = rows[:batch] if length else rows.expand(batch)
+        return starts, torch.full_like(starts, length)
 
     sequences = Sequences(*every(seqlen), *every(keys), seqlen, keys)
     sequences.__dict__["runs"] = [(batch, 0, seqlen, 0, keys)]  # the cached property: known without reading

@@ -71,6 +71,13 @@ def test_padding_is_not_computed() -> None:
     assert rows == [9 + 4 + 6]
 
 
+def test_no_random_number_is_drawn_beside_the_hosts() -> None:
+    ours = integrations.accelerate(build("XLMRoberta", "Model"))
+    state = torch.get_rng_state()
+    ours(**batch())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_accelerate_shares_and_is_undone() -> None:
     host = build("XLMRoberta", "Model")
     parameters, kinds = list(map(id, host.parameters())), [type(m) for m in host.modules()]

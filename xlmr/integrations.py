@@ -271,11 +271,11 @@ def _hooked(module: nn.Module) -> bool:
 def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     config = encoder.config
     heads = config.num_attention_heads
-    view = XLMRobertaEncoder(  # of the least size: its leaves are thrown away
-        XLMRobertaConfig(hidden_size=heads, num_attention_heads=heads, intermediate_size=1,
-                         num_hidden_layers=len(encoder.layer), vocab_size=2,
-                         chunk_size_feed_forward=config.chunk_size_feed_forward)
-    )  # fmt: skip
+    with torch.device("meta"):  # its leaves are thrown away: no memory, and no random numbers drawn from the host's
+        view = XLMRobertaEncoder(
+            XLMRobertaConfig(hidden_size=heads, num_attention_heads=heads, num_hidden_layers=len(encoder.layer),
+                             chunk_size_feed_forward=config.chunk_size_feed_forward)
+        )  # fmt: skip
     ops, _ = resolve(encoder.backend, device)
     for name, ours in list(view.named_modules()):
         theirs = encoder.get_submodule(name)

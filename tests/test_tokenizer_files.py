@@ -201,7 +201,8 @@ def put(*path: Any) -> Change:
 
 HOSTILE: list[tuple[Change, str]] = [
     (put("model", None), "model.vocab must be a list"),
-    (put("model", "type", "BPE"), "must be a Unigram"),
+    (put("model", "type", "BPE"), "is a BPE, XLM-R's is a Unigram"),
+    (put("model", {"type": "WordPiece", "vocab": {}}), r"WordPiece, XLM-R's is a Unigram: .*xlmr.accelerate\(model\)"),
     (put("model", "byte_fallback", True), "must be a Unigram without byte fallback"),
     (put("model", "vocab", {}), "model.vocab must be a list"),
     (put("model", "vocab", []), "must be a list"),
@@ -325,7 +326,7 @@ def test_a_stale_tokenizer_json_is_told(theirs: Path, model_file: Path) -> None:
 
 
 def test_nothing_to_load(tmp_path: Path, theirs: Path) -> None:
-    with pytest.raises(OSError, match=r"has neither sentencepiece.bpe.model nor tokenizer.json"):
+    with pytest.raises(OSError, match=r"has neither sentencepiece.bpe.model nor tokenizer.json.*xlmr.acc"):
         XLMRobertaTokenizer.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="no-such-organisation/no-such-model"):
         XLMRobertaTokenizer.from_pretrained("no-such-organisation/no-such-model")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .added_tokens import tokens_by_id
 from .arguments import describe
 from .files import read_json, resolve, write_atomically
-from .sentencepiece_model import SentencePieceModel, vocabulary_size
+from .sentencepiece_model import OTHER_TOKENIZER, SentencePieceModel, vocabulary_size
 from .vocabulary import SPECIAL_TOKENS
 
 VOCAB_FILE = "sentencepiece.bpe.model"
@@ -62,7 +62,10 @@ def read_checkpoint(name_or_dir: str | os.PathLike[str], **source: Any) -> Token
     vocab_file = resolve(name_or_dir, VOCAB_FILE, **source)
     tokenizer_file = None if vocab_file and complete else resolve(name_or_dir, TOKENIZER_FILE, **source)
     if vocab_file is None and tokenizer_file is None:
-        raise OSError(f"{name_or_dir} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}")
+        raise OSError(
+            f"{name_or_dir} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}, the files of XLM-R's tokenizer; if it has "
+            f"another one, {OTHER_TOKENIZER}"
+        )
     settings = {"name_or_path": str(name_or_dir), **_known_settings(config, read("config.json"))}
     only_kept = {key: value for key, value in config.items() if key not in {*settings, *NOT_KEPT}}
     return TokenizerCheckpoint(vocab_file, tokenizer_file, settings, only_kept)

@@ -349,6 +349,17 @@ def test_added_tokens_are_matched_as_in_transformers(model_file: Path, parts: li
         assert tokenizer.decode(batch.input_ids, skip) == theirs.decode(batch.input_ids, skip)
 
 
+@pytest.mark.parametrize(
+    "beside", ["\u0301", "\u093f", "\u200d", "\u203f", "९", "é", "Ⅳ", "²", "½", "·", "👍", "\u00ad"]
+)
+def test_what_makes_a_word_of_a_single_word(model_file: Path, beside: str) -> None:
+    tokenizer, theirs, token = XLMRobertaTokenizer(model_file), reference(), {"single_word": True, "normalized": False}
+    tokenizer.add_tokens([AddedToken("solo", **token)])
+    theirs.add_tokens([transformers.AddedToken("solo", **token)])
+    for text in ("solo" + beside, beside + "solo"):
+        assert ("solo" in tokenizer.tokenize(text)) == ("solo" in theirs.tokenize(text))
+
+
 def test_added_tokens_may_want_the_same_space(tokenizer: Any) -> None:
     tokenizer.add_tokens([AddedToken("x", rstrip=True), " y"])
     batch = tokenizer("x y", return_offsets_mapping=True)

@@ -182,6 +182,25 @@ def test_the_limit_is_what_the_model_can_take(model_file: Path, declared: Any, c
     assert XLMRobertaTokenizer.from_pretrained(directory, model_max_length=99).model_max_length == 99
 
 
+@pytest.mark.parametrize("declared", [{}, {"padding_side": "right"}, {"truncation_side": "left"}])
+@pytest.mark.parametrize("left", [["padding"], ["truncation"], ["padding", "truncation"]])
+def test_sides_are_those_of_the_tokenizer_json_unless_declared(
+    theirs: Path, left: list[str], declared: dict[str, str]
+) -> None:
+    content = json.loads((theirs / TOKENIZER).read_text())
+    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    fill = {"direction": "Right", "strategy": {"Fixed": 9}, "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0}
+    content |= {"truncation": cut, "padding": {**fill, "pad_token": "<pad>"}}
+    for name in left:
+        content[name]["direction"] = "Left"
+    (theirs / TOKENIZER).write_text(json.dumps(content))
+    (theirs / CONFIG).write_text(json.dumps({"model_max_length": 512, **declared}))
+    ours = XLMRobertaTokenizer.from_pretrained(theirs)
+    reference = transformers.XLMRobertaTokenizer.from_pretrained(theirs)
+    for side in ("padding_side", "truncation_side"):
+        assert getattr(ours, side) == getattr(reference, side)
+
+
 # Files that nobody should have written
 
 Change = Callable[[dict[str, Any]], Any]

@@ -88,15 +88,22 @@ def write_checkpoint(
     return tuple(os.path.join(directory, name) for name in files)
 
 
-def read_model(
-    vocab_file: str | os.PathLike[str] | None, tokenizer_file: str | os.PathLike[str] | None
-) -> tuple[SentencePieceModel, dict[int, Any]]:
-    """The model, and the added tokens of `tokenizer.json` by id."""
+class ModelFiles(NamedTuple):
+    """The model, and what `tokenizer.json` says besides: added tokens by id, "left" or "right"."""
+
+    model: SentencePieceModel
+    added: dict[int, Any]
+    padding_side: str = "right"
+    truncation_side: str = "right"
+
+
+def read_model(vocab_file: str | os.PathLike[str] | None, tokenizer_file: str | os.PathLike[str] | None) -> ModelFiles:
+    """Read the one of the files that is given, or both; ValueError if they do not belong together."""
     if vocab_file is None and tokenizer_file is None:
         raise ValueError(f"give vocab_file, the path of a {VOCAB_FILE}, or tokenizer_file, that of a {TOKENIZER_FILE}")
     model = None if vocab_file is None else SentencePieceModel.from_file(vocab_file)
     if tokenizer_file is None and model is not None:
-        return model, {}
+        return ModelFiles(model, {})
     content = read_json(str(tokenizer_file), MAX_TOKENIZER_BYTES)
     try:
         size = vocabulary_size(content)
@@ -110,7 +117,13 @@ def read_model(
         raise ValueError(
             f"{tokenizer_file} holds {size} pieces, {vocab_file} {len(model)}: remove the one that is stale"
         )
-    return model, tokens_by_id((token.get("id"), token) for token in added)
+    sides = (_side(content.get(key)) for key in ("padding", "truncation"))
+    return ModelFiles(model, tokens_by_id((token.get("id"), token) for token in added), *sides)
+
+
+def _side(rule: Any) -> str:
+    """Where a `tokenizer.json` pads, or cuts: the default of calls, as in transformers, unlike the rule's lengths."""
+    return "left" if isinstance(rule, dict) and rule.get("direction") == "Left" else "right"
 
 
 def _known_settings(config: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Any]:

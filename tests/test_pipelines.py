@@ -272,6 +272,20 @@ def test_token_classification_answers_as_the_reference(ner: Any, strategy: str, 
     assert any(expected)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"aggregation_strategy": "max"}, {"aggregation_strategy": "simple", "stride": 9}]
+)
+@pytest.mark.parametrize("delimiter", [{}, {"delimiter": ""}, {"delimiter": ", "}])
+def test_words_are_found_where_they_stand_when_joined(ner: Any, options: Any, delimiter: Any) -> None:
+    ours, theirs = ner
+    options = {**options, **delimiter, "is_split_into_words": True, "ignore_labels": []}
+    one, long = ["La", "capitale", "de la", "France", "", "Paris.", "日本"], LONG.split()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        same(ours(one, **options), plain(theirs(one, **options)))
+        same(ours([long, one], **options), [plain(theirs([words], **options))[0] for words in (long, one)])
+
+
 @pytest.mark.parametrize("strategy", ["simple", "average"])
 def test_entities_of_a_long_text_come_from_windows(ner: Any, strategy: str) -> None:
     ours, theirs = ner
@@ -370,6 +384,9 @@ def test_sentence_similarity_is_the_cosine_of_the_vectors(checkpoint: Path) -> N
 
 
 def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, checkpoint: Path) -> None:
+    for inputs in ("Paris", [["Paris"], "is"], [3], None):
+        with pytest.raises(TypeError, match="a list of words, or a list of such"):
+            ner[0](inputs, is_split_into_words=True)
     zero = xlmr.pipeline("zero-shot-classification", nli, device="cpu")
     with pytest.raises(
         ValueError, match=r"holds a XLMRobertaForMaskedLM, token-classification needs .* it lacks class"

@@ -138,6 +138,20 @@ def test_an_exchanged_leaf_is_used() -> None:
     torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
+def test_an_activation_that_somebody_exchanged_or_hooked_is_used() -> None:
+    host = build("XLMRoberta", "Model")
+    ours, kept = integrations.accelerate(copy.deepcopy(host)), batch()["attention_mask"] > 0
+    ours(**batch())
+    for model in (host, ours):
+        model.encoder.layer[0].intermediate.intermediate_act_fn = torch.nn.ReLU()
+    a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
+    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+    for model in (host, ours):
+        model.encoder.layer[1].intermediate.intermediate_act_fn.register_forward_hook(lambda module, x, y: 2 * y)
+    a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
+    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILY)
 def test_patch_transformers_reaches_what_is_built_afterwards(family: str, tmp_path: Any) -> None:
     host = build(family)

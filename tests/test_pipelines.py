@@ -1,5 +1,6 @@
 """The pipelines against transformers' on one checkpoint of random weights."""
 
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -444,3 +445,13 @@ def test_the_references_keywords(checkpoint: Path, reference: Any) -> None:
     fill = xlmr.pipeline("fill-mask", checkpoint, **told, model_kwargs={"attn_implementation": "sdpa"})
     same(fill(FRENCH, num_workers=0, top_k=None), reference(FRENCH, num_workers=0, top_k=None))
     assert xlmr.pipeline("fill-mask", checkpoint, torch_dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "sentence-similarity"])
+def test_a_checkpoint_in_the_cache_that_is_named(checkpoint: Path, tmp_path: Path, task: str) -> None:
+    repository = tmp_path / "models--org--model"
+    shutil.copytree(checkpoint, repository / "snapshots/c0ffee")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("c0ffee", encoding="utf-8")
+    pipe = xlmr.pipeline(task, "org/model", model_kwargs={"cache_dir": tmp_path, "local_files_only": True})
+    assert len(pipe.tokenizer if task == "fill-mask" else pipe.encoder.tokenizer) == pipe.model.config.vocab_size

@@ -521,6 +521,15 @@ def test_copies_are_equal_and_independent(tokenizer: Any) -> None:
         assert "yy" not in tokenizer.get_vocab()
 
 
+def test_a_pickle_is_the_same_before_and_after_calls(tokenizer: Any) -> None:
+    """What datasets.map finds its cached results by."""
+    before = pickle.dumps(tokenizer)
+    tokenizer("a <mask> b", return_offsets_mapping=True, padding="max_length", truncation=True, max_length=9)
+    tokenizer.decode([0, 5, 2], skip_special_tokens=True), tokenizer.convert_tokens_to_ids("<mask>")
+    tokenizer.get_vocab(), len(tokenizer), tokenizer.special_tokens_map
+    assert pickle.dumps(tokenizer) == before
+
+
 def test_threads_share_a_tokenizer(ours: Any) -> None:
     texts = [f"{i} la casa <mask> der Hund {'猫' * (i % 7)}" for i in range(200)]
     alone = [(ours(text).input_ids, ours(text, return_offsets_mapping=True).offset_mapping) for text in texts]

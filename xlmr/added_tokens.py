@@ -63,6 +63,9 @@ class AddedVocabulary:
         self.special_ids = frozenset(index for index, token in self.tokens.items() if token.special)
         self.end = max(self.tokens, default=-1) + 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tokens,)  # without what is cached, so that calls do not change a pickle
+
     @functools.cached_property
     def _every(self) -> _Matcher:
         return _Matcher(self.ids)

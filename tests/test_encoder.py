@@ -19,7 +19,6 @@ from torch import Tensor
 import xlmr
 from xlmr import encoder as encoder_module
 from xlmr.encode import POOLINGS
-from xlmr.multi_vector import colbert_score, compute_lexical_matching_score
 from xlmr.sentence_directory import ACTIVATIONS, OLD_POOLINGS
 
 TEXTS = [
@@ -243,10 +242,12 @@ def test_scores_of_pairs(m3: Path) -> None:
         assert got["colbert+sparse+dense"][n] == pytest.approx(both / 1.1, abs=1e-4)
         assert ours.compute_score(given[n])["dense"] == pytest.approx(dense, abs=1e-4)
     a, b = want["lexical_weights"][:2], want["lexical_weights"][2:]
-    table = compute_lexical_matching_score(a, b)
+    table = ours.compute_lexical_matching_score(a, b)
     assert table.shape == (2, 4)
-    assert table[0, 1] == pytest.approx(compute_lexical_matching_score(a[0], b[1]))
-    assert isinstance(colbert_score(want["colbert_vecs"][0], want["colbert_vecs"][1]), Tensor)
+    assert table[0, 1] == pytest.approx(ours.compute_lexical_matching_score(a[0], b[1]))
+    assert isinstance(ours.colbert_score(want["colbert_vecs"][0], want["colbert_vecs"][1]), Tensor)
+    words = ours.convert_id_to_token([{"5": 0.5, "6": 0.25}])
+    assert words == [{ours.tokenizer.decode(5): 0.5, ours.tokenizer.decode(6): 0.25}]
 
 
 # Cross-encoders

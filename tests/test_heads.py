@@ -189,3 +189,7 @@ def test_refusals_say_what_is_allowed() -> None:
             ours(**call)
     with pytest.raises(TypeError, match="head_mask"):
         ours(ids, head_mask=None)
+    assert ours(ids[:, :0]).logits.shape == (2, 0, 97)
+    for name, shape in (("Model", (2, 0)), ("ForSequenceClassification", (2, 0)), ("ForMultipleChoice", (2, 3, 0))):
+        with pytest.raises(ValueError, match="the sequences have no token"):
+            build(name)[1](torch.zeros(shape, dtype=torch.long))

@@ -82,6 +82,7 @@ RULES = {
     **{f"xlmr/pipelines/{name}": Rule(TASKS | {"xlmr.encode", "xlmr.pipelines.base"}) for name in PIPELINES},
     "xlmr/pipelines/question_answering": Rule(TASKS | {"xlmr.batch_encoding", "xlmr.pipelines.base"}),
     "xlmr/pipelines/sentence_similarity": Rule(TASKS | {"xlmr.encode", "xlmr.encoder", "xlmr.pipelines.base"}),
+    "xlmr/pipelines/token_classification": Rule(TASKS | {"xlmr.batch_encoding", "xlmr.pipelines.base", "xlmr.texts"}),
     "xlmr/prepacked": Rule({"torch", "xlmr.eager"}),
     "xlmr/pretrain": Rule(TASKS | {"xlmr.encode", "xlmr.training_text"}, {"matplotlib", "tqdm"}),
     "xlmr/pretrained": Rule(TREE),

@@ -71,6 +71,13 @@ def test_padding_is_not_computed() -> None:
     assert rows == [9 + 4 + 6]
 
 
+def test_no_random_number_is_drawn_beside_the_hosts() -> None:
+    ours = integrations.accelerate(build("XLMRoberta", "Model"))
+    state = torch.get_rng_state()
+    ours(**batch())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_accelerate_shares_and_is_undone() -> None:
     host = build("XLMRoberta", "Model")
     parameters, kinds = list(map(id, host.parameters())), [type(m) for m in host.modules()]
@@ -127,6 +134,20 @@ def test_an_exchanged_leaf_is_used() -> None:
         torch.manual_seed(1)
         model.encoder.layer[0].attention.self.query = torch.nn.Linear(32, 32)
     kept = batch()["attention_mask"] > 0
+    a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
+    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_that_somebody_exchanged_or_hooked_is_used() -> None:
+    host = build("XLMRoberta", "Model")
+    ours, kept = integrations.accelerate(copy.deepcopy(host)), batch()["attention_mask"] > 0
+    ours(**batch())
+    for model in (host, ours):
+        model.encoder.layer[0].intermediate.intermediate_act_fn = torch.nn.ReLU()
+    a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
+    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+    for model in (host, ours):
+        model.encoder.layer[1].intermediate.intermediate_act_fn.register_forward_hook(lambda module, x, y: 2 * y)
     a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
     torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 

@@ -1,5 +1,6 @@
 """The pipelines against transformers' on one checkpoint of random weights."""
 
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -272,6 +273,20 @@ def test_token_classification_answers_as_the_reference(ner: Any, strategy: str, 
     assert any(expected)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"aggregation_strategy": "max"}, {"aggregation_strategy": "simple", "stride": 9}]
+)
+@pytest.mark.parametrize("delimiter", [{}, {"delimiter": ""}, {"delimiter": ", "}])
+def test_words_are_found_where_they_stand_when_joined(ner: Any, options: Any, delimiter: Any) -> None:
+    ours, theirs = ner
+    options = {**options, **delimiter, "is_split_into_words": True, "ignore_labels": []}
+    one, long = ["La", "capitale", "de la", "France", "", "Paris.", "日本"], LONG.split()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        same(ours(one, **options), plain(theirs(one, **options)))
+        same(ours([long, one], **options), [plain(theirs([words], **options))[0] for words in (long, one)])
+
+
 @pytest.mark.parametrize("strategy", ["simple", "average"])
 def test_entities_of_a_long_text_come_from_windows(ner: Any, strategy: str) -> None:
     ours, theirs = ner
@@ -321,7 +336,7 @@ def qa_contract(
             for j in range(i, min(i + longest, len(ids)))
             if inside[i] and inside[j]
         ]
-        for score, i, j in sorted(spans, reverse=True)[:top_k]:
+        for score, i, j in sorted(spans, reverse=True)[: 2 * top_k + 10]:  # some are one answer, once whole words
             start = rows.word_to_chars(row, rows.token_to_word(row, i), sequence_index=1)[0]
             end = rows.word_to_chars(row, rows.token_to_word(row, j), sequence_index=1)[1]
             text = context[start:end]
@@ -353,6 +368,7 @@ def test_question_answering_answers_as_version_4(
     assert best["answer"] == context[best["start"] : best["end"]]
     assert qa(question=["capitale ?", "Paris ?"], context=context)[0] == best
     assert qa([{"question": "capitale ?", "context": context}]) == best
+    assert qa(question="capitale ?", context="  ") == {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 
 
 def test_sentence_similarity_is_the_cosine_of_the_vectors(checkpoint: Path) -> None:
@@ -370,6 +386,9 @@ def test_sentence_similarity_is_the_cosine_of_the_vectors(checkpoint: Path) -> N
 
 
 def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, checkpoint: Path) -> None:
+    for inputs in ("Paris", [["Paris"], "is"], [3], None):
+        with pytest.raises(TypeError, match="a list of words, or a list of such"):
+            ner[0](inputs, is_split_into_words=True)
     zero = xlmr.pipeline("zero-shot-classification", nli, device="cpu")
     with pytest.raises(
         ValueError, match=r"holds a XLMRobertaForMaskedLM, token-classification needs .* it lacks class"
@@ -426,3 +445,13 @@ def test_the_references_keywords(checkpoint: Path, reference: Any) -> None:
     fill = xlmr.pipeline("fill-mask", checkpoint, **told, model_kwargs={"attn_implementation": "sdpa"})
     same(fill(FRENCH, num_workers=0, top_k=None), reference(FRENCH, num_workers=0, top_k=None))
     assert xlmr.pipeline("fill-mask", checkpoint, torch_dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "sentence-similarity"])
+def test_a_checkpoint_in_the_cache_that_is_named(checkpoint: Path, tmp_path: Path, task: str) -> None:
+    repository = tmp_path / "models--org--model"
+    shutil.copytree(checkpoint, repository / "snapshots/c0ffee")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("c0ffee", encoding="utf-8")
+    pipe = xlmr.pipeline(task, "org/model", model_kwargs={"cache_dir": tmp_path, "local_files_only": True})
+    assert len(pipe.tokenizer if task == "fill-mask" else pipe.encoder.tokenizer) == pipe.model.config.vocab_size

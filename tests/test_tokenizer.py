@@ -349,6 +349,17 @@ def test_added_tokens_are_matched_as_in_transformers(model_file: Path, parts: li
         assert tokenizer.decode(batch.input_ids, skip) == theirs.decode(batch.input_ids, skip)
 
 
+@pytest.mark.parametrize(
+    "beside", ["\u0301", "\u093f", "\u200d", "\u203f", "९", "é", "Ⅳ", "²", "½", "·", "👍", "\u00ad"]
+)
+def test_what_makes_a_word_of_a_single_word(model_file: Path, beside: str) -> None:
+    tokenizer, theirs, token = XLMRobertaTokenizer(model_file), reference(), {"single_word": True, "normalized": False}
+    tokenizer.add_tokens([AddedToken("solo", **token)])
+    theirs.add_tokens([transformers.AddedToken("solo", **token)])
+    for text in ("solo" + beside, beside + "solo"):
+        assert ("solo" in tokenizer.tokenize(text)) == ("solo" in theirs.tokenize(text))
+
+
 def test_added_tokens_may_want_the_same_space(tokenizer: Any) -> None:
     tokenizer.add_tokens([AddedToken("x", rstrip=True), " y"])
     batch = tokenizer("x y", return_offsets_mapping=True)
@@ -508,6 +519,15 @@ def test_copies_are_equal_and_independent(tokenizer: Any) -> None:
         assert dict(twin(text)) == dict(tokenizer(text))
         twin.add_tokens(["yy"])
         assert "yy" not in tokenizer.get_vocab()
+
+
+def test_a_pickle_is_the_same_before_and_after_calls(tokenizer: Any) -> None:
+    """What datasets.map finds its cached results by."""
+    before = pickle.dumps(tokenizer)
+    tokenizer("a <mask> b", return_offsets_mapping=True, padding="max_length", truncation=True, max_length=9)
+    tokenizer.decode([0, 5, 2], skip_special_tokens=True), tokenizer.convert_tokens_to_ids("<mask>")
+    tokenizer.get_vocab(), len(tokenizer), tokenizer.special_tokens_map
+    assert pickle.dumps(tokenizer) == before
 
 
 def test_threads_share_a_tokenizer(ours: Any) -> None:

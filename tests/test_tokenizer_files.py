@@ -182,6 +182,25 @@ def test_the_limit_is_what_the_model_can_take(model_file: Path, declared: Any, c
     assert XLMRobertaTokenizer.from_pretrained(directory, model_max_length=99).model_max_length == 99
 
 
+@pytest.mark.parametrize("declared", [{}, {"padding_side": "right"}, {"truncation_side": "left"}])
+@pytest.mark.parametrize("left", [["padding"], ["truncation"], ["padding", "truncation"]])
+def test_sides_are_those_of_the_tokenizer_json_unless_declared(
+    theirs: Path, left: list[str], declared: dict[str, str]
+) -> None:
+    content = json.loads((theirs / TOKENIZER).read_text())
+    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    fill = {"direction": "Right", "strategy": {"Fixed": 9}, "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0}
+    content |= {"truncation": cut, "padding": {**fill, "pad_token": "<pad>"}}
+    for name in left:
+        content[name]["direction"] = "Left"
+    (theirs / TOKENIZER).write_text(json.dumps(content))
+    (theirs / CONFIG).write_text(json.dumps({"model_max_length": 512, **declared}))
+    ours = XLMRobertaTokenizer.from_pretrained(theirs)
+    reference = transformers.XLMRobertaTokenizer.from_pretrained(theirs)
+    for side in ("padding_side", "truncation_side"):
+        assert getattr(ours, side) == getattr(reference, side)
+
+
 # Files that nobody should have written
 
 Change = Callable[[dict[str, Any]], Any]
@@ -201,7 +220,8 @@ def put(*path: Any) -> Change:
 
 HOSTILE: list[tuple[Change, str]] = [
     (put("model", None), "model.vocab must be a list"),
-    (put("model", "type", "BPE"), "must be a Unigram"),
+    (put("model", "type", "BPE"), "is a BPE, XLM-R's is a Unigram"),
+    (put("model", {"type": "WordPiece", "vocab": {}}), r"WordPiece, XLM-R's is a Unigram: .*xlmr.accelerate\(model\)"),
     (put("model", "byte_fallback", True), "must be a Unigram without byte fallback"),
     (put("model", "vocab", {}), "model.vocab must be a list"),
     (put("model", "vocab", []), "must be a list"),
@@ -325,7 +345,7 @@ def test_a_stale_tokenizer_json_is_told(theirs: Path, model_file: Path) -> None:
 
 
 def test_nothing_to_load(tmp_path: Path, theirs: Path) -> None:
-    with pytest.raises(OSError, match=r"has neither sentencepiece.bpe.model nor tokenizer.json"):
+    with pytest.raises(OSError, match=r"has neither sentencepiece.bpe.model nor tokenizer.json.*xlmr.acc"):
         XLMRobertaTokenizer.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="no-such-organisation/no-such-model"):
         XLMRobertaTokenizer.from_pretrained("no-such-organisation/no-such-model")

@@ -327,6 +327,8 @@ def pickled(value: Any, path: Path) -> None:
         (bin_of, {1: torch.zeros(2)}, "no state dict"),
         (bin_of, {"a": torch.zeros(2).to_sparse()}, "no state dict"),
         (bin_of, {"a": torch.zeros(2, device="meta")}, "no state dict"),
+        (bin_of, {"a": torch.zeros(1).expand(10**12)}, "its weights claim 4000000000000 bytes"),
+        (bin_of, dict.fromkeys("abcdef", torch.zeros(1000)), "its weights claim 24000 bytes"),
         (pickled, {"a": 1}, "is refused"),
     ],
 )

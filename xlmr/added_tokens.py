@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  # categories of Unicode
+JOINERS = "\u200c\u200d"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class AddedVocabulary:
         self.ids = {token.content: index for index, token in self.tokens.items()}
         self.special_ids = frozenset(index for index, token in self.tokens.items() if token.special)
         self.end = max(self.tokens, default=-1) + 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tokens,)  # without what is cached, so that calls do not change a pickle
 
     @functools.cached_property
     def _every(self) -> _Matcher:
@@ -126,7 +133,9 @@ class _Matcher:
 
 
 def _touches_word(text: str, start: int, stop: int) -> bool:
-    return bool(re.match(r"\w", text[stop : stop + 1]) or re.match(r"\w", text[max(start - 1, 0) : start]))
+    """Whether a word goes on at either side, vowel signs and joiners included, which are none of Python's \\w."""
+    beside = text[max(start - 1, 0) : start] + text[stop : stop + 1]
+    return any(char in JOINERS or unicodedata.category(char) in WORD for char in beside)
 
 
 def tokens_by_id(entries: Iterable[tuple[Any, Any]]) -> dict[int, Any]:

@@ -34,7 +34,9 @@ from .heads import XLMRobertaForSequenceClassification
 from .model import XLMRobertaModel
 from .multi_vector import (
     TokenHeads,
+    colbert_score,
     colbert_vecs,
+    compute_lexical_matching_score,
     lexical_weights,
     pair_scores,
     read_token_heads,
@@ -221,6 +223,16 @@ class Encoder:
         queries, passages = encoded(0, max_query_length), encoded(1, max_passage_length)
         scores = pair_scores(queries, passages, weights_for_different_modes)
         return {name: values[0] for name, values in scores.items()} if one else scores
+
+    # FlagEmbedding has these two as methods of the model
+    compute_lexical_matching_score = staticmethod(compute_lexical_matching_score)
+    colbert_score = staticmethod(colbert_score)
+
+    def convert_id_to_token(self, lexical_weights: Any) -> Any:
+        """The lexical_weights of a text, or a list of them, with the words that the ids stand for."""
+        if isinstance(lexical_weights, Mapping):
+            return {self.tokenizer.decode([int(token)]): weight for token, weight in lexical_weights.items()}
+        return [self.convert_id_to_token(one) for one in lexical_weights]
 
     # What a call needs
 

@@ -256,8 +256,9 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether a container of the host has to be called itself; leaves are looked at by the blocks that use them."""
-    if not any(True for _ in module.children()) or not type(module).__module__.startswith("transformers."):
+    """Whether a container or GELU of the host has to be called itself; blocks look at the other leaves they use."""
+    stood_for = any(True for _ in module.children()) or _is_gelu(module)
+    if not stood_for or not type(module).__module__.startswith("transformers."):
         return False
     state = module.__dict__
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -271,11 +272,11 @@ def _hooked(module: nn.Module) -> bool:
 def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     config = encoder.config
     heads = config.num_attention_heads
-    view = XLMRobertaEncoder(  # of the least size: its leaves are thrown away
-        XLMRobertaConfig(hidden_size=heads, num_attention_heads=heads, intermediate_size=1,
-                         num_hidden_layers=len(encoder.layer), vocab_size=2,
-                         chunk_size_feed_forward=config.chunk_size_feed_forward)
-    )  # fmt: skip
+    with torch.device("meta"):  # its leaves are thrown away: no memory, and no random numbers drawn from the host's
+        view = XLMRobertaEncoder(
+            XLMRobertaConfig(hidden_size=heads, num_attention_heads=heads, num_hidden_layers=len(encoder.layer),
+                             chunk_size_feed_forward=config.chunk_size_feed_forward)
+        )  # fmt: skip
     ops, _ = resolve(encoder.backend, device)
     for name, ours in list(view.named_modules()):
         theirs = encoder.get_submodule(name)
@@ -286,10 +287,14 @@ def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
             if hasattr(ours, "scaling"):
                 ours.attention_head_size = theirs.attention_head_size
                 ours.scaling = getattr(theirs, "scaling", theirs.attention_head_size**-0.5)  # 4.57 keeps none
-        elif not isinstance(ours, nn.ModuleList) and not (name.endswith("act_fn") and config.hidden_act == "gelu"):
+        elif not isinstance(ours, nn.ModuleList) and not _is_gelu(theirs):  # ours is fused with the linear layer
             parent, _, leaf = name.rpartition(".")
             setattr(view.get_submodule(parent), leaf, theirs)
     return view
+
+
+def _is_gelu(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) == ("transformers.activations", "GELUActivation")
 
 
 def _host_module(model_type: str) -> Any:

@@ -19,6 +19,9 @@ from sentencepiece import SentencePieceProcessor
 
 SPACE = "▁"  # how sentencepiece writes a space, and the start of every text
 MAX_MODEL_BYTES = 64 * 2**20  # the real vocabulary, 250,000 pieces, takes 5 MB
+OTHER_TOKENIZER = (  # what to do with a checkpoint that has one
+    "leave texts to the library that knows it, and xlmr.accelerate(model) makes the encoder of its model this one"
+)
 CONTROL_PIECES = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of sentencepiece's ModelProto
@@ -259,18 +262,21 @@ def _piece(piece: str, score: float, kind: int | None = None) -> bytes:
 
 
 def vocabulary_size(content: dict[str, Any]) -> int:
-    """How many pieces a parsed `tokenizer.json` holds; ValueError if it has no such list."""
+    """How many pieces a parsed `tokenizer.json` holds; ValueError if it is of another kind, or has no such list."""
     match content:
+        case {"model": {"type": str(kind)}} if kind != "Unigram":
+            raise ValueError(f"its model is a {kind:.40}, XLM-R's is a Unigram: {OTHER_TOKENIZER}")
         case {"model": {"vocab": list(vocabulary)}}:
             return len(vocabulary)
     raise ValueError("its model.vocab must be a list of [piece, score]")
 
 
 def _proto_from_tokenizer_json(content: dict[str, Any]) -> bytes:
-    model = content.get("model")
-    if not isinstance(model, dict) or model.get("type", "Unigram") != "Unigram" or model.get("byte_fallback"):
+    vocabulary_size(content)
+    model = content["model"]
+    if model.get("byte_fallback"):
         raise ValueError("its model must be a Unigram without byte fallback, as XLM-R's is")
-    vocabulary = _checked_vocabulary(model.get("vocab"))
+    vocabulary = _checked_vocabulary(model["vocab"])
     if model.get("unk_id") != CONTROL_PIECES["<unk>"] or [p for p, _ in vocabulary[:4]] != list(CONTROL_PIECES):
         raise ValueError(f"its vocabulary must start with {', '.join(CONTROL_PIECES)}, unk_id 3, as XLM-R's does")
     pieces = vocabulary[4:-1] if vocabulary[-1][0] == "<mask>" else vocabulary[4:]
@@ -285,8 +291,8 @@ def _proto_from_tokenizer_json(content: dict[str, Any]) -> bytes:
     )
 
 
-def _checked_vocabulary(vocabulary: Any) -> list[tuple[str, float]]:
-    if not isinstance(vocabulary, list) or not vocabulary:
+def _checked_vocabulary(vocabulary: list[Any]) -> list[tuple[str, float]]:
+    if not vocabulary:
         raise ValueError("its model.vocab must be a list of [piece, score]")
     checked = []
     for index, entry in enumerate(vocabulary):

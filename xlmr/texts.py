@@ -96,7 +96,7 @@ class Segmenter:
 
 def read_texts(text: Any, text_pair: Any, words: bool) -> tuple[Values, bool]:
     """((texts, their pairs or None), whether it was a batch), or an error that says what is wrong with them."""
-    is_text = _is_words if words else _is_string
+    is_text = is_words if words else _is_string
     kind = "list of str (words)" if words else "str"
     if is_text(text):
         if text_pair is not None and not is_text(text_pair):
@@ -121,7 +121,7 @@ def _is_string(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_words(value: Any) -> bool:
+def is_words(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_is_string, value))
 
 

@@ -39,7 +39,7 @@ class XLMRobertaTokenizer(Vocabulary):
         tokenizer_file: path of a `tokenizer.json`; its added tokens are taken, and its vocabulary if there is no
             `vocab_file`.
         model_max_length: tokens that the model can take, special tokens included; None if that is not known.
-        padding_side, truncation_side: "right" or "left".
+        padding_side, truncation_side: "right" or "left"; None is what the `tokenizer_file` says, else "right".
         additional_special_tokens (transformers 5: extra_special_tokens): more special tokens, added where missing.
         added_tokens_decoder: id → token, added at just these ids.
         model_input_names: what a call returns by default, of input_ids, token_type_ids and attention_mask.
@@ -63,8 +63,8 @@ class XLMRobertaTokenizer(Vocabulary):
         tokenizer_file: str | os.PathLike[str] | None = None,
         *,
         model_max_length: int | None = None,
-        padding_side: str = "right",
-        truncation_side: str = "right",
+        padding_side: str | None = None,
+        truncation_side: str | None = None,
         additional_special_tokens: Sequence[Any] = (),
         extra_special_tokens: Sequence[Any] | Mapping[str, Any] = (),
         added_tokens_decoder: Mapping[Any, Any] | None = None,
@@ -82,17 +82,17 @@ class XLMRobertaTokenizer(Vocabulary):
         self.model_max_length = (
             NO_LIMIT if model_max_length is None else integer("model_max_length", model_max_length, 1)
         )
-        self.padding_side = check_side("padding_side", padding_side)
-        self.truncation_side = check_side("truncation_side", truncation_side)
+        files = read_model(vocab_file, tokenizer_file)
+        self.padding_side = check_side("padding_side", padding_side or files.padding_side)
+        self.truncation_side = check_side("truncation_side", truncation_side or files.truncation_side)
         self.model_input_names = list(model_input_names)
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.split_special_tokens = split_special_tokens
         self._warned: set[str] = set()
 
-        model, file_tokens = read_model(vocab_file, tokenizer_file)
         extra = extra_special_tokens.values() if isinstance(extra_special_tokens, Mapping) else extra_special_tokens
-        decoder = {**tokens_by_id((added_tokens_decoder or {}).items()), **file_tokens}
-        super().__init__(model, special_tokens, [*additional_special_tokens, *extra], decoder)
+        decoder = {**tokens_by_id((added_tokens_decoder or {}).items()), **files.added}
+        super().__init__(files.model, special_tokens, [*additional_special_tokens, *extra], decoder)
 
     @classmethod
     def from_pretrained(

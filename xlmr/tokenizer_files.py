@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .added_tokens import tokens_by_id
 from .arguments import describe
 from .files import read_json, resolve, write_atomically
-from .sentencepiece_model import SentencePieceModel, vocabulary_size
+from .sentencepiece_model import OTHER_TOKENIZER, SentencePieceModel, vocabulary_size
 from .vocabulary import SPECIAL_TOKENS
 
 VOCAB_FILE = "sentencepiece.bpe.model"
@@ -62,7 +62,10 @@ def read_checkpoint(name_or_dir: str | os.PathLike[str], **source: Any) -> Token
     vocab_file = resolve(name_or_dir, VOCAB_FILE, **source)
     tokenizer_file = None if vocab_file and complete else resolve(name_or_dir, TOKENIZER_FILE, **source)
     if vocab_file is None and tokenizer_file is None:
-        raise OSError(f"{name_or_dir} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}")
+        raise OSError(
+            f"{name_or_dir} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}, the files of XLM-R's tokenizer; if it has "
+            f"another one, {OTHER_TOKENIZER}"
+        )
     settings = {"name_or_path": str(name_or_dir), **_known_settings(config, read("config.json"))}
     only_kept = {key: value for key, value in config.items() if key not in {*settings, *NOT_KEPT}}
     return TokenizerCheckpoint(vocab_file, tokenizer_file, settings, only_kept)
@@ -85,15 +88,22 @@ def write_checkpoint(
     return tuple(os.path.join(directory, name) for name in files)
 
 
-def read_model(
-    vocab_file: str | os.PathLike[str] | None, tokenizer_file: str | os.PathLike[str] | None
-) -> tuple[SentencePieceModel, dict[int, Any]]:
-    """The model, and the added tokens of `tokenizer.json` by id."""
+class ModelFiles(NamedTuple):
+    """The model, and what `tokenizer.json` says besides: added tokens by id, "left" or "right"."""
+
+    model: SentencePieceModel
+    added: dict[int, Any]
+    padding_side: str = "right"
+    truncation_side: str = "right"
+
+
+def read_model(vocab_file: str | os.PathLike[str] | None, tokenizer_file: str | os.PathLike[str] | None) -> ModelFiles:
+    """Read the one of the files that is given, or both; ValueError if they do not belong together."""
     if vocab_file is None and tokenizer_file is None:
         raise ValueError(f"give vocab_file, the path of a {VOCAB_FILE}, or tokenizer_file, that of a {TOKENIZER_FILE}")
     model = None if vocab_file is None else SentencePieceModel.from_file(vocab_file)
     if tokenizer_file is None and model is not None:
-        return model, {}
+        return ModelFiles(model, {})
     content = read_json(str(tokenizer_file), MAX_TOKENIZER_BYTES)
     try:
         size = vocabulary_size(content)
@@ -107,7 +117,13 @@ def read_model(
         raise ValueError(
             f"{tokenizer_file} holds {size} pieces, {vocab_file} {len(model)}: remove the one that is stale"
         )
-    return model, tokens_by_id((token.get("id"), token) for token in added)
+    sides = (_side(content.get(key)) for key in ("padding", "truncation"))
+    return ModelFiles(model, tokens_by_id((token.get("id"), token) for token in added), *sides)
+
+
+def _side(rule: Any) -> str:
+    """Where a `tokenizer.json` pads, or cuts: the default of calls, as in transformers, unlike the rule's lengths."""
+    return "left" if isinstance(rule, dict) and rule.get("direction") == "Left" else "right"
 
 
 def _known_settings(config: dict[str, Any], model_config: dict[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def plan(
     token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself). While
     torch.jit or torch.export trace, nothing is read: every position is computed, under a dense mask.
     """
+    if reads_first and batch and not seqlen:
+        raise ValueError("the sequences have no token, and the first of each is read: give <s> and </s> at least")
     keys = seqlen if keys is None else keys
     dense = None
     if mask is not None and mask.dim() > 2:

@@ -94,6 +94,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is refused: {reason}; only tensors written by torch.save are read") from error
     if not isinstance(weights, dict) or not all(_is_weight(*item) for item in weights.items()):
         raise ValueError(f"{path} is refused: it is no state dict, that is names and tensors; save model.state_dict()")
+    claimed, size = sum(weight.nbytes for weight in weights.values()), path.stat().st_size
+    if claimed > 2 * size:  # tied weights are there once and count twice; a view may claim any size
+        raise ValueError(f"{path} is refused: its weights claim {claimed} bytes, and the file has {size}")
     return {name: weight.detach() for name, weight in weights.items()}
 
 

@@ -67,13 +67,15 @@ def pipeline(
     if task not in PIPELINES:
         raise ValueError(f"{task!r} is no task: allowed are {', '.join(map(repr, [*PIPELINES, *ALIASES]))}")
     cls = PIPELINES[task]
-    hub: dict[str, Any] = {"revision": revision, "token": token}
+    path = dict(model_kwargs or {})
+    where = ("cache_dir", "local_files_only", "subfolder")  # of the tokenizer too
+    hub = {"revision": revision, "token": token, **{name: path.pop(name) for name in where if name in path}}
     device = device if device_map is None else place_on(device, device_map)
     source: Any = CHECKPOINT if model is None else model
     if isinstance(source, (str, PathLike)):
-        path = {"dtype": dtype if torch_dtype is None else torch_dtype, "backend": backend, **(model_kwargs or {})}
+        path = {"dtype": dtype if torch_dtype is None else torch_dtype, "backend": backend, **path}
         tokenizer = source if tokenizer is None else tokenizer
-        source = cls.from_checkpoint(source, device=choose_device(device), **path, **hub)
+        source = cls.from_checkpoint(source, hub, device=choose_device(device), **path)
     elif isinstance(source, torch.nn.Module):
         source = source if device is None else source.to(choose_device(device))
         if tokenizer is None:

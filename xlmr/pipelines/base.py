@@ -57,21 +57,14 @@ class Pipeline(ABC):
 
     @classmethod
     def from_checkpoint(
-        cls,
-        where: str | PathLike[str],
-        *,
-        device: torch.device,
-        backend: str,
-        revision: Any,
-        token: Any,
-        **path: Any,
+        cls, where: str | PathLike[str], hub: dict[str, Any], *, device: torch.device, backend: str, **path: Any
     ) -> Any:
-        """What the constructor takes as `model`, read from a directory or the hub; ValueError if it lacks the weights
-        of the head that the task needs."""
+        """What the constructor takes as `model`, read from a directory or the hub (`hub`: what finds its files);
+        ValueError if it lacks the weights of the head that the task needs."""
         path.update(device=device, backend=for_inference(backend, device))
-        config = XLMRobertaConfig.from_pretrained(where, revision=revision, token=token)
+        config = XLMRobertaConfig.from_pretrained(where, **hub)
         kind = cls.saved_class(config)
-        model, info = kind.from_pretrained(where, output_loading_info=True, revision=revision, token=token, **path)
+        model, info = kind.from_pretrained(where, output_loading_info=True, **hub, **path)
         missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
         if missing:
             raise ValueError(

@@ -54,7 +54,8 @@ class QuestionAnsweringPipeline(Pipeline):
 
         start and end count characters of the context. max_seq_len: tokens of a window, by default the model's limit, at
         most 384. doc_stride: how many of them neighbours share, by default half, at most 128. max_answer_len: in
-        tokens. handle_impossible_answer: "" competes too. align_to_words: answers are whole words.
+        tokens. handle_impossible_answer: "" competes too. align_to_words: answers are whole words. A context without a
+        token gives "".
         """
         for name, value in (("top_k", top_k), ("max_answer_len", max_answer_len)):
             if value < 1:
@@ -68,15 +69,16 @@ class QuestionAnsweringPipeline(Pipeline):
             return_overflowing_tokens=True,
         )
         logits = self._token_logits(batch["input_ids"], self.model.qa_outputs, batch_size)
+        candidates = 2 * top_k + 10 if align_to_words else top_k  # several may become one answer
         found: list[list[tuple[Encoding, Window]]] = [[] for _ in texts]
         for owner, row, own in zip(batch["overflow_to_sample_mapping"], batch.encodings, logits, strict=True):
             allowed = [sequence == 1 for sequence in row.sequence_ids]
-            found[owner].append((row, best_spans(own, allowed, top_k, max_answer_len)))
+            found[owner].append((row, best_spans(own, allowed, candidates, max_answer_len)))
         answers: list[Any] = []
         for (_, context), windows in zip(texts, found, strict=True):
             rows = _merged(context, windows, align_to_words)
-            if handle_impossible_answer:
-                none = min(window.none for _, window in windows)
+            if handle_impossible_answer or not rows:
+                none = min(window.none for _, window in windows) if handle_impossible_answer else 0.0
                 rows.append({"score": none, "start": 0, "end": 0, "answer": ""})
             best = sorted(rows, key=lambda row: -row["score"])[:top_k]
             answers.append(best[0] if len(best) == 1 else best)

@@ -30,8 +30,8 @@ class SentenceSimilarityPipeline(Pipeline):
         super().__init__(encoder.model, encoder.tokenizer, **options)
 
     @classmethod
-    def from_checkpoint(cls, where: str | PathLike[str], **keywords: Any) -> Encoder:
-        return load(where, **own_keywords(keywords))
+    def from_checkpoint(cls, where: str | PathLike[str], hub: dict[str, Any], **keywords: Any) -> Encoder:
+        return load(where, **hub, **own_keywords(keywords))
 
     def _read(self, one: Any) -> tuple[str, list[str]] | None:
         if not isinstance(one, Mapping) or one.keys() != {"source_sentence", "sentences"}:

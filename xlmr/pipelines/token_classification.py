@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
 
+from ..batch_encoding import BatchEncoding
 from ..heads import XLMRobertaForTokenClassification
+from ..texts import is_words
 from ..tokenizer import XLMRobertaTokenizer
 from .base import Pipeline
 
@@ -21,20 +23,32 @@ class TokenClassificationPipeline(Pipeline):
     task = "token-classification"
     model_class = XLMRobertaForTokenClassification
 
+    def __call__(self, inputs: Any, *, is_split_into_words: bool = False, **options: Any) -> Any:
+        """As Pipeline. With `is_split_into_words` a text is a list of words: given is one, whose answer comes in a list
+        as in the reference, or a list of several."""
+        if not is_split_into_words:
+            return super().__call__(inputs, **options)
+        texts = [inputs] if is_words(inputs) else inputs
+        if not isinstance(texts, list | tuple) or not all(map(is_words, texts)):
+            raise TypeError(f"inputs is {inputs!r:.80}: a list of words, or a list of such, is needed")
+        return self.answers(list(texts), **{**self.options, **self._checked(options)})
+
     @torch.no_grad()
     def answers(
         self,
-        texts: list[str],
+        texts: list[Any],
         aggregation_strategy: str = "none",
         ignore_labels: Sequence[str] = ("O",),
         stride: int | None = None,
+        delimiter: str | None = None,
         batch_size: int | None = None,
     ) -> list[Any]:
         """For each text a list, with "none" of a {entity, score, index, word, start, end} a token, else of
         {entity_group, score, word, start, end}. start and end count characters of the text.
 
         aggregation_strategy: one of STRATEGIES, see `entities`. ignore_labels: are left out. stride: a longer text
-        is read in windows that share so many tokens; without it, it is truncated, as in the reference.
+        is read in windows that share so many tokens; without it, it is truncated, as in the reference. delimiter: what
+        stands between the words of a text that is a list of them, by default a space.
         """
         strategy = str(aggregation_strategy).lower()
         if strategy not in STRATEGIES:
@@ -43,8 +57,10 @@ class TokenClassificationPipeline(Pipeline):
         if stride is not None and strategy == "none":
             raise ValueError("stride needs an aggregation_strategy that makes entities, which windows may share")
         windows: dict[str, Any] = {} if stride is None else {"stride": stride, "return_overflowing_tokens": True}
+        split = any(not isinstance(text, str) for text in texts)
         batch = self.tokenizer(
             texts,
+            is_split_into_words=split,
             truncation=True,
             max_length=self._longest,
             return_offsets_mapping=True,
@@ -53,14 +69,28 @@ class TokenClassificationPipeline(Pipeline):
         )
         logits = self._token_logits(batch["input_ids"], self.model.classifier, batch_size)
         owners = batch.get("overflow_to_sample_mapping", range(len(texts)))
-        columns = (batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"])
+        offsets = batch["offset_mapping"]
+        if split:
+            texts, offsets = _joined(texts, " " if delimiter is None else delimiter, batch, owners)
+        columns = (batch["input_ids"], offsets, batch["special_tokens_mask"])
         found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
-        for owner, row, ids, offsets, special in zip(owners, logits, *columns, strict=True):
-            tokens = tokens_of(texts[owner], ids, row.softmax(-1).tolist(), offsets, special, self.tokenizer)
+        for owner, row, ids, spans, special in zip(owners, logits, *columns, strict=True):
+            tokens = tokens_of(texts[owner], ids, row.softmax(-1).tolist(), spans, special, self.tokenizer)
             rows = entities(tokens, strategy, self.model.config.id2label, self.tokenizer)
             key = "entity" if strategy == "none" else "entity_group"
             found[owner].append([one for one in rows if one[key] not in ignore_labels])
         return [without_overlaps(chain.from_iterable(own)) if len(own) > 1 else own[0] for own in found]
+
+
+def _joined(texts: Any, delimiter: str, batch: BatchEncoding, owners: Iterable[int]) -> tuple[list[str], list[list]]:
+    """Texts that are lists of words as strings, and where in these the tokens of each row of `batch` stand."""
+    starts = [list(accumulate((len(word) + len(delimiter) for word in words), initial=0)) for words in texts]
+    offsets = []
+    for row, owner in enumerate(owners):
+        begins = [0 if word is None else starts[owner][word] for word in batch.word_ids(row)]
+        spans = zip(begins, batch["offset_mapping"][row], strict=True)
+        offsets.append([(begin + first, begin + last) for begin, (first, last) in spans])
+    return [delimiter.join(words) for words in texts], offsets
 
 
 class Token(NamedTuple):

@@ -38,7 +38,7 @@ from .providers import PROVIDERS
 from .shapes import BASE, cases, lengths
 
 COLUMNS = (
-    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb",
+    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mib",
     "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
 )  # fmt: skip
 TOKENIZING, RUNTIMES = "tokenize 10,000", "other runtimes"

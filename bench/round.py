@@ -53,11 +53,12 @@ def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
         seconds = "0.3" if gpu else "0.1"
         command = (*python, f"bench.bench_{kernel}", "--out", csv, "--seconds", seconds)
         found.append(Part(f"kernel {kernel}", command, 1 / (len(KERNELS) + 1 - i)))
-    for name, flags in (("profile", ()), ("profile of training", ("--train",))):
-        directory = str(out / name.replace(" ", "-"))
-        found.append(
-            Part(name, (*python, "bench.profile", "--out", directory, "--layers", "12" if gpu else "4", *flags), 0.5)
-        )
+    profile = (*python, "bench.profile", "--out", str(out / "profile"), "--layers", "12" if gpu else "4")
+    found.append(Part("profile", (*profile, "--profiler", "torch"), 0.5))
+    training = (*python, "bench.bench_model", "--train", "--out", str(out / "training.json"))
+    found.append(Part("training", (*training, *(() if gpu else ("--layers", "2"))), 0.7))
+    if gpu:
+        found.append(Part("profile with Proton", (*profile, "--profiler", "proton"), 1.0))
     return found
 
 
@@ -89,7 +90,7 @@ def measure(todo: Sequence[Part], out: Path, minutes: float) -> dict[str, str]:
         bar.set_description(part.name)
         seconds = (end - time.monotonic()) * (1.0 if part is left[-1] else part.share)
         state[part.name] = run(part, out, seconds) if seconds >= LEAST_SECONDS else "out of time"
-        state_file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        harness.write(state_file, state)
     return {part.name: state[part.name] for part in todo}
 
 
@@ -102,8 +103,8 @@ def main() -> int:
     gpu = torch.cuda.is_available()
     if args.tune and not gpu:
         parser.error("--tune measures on a GPU, and PyTorch sees none (torch.cuda.is_available() is False)")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "environment.json").write_text(json.dumps(harness.environment(), indent=1) + "\n", encoding="utf-8")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a part ends with the round
+    harness.write(args.out / "environment.json", harness.environment())
     state = measure(parts(args.out, gpu, args.tune), args.out, args.minutes)
     print(harness.table([{"part": name, "result": found} for name, found in state.items()], ["part", "result"]))
     print(report.write(args.out, state))

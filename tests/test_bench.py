@@ -1,11 +1,13 @@
 """The benchmarks' tools: what is wrong is not timed, what is slower is reported, a round goes on where it stopped."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,11 +20,12 @@ import torch
 import torch.utils.flop_counter
 import transformers
 from torch import Tensor
-from torch.autograd import DeviceType
 
+import xlmr
 from bench import (
     bench_model,
     bench_peers,
+    bench_training,
     compare,
     forward,
     gpu_tests,
@@ -193,9 +196,52 @@ def test_a_machine_without_its_tools_is_measured_all_the_same(monkeypatch: pytes
     assert harness._nvidia("driver_version") is harness._commit() is None
 
 
-def test_a_range_is_not_mistaken_for_its_shadow_on_the_gpu() -> None:
-    events = [SimpleNamespace(key="xlmr.linear", device_type=kind) for kind in (DeviceType.CPU, DeviceType.CUDA)]
-    assert profile.of_the_host(events) == {"xlmr.linear": events[0]}
+def event(category: str, name: str, begin: float, duration: float, thread: int = 1, launch: int = 0) -> dict[str, Any]:
+    return {"cat": category, "name": name, "pid": 9, "tid": thread, "ts": begin, "dur": duration,
+            "args": {"correlation": launch} if launch else {}}  # fmt: skip
+
+
+def test_kernels_belong_to_the_operation_that_launched_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no operation of torch did, and whatever runs meanwhile; a range's shadow on the GPU counts nothing."""
+    node = "autograd::engine::evaluate_function: LinearBackward"
+    events = [
+        {"ph": "M", "name": "process_name"},
+        event("user_annotation", "step", 0, 90), event("user_annotation", "xlmr.linear", 10, 20),
+        event("gpu_user_annotation", "xlmr.linear", 0, 1000, thread=7), event("cpu_op", node, 50, 9, thread=2),
+        event("cuda_driver", "cuLaunchKernelEx", 12, 2, launch=1), event("kernel", "_fwd", 500, 3000, 7, 1),
+        event("cuda_driver", "cuLaunchKernelEx", 14, 2, launch=2), event("kernel", "_fwd", 500, 1000, 7, 2),
+        event("cuda_runtime", "cudaLaunchKernel", 52, 2, 2, 3), event("kernel", "_bwd", 600, 500, 7, 3),
+        event("cuda_runtime", "cudaMemcpyAsync", 40, 2, launch=4), event("gpu_memcpy", "Memcpy", 700, 100, 7, 4),
+        event("kernel", "of a graph", 800, 100, 7, 5),
+    ]  # fmt: skip
+    monkeypatch.setattr(profile, "STEPS", 2)
+    found = profile.kernels(events)
+    assert found == {
+        ("linear", "_fwd"): [3, 1], ("backward, LinearBackward", "_bwd"): [0.5],
+        ("everything else", "Memcpy"): [0.1], ("everything else", "of a graph"): [0.1],
+    }  # fmt: skip
+    assert profile.on_the_gpu(found) == {"linear": 2, "backward, LinearBackward": 0.25}
+    longest = profile.kernel_rows(found, {"linear": 1.0}, whole=4.0)[0]
+    assert longest == {
+        "kernel": "_fwd", "operation": "linear", "calls": 1, "ms": 2, "share": 0.5, "fraction_of_roof": 0.5
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_profile_of_both_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "BASE", TINY)
+    monkeypatch.setattr(profile, "batch", functools.partial(shapes.batch, vocabulary=TINY["vocab_size"]))
+    monkeypatch.setattr(profile, "STEPS", 1)
+    monkeypatch.setattr(sys, "argv", ["profile", "--layers", "1", "--dtype", "fp32", "--out", str(tmp_path)])
+    assert profile.main() == 0
+    for name, expected in (("forward", "attention"), ("training", "backward, AddmmBackward0")):
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            "trace.json", "operations.json", "operations.svg",
+        }  # fmt: skip
+        found = {row["operation"]: row for row in json.loads((tmp_path / name / "operations.json").read_text())["rows"]}
+        assert found[expected]["ms"] > 0
+        assert sum(row["share"] for row in found.values()) == pytest.approx(1)
+        assert found["embed"]["calls"] == 1
 
 
 def test_a_kernel_is_timed_with_the_host_ahead_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +273,28 @@ def test_a_part_out_of_time_leaves_no_process_behind(tmp_path: Path) -> None:
     code = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
     part = bench_round.Part("late", (sys.executable, "-c", code), 1.0)
     assert bench_round.run(part, tmp_path, 2) == "out of time"
-    child = Path("/proc", (tmp_path / "logs/late.txt").read_text().strip(), "stat")
+    ended((tmp_path / "logs/late.txt").read_text())
+
+
+def test_a_round_that_is_ended_ends_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
+    part = bench_round.Part("part", (sys.executable, "-c", code), 1.0)
+    monkeypatch.setattr(bench_round, "parts", lambda *_: [part])
+    monkeypatch.setattr(sys, "argv", ["round", "--out", str(tmp_path)])
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            bench_round.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    ended((tmp_path / "logs/part.txt").read_text())
+
+
+def ended(process: str) -> None:
+    """Waits for its end."""
+    child = Path("/proc", process.strip(), "stat")
     deadline = time.monotonic() + 5
     while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "it goes on"
@@ -330,6 +397,25 @@ def test_a_wrong_model_stops_the_measurement(
     assert not right
     assert results["rows"] == []
     assert "WRONG: xlmr eager differs by" in capsys.readouterr().err
+
+
+def test_training_steps_with_a_wrong_gradient_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_training, "BASE", TINY)
+    monkeypatch.setattr(bench_training, "peak_memory", lambda *task: 1.0)
+    path = tmp_path / "training.json"
+    args = SimpleNamespace(layers=1, vocab=97, rounds=3, out=path, json=True)
+    assert bench_training.main(args) == 0
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["dtype"], row["provider"]) for row in found] == [(d, p) for d in shapes.DTYPES for p in shapes.PAIR]
+    assert all(row["peak_mib"] == 1.0 for row in found)
+    true = bench_training.gradients
+
+    def wrong(model: Any, *given: Any) -> Any:
+        return tuple(g * (1.0002 if isinstance(model, xlmr.XLMRobertaForMaskedLM) else 1) for g in true(model, *given))
+
+    monkeypatch.setattr(bench_training, "gradients", wrong)
+    with pytest.raises(SystemExit, match=r"xlmr eager fp32: gradients differ by 0\.0002"):
+        bench_training.measure("fp32", [9, 4], TINY, 3)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -224,6 +224,13 @@ def measured(model: Any, run: Callable[[], Any], out: Path) -> dict[str, Rows]:
     return {"rows": operation_rows(times, totals, least, whole), "kernels": kernel_rows(found, least, whole)}
 
 
+def nvtx(model: Any, run: Callable[[], Any]) -> None:
+    """A step in its ranges and nothing else, for a profiler around this process: Nsight's."""
+    plain, model.ops = model.ops, traced(model.ops)
+    run()
+    model.ops = plain
+
+
 def proton(model: Any, run: Callable[[], Any], path: Path) -> None:
     """A few steps under Triton's profiler, which writes `path` with its own suffix."""
     import triton.profiler
@@ -258,7 +265,8 @@ def profiled(model: Any, run: Callable[[], Any], name: str, dtype: str, out: Pat
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
     parser.add_argument("--step", nargs="+", choices=TITLES, default=list(TITLES), help="default: both")
-    parser.add_argument("--profiler", nargs="+", choices=("torch", "proton"), help="default: both; torch on a CPU")
+    profilers = "default: torch, on a GPU proton too; nvtx: ranges alone, for Nsight around this"
+    parser.add_argument("--profiler", nargs="+", choices=("torch", "proton", "nvtx"), help=profilers)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--layers", type=int, default=BASE["num_hidden_layers"])
     parser.add_argument("--out", type=Path, default=Path("profile"), help="directory to write into")
@@ -276,6 +284,10 @@ def main() -> int:
         for name, run in steps.items():
             model.train(name == "training")
             proton(model, run, args.out / name / "proton")
+    if "nvtx" in profilers:
+        for name, run in steps.items():
+            model.train(name == "training")
+            nvtx(model, run)
     results = []
     for name, run in steps.items() if "torch" in profilers else ():
         model.train(name == "training")

@@ -136,29 +136,45 @@ def test_a_slowed_model_is_a_regression(
     assert capsys.readouterr().out.count("REGRESSION") == 1
 
 
-def test_nsight_compute(tmp_path: Path) -> None:
-    columns = ["ID", "Kernel Name", ncu.TIME, ncu.BYTES, ncu.FMA, "sm__ops_path_tensor_src_bf16_dst_fp32.sum"]
-    lines = [
-        "==PROF== Connected",
-        *(
-            ",".join(f'"{value}"' for value in line) + "\n"
-            for line in (
-                columns,
-                ["", "", "ns", "Mbyte", "inst", "inst"],
-                ["0", "_linear_fwd_kernel", "1,000,000", "200", "0", "4,000,000,000"],
-                ["1", "_linear_fwd_kernel", "1,000,000", "200", "500,000,000", "0"],
-                ["2", "_layer_norm_fwd_kernel", "3,000,000", "1", "0", ""],
-            )
-        ),
-    ]
+def ncu_lines(columns: list[str], *rows: list[str]) -> list[str]:
+    """What ncu --csv --page raw prints: the program's own words, names, units, a line a launch."""
+    names = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size",
+             "Grid Size", "Device", "CC"]  # fmt: skip
+    launch = ["0", "19963", "python", "127.0.0.1", "", "1", "7", "(256, 1, 1)", "(16384, 1, 1)", "0", "9.0"]
+    lines = [[*names, *columns], *([*([""] * 11 if not kernel else launch), *rest] for kernel, *rest in rows)]
+    for line, (kernel, *_) in zip(lines[1:], rows, strict=True):
+        line[4] = kernel
+    return ["==PROF== Connected to process 19963\n", *(",".join(f'"{v}"' for v in line) + "\n" for line in lines)]
+
+
+def test_nsight_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fma, tensor = "smsp__sass_thread_inst_executed_op_ffma_pred_on.sum", "sm__ops_path_tensor_src_bf16_dst_fp32"
+    columns = [ncu.BYTES, ncu.TIME, f"{tensor}.sum", f"{tensor}_sparsity_off.sum", fma]
+    lines = ncu_lines(
+        columns,
+        ["", "Mbyte", "ns", "", "", "inst"],
+        ["_linear_fwd_kernel", "200", "1,000,000", "4,000,000,000", "4,000,000,000", "0"],
+        ["_linear_fwd_kernel", "200", "1,000,000", "0", "0", "500,000,000"],
+        ["_layer_norm_fwd_kernel", "1", "3,000,000", "n/a", "n/a", "0"],
+    )
     first, second = ncu.read(lines)
     assert second == {
         "name": "_linear_fwd_kernel", "launches": 2, "ms": pytest.approx(2.0), "gbytes": pytest.approx(0.4),
         "gflops": pytest.approx(5.0), "gbytes_per_s": pytest.approx(200.0), "gflops_per_s": pytest.approx(2500.0),
     }  # fmt: skip
-    assert first["name"] == "_layer_norm_fwd_kernel"
+    assert (first["name"], first["gflops"]) == ("_layer_norm_fwd_kernel", 0)
     with pytest.raises(ValueError, match=r"no columns .*dram__bytes"):
         ncu.read(['"Kernel Name","Duration"\n', '"a","1"\n'])
+    with pytest.raises(ValueError, match=r"gpu__time_duration.sum in 'hour': allowed are ns"):
+        ncu.read(ncu_lines([ncu.BYTES, ncu.TIME], ["", "byte", "hour"], ["kernel", "1", "1"]))
+    with pytest.raises(ValueError, match=r"kernel: dram__bytes.sum is n/a"):
+        ncu.read(ncu_lines([ncu.BYTES, ncu.TIME], ["", "byte", "ns"], ["kernel", "n/a", "1"]))
+    (tmp_path / "ncu.csv").write_text("".join(lines), encoding="utf-8")
+    out = tmp_path / "ncu.svg"
+    roofs = str(harness.RESULTS / "round_cpu/kernels.csv")
+    monkeypatch.setattr(sys, "argv", ["ncu", str(tmp_path / "ncu.csv"), "--roofs", roofs, "--out", str(out)])
+    assert ncu.main() == 0
+    assert "<svg" in out.read_text(encoding="utf-8")
 
 
 def test_roofs_come_back_from_the_rows(tmp_path: Path) -> None:

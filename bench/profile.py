@@ -265,8 +265,8 @@ def profiled(model: Any, run: Callable[[], Any], name: str, dtype: str, out: Pat
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
     parser.add_argument("--step", nargs="+", choices=TITLES, default=list(TITLES), help="default: both")
-    profilers = "default: torch, on a GPU proton too; nvtx: ranges alone, for Nsight around this"
-    parser.add_argument("--profiler", nargs="+", choices=("torch", "proton", "nvtx"), help=profilers)
+    ways = "default: torch, on a GPU proton too; nvtx: ranges alone, for Nsight around this"
+    parser.add_argument("--profiler", nargs="+", choices=("torch", "proton", "nvtx"), help=ways)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--layers", type=int, default=BASE["num_hidden_layers"])
     parser.add_argument("--out", type=Path, default=Path("profile"), help="directory to write into")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import xlmr
 from bench import (
+    bench_attention,
     bench_model,
     bench_peers,
     bench_training,
@@ -204,6 +205,24 @@ def test_a_round_goes_on_and_ends_in_a_page(tmp_path: Path) -> None:
     assert "&lt;GPU&gt;" in page
     assert page.count("<svg") == 1
     assert "failed (exit 3)" in page
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_padded_attention_pays_for_padding_alone(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of equal lengths are a rectangle as they lie: no copy and no mask, which would flatter the others."""
+    monkeypatch.setattr(bench_attention, "TOKENS", 64)
+    case = bench_attention.case("fp32", 16, mixed)
+    given, sdpa = case.inputs(), torch.nn.functional.scaled_dot_product_attention
+    expected = case.providers["xlmr eager"](*given)
+    seen: dict[str, Any] = {}
+
+    def watched(*qkv: Tensor, attn_mask: Tensor | None, **settings: Any) -> Tensor:
+        seen.update(copied=qkv[0].data_ptr() != given[0].data_ptr(), mask=attn_mask)
+        return sdpa(*qkv, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    torch.testing.assert_close(bench_attention.padded(None)(*given), expected)
+    assert (seen["copied"], seen["mask"] is not None) == (mixed, mixed)
 
 
 def test_a_machine_without_its_tools_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

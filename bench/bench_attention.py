@@ -1,7 +1,7 @@
 """Attention, of equal and of mixed lengths, against torch's best: `python -m bench.bench_attention`.
 
-Packed providers compute the real tokens only; those that need a rectangle pad mixed lengths and mask, which is what they
-cost. Equal lengths are a rectangle as they lie.
+Packed providers compute the real tokens only; those that need a rectangle pad mixed lengths and mask, which is what
+they cost. Equal lengths are a rectangle as they lie.
 """
 
 import functools

@@ -27,6 +27,7 @@ from bench import (
     bench_model,
     bench_peers,
     bench_training,
+    bench_vocab_softmax,
     compare,
     forward,
     gpu_tests,
@@ -565,5 +566,23 @@ def test_the_study_of_tiles_has_those_of_the_table() -> None:
     found = study._tiles()
     assert {table[64, 2, load] for load in ("short", "long")} <= set(found.values())
     assert len(set(found.values())) == len(found) > 40
-    ran = study._running({"fails": lambda: 1 / 0, "runs": lambda: 1})
-    assert list(ran) == ["runs"]
+    ways = {"fails": lambda x: 1 / 0, "wrong": lambda x: x * 2.001, "right": lambda x: x + x}
+    assert list(study.right(case(), ways)) == ["right"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_studies_check_what_they_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "BASE", TINY)
+    monkeypatch.setattr(bench_vocab_softmax, "WORDS", 500)
+    monkeypatch.setattr(harness, "peak_of", lambda call: 1 << 20)
+    for name, pictures in (("packing", ["packing"]), ("vocabulary", ["vocabulary-memory", "vocabulary-time"])):
+        monkeypatch.setattr(sys, "argv", ["study", name])
+        assert study.main() == 0
+        assert len(json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["milliseconds"]) == 2
+        assert [path.stem for path in sorted(tmp_path.glob(f"{name}*.svg"))] == pictures
+    monkeypatch.setitem(
+        bench_vocab_softmax.LOSSES, "torch", lambda *given: 1.001 * study.EAGER.vocab_cross_entropy(*given)
+    )
+    with pytest.raises(RuntimeError, match="torch, logits in memory is wrong by"):
+        study.main()

@@ -92,7 +92,8 @@ def main() -> int:
         raise SystemExit(f"{args.file}: {error}") from error
     with args.roofs.open(newline="", encoding="utf-8") as file:
         roofs = roofline.roofs(csv.DictReader(file))
-    plots.roofline([row for row in rows if row["gflops"] and row["gbytes"]], roofs, args.out)
+    drawn = [row for row in rows if row["gflops"] and row["gbytes"]]
+    plots.roofline(drawn, roofs, args.out, "Kernels by Nsight Compute against the measured roofs")
     print(harness.table(rows, COLUMNS))
     harness.log(f"written to {args.out}")
     return 0

@@ -79,7 +79,9 @@ def _kernels(file: Path, pictures: Path) -> list[str]:
     for mode in harness.MODES:
         points = roofline.points(rows, ours, mode)
         if points and roofs:
-            drawn.append(plots.roofline(points, roofs, pictures / f"roofline-{mode}.svg"))
+            drawn.append(
+                plots.roofline(points, roofs, pictures / f"roofline-{mode}.svg", roofline.title(rows, ours, mode))
+            )
     numbers = [{**row, **{name: float(row[name]) for name in ("y_value_50", "fraction_of_roof")}} for row in rows]
     figures = "".join(map(_picture, drawn))
     return [_section("Kernels", figures + _table(numbers, KERNEL_COLUMNS))]

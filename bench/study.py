@@ -95,7 +95,7 @@ def traffic() -> dict[str, Any]:
         "QKV projection": fused["QKV projection"] + 2 * row,
     }
     saved = {name: apart[name] / fused[name] for name in fused}
-    plots.bars(saved, HERE / "traffic.svg", "Bytes one by one over bytes fused (T = 16,384, N = 768, bf16)", "×")
+    plots.bars(saved, HERE / "traffic.svg", "Bytes one by one over bytes fused (T = 16,384, N = 768, bf16)", "times")
     return {"fused_mb": {k: v / 1e6 for k, v in fused.items()}, "apart_mb": {k: v / 1e6 for k, v in apart.items()}}
 
 

@@ -181,9 +181,12 @@ def test_nsight_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_roofs_come_back_from_the_rows(tmp_path: Path) -> None:
     compute = {**rows()[0], "roof": "compute", "gflops": 4.0, "y_value_50": 10.0, "fraction_of_roof": 0.4}
-    found = roofline.roofs([*rows(), compute])
+    disturbed = {**compute, "fraction_of_roof": 0.9}
+    found = roofline.roofs([*rows(), compute, disturbed])
     assert found == {"fp32": (pytest.approx(1e12), pytest.approx(1e9))}
-    picture = plots.roofline(roofline.points([compute], "xlmr eager", "forward"), found, tmp_path / "roofs.svg")
+    picture = plots.roofline(
+        roofline.points([compute], "xlmr eager", "forward"), found, tmp_path / "roofs.svg", "A title"
+    )
     assert "<svg" in picture.read_text(encoding="utf-8")
 
 
@@ -549,12 +552,13 @@ def test_models_are_drawn(tmp_path: Path) -> None:
     rows = [
         {**common, "case": f"fixed, {S}", "group": "fixed", "longest": S, "tokens_per_s": 1e6 / S} for S in (32, 64)
     ]
+    rows.append({**common, "dtype": "fp32", "case": "fixed, 8", "group": "fixed", "longest": 8, "tokens_per_s": 1e6})
     rows.append({**common, "case": "queries", "group": "mix", "longest": 64, "tokens_per_s": 1e5})
     results = {"rows": rows, "not_run": [{"case": "queries", "provider": "<flash>", "reason": "needs a GPU"}]}
     harness.write(tmp_path / "models.json", results)
     (tmp_path / "environment.json").write_text(json.dumps(harness.environment()), encoding="utf-8")
     page = report.write(tmp_path, {}).read_text(encoding="utf-8")
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 2  # one length alone makes no line
     assert "&lt;flash&gt;" in page
     shutil.copy(harness.RESULTS / "round_cpu/models.json", tmp_path)  # what is committed can be shown
     assert "32 texts, 40% fill" in report.write(tmp_path, {}).read_text(encoding="utf-8")

@@ -122,12 +122,14 @@ def throughput(rows: Iterable[Mapping[str, Any]], directory: Path) -> list[Path]
             fixed[f"{row['size']}, {row['dtype']}"][row["provider"]][row["longest"]] = row["tokens_per_s"] / 1e3
         elif row.get("group") == "mix":
             mixes[f"{row['case']}, {row['dtype']}"][row["provider"]] = row["tokens_per_s"] / 1e3
-    unit, x = "k tokens/s", "tokens in each text"
-    return [
-        *(lines(series, directory / f"fixed-{_slug(name)}.svg", f"Fixed lengths, {name}", x, unit, log="xy")
-          for name, series in fixed.items() if len(set().union(*series.values())) > 1),
-        *(bars(values, directory / f"mix-{_slug(name)}.svg", name, unit) for name, values in mixes.items()),
-    ]  # fmt: skip
+    unit, paths = "k tokens/s", []
+    for name, series in fixed.items():
+        if len(set().union(*series.values())) > 1:
+            path, title = directory / f"fixed-{_slug(name)}.svg", f"Tokens a second, all texts equally long: {name}"
+            paths.append(lines(series, path, title, "tokens in each text", unit, log="xy"))
+    for name, values in mixes.items():
+        paths.append(bars(values, directory / f"mix-{_slug(name)}.svg", f"Real tokens a second: {name}", unit))
+    return paths
 
 
 def _slug(name: str) -> str:

@@ -34,8 +34,8 @@ def title(rows: Sequence[Mapping[str, Any]], provider: str, mode: str) -> str:
 
 
 def roofs(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """(flop/s, bytes/s) by dtype, taken back from the rows: roof time = fraction · time, of what bounds it. Each command
-    measured its own: the best, for what somebody disturbed would flatter every kernel."""
+    """(flop/s, bytes/s) by dtype, taken back from the rows: roof time = fraction · time, of what bounds it. Of each
+    command's own the best: one that somebody disturbed would flatter every kernel."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         seconds = float(row["fraction_of_roof"]) * float(row["y_value_50"]) / 1e3

@@ -590,3 +590,9 @@ def test_the_studies_check_what_they_time(tmp_path: Path, monkeypatch: pytest.Mo
     )
     with pytest.raises(RuntimeError, match="torch, logits in memory is wrong by"):
         study.main()
+
+
+def test_the_committed_bytes_are_those_that_cost_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = json.loads((study.HERE / "traffic.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    assert study.traffic() == {name: committed[name] for name in ("fused_mb", "apart_mb")}

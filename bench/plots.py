@@ -12,12 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+matplotlib.rcParams["svg.hashsalt"] = "xlmr"  # the same picture of the same figures, byte for byte
 # One colour a provider, the same in every picture (Okabe & Ito, 2008: told apart by every eye).
 COLOURS = {
     "xlmr triton": "#D55E00", "xlmr eager": "#E69F00", "xlmr prepacked": "#CC79A7", "torch": "#0072B2",
     "torch.compile": "#56B4E9", "transformers sdpa": "#0072B2", "liger": "#009E73", "cut cross entropy": "#CC79A7",
 }  # fmt: skip
-OTHERS = ("#999999", "#000000", "#F0E442", "#009E73", "#CC79A7")
+OTHERS = ("#999999", "#000000", "#882255", "#009E73", "#CC79A7")
 
 
 def colour(name: str, names: Sequence[str]) -> str:
@@ -77,7 +78,8 @@ def plain(axis: Any, log: str, x: Sequence[float]) -> None:
         axis.set_xticks(x, [f"{value:,.0f}" for value in x])
         axis.xaxis.set_minor_locator(NullLocator())
     if "y" in log:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,), numticks=12))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
 

@@ -90,8 +90,7 @@ def traffic() -> dict[str, Any]:
     apart = {  # what each further operation reads and writes again
         "add + LayerNorm": fused["add + LayerNorm"] + 2 * row,
         "GELU + LayerNorm": fused["GELU + LayerNorm"] + 2 * row,
-        "embeddings": fused["embeddings"]
-        + (3 + 2 * 3 + 1) * row,  # gathers write, sums read twice and write, LayerNorm
+        "embeddings": fused["embeddings"] + (3 + 2 * 3 + 1) * row,  # gathers, sums of two, LayerNorm
         "linear + GELU (4N)": fused["linear + GELU (4N)"] + 2 * 4 * row,
         "QKV projection": fused["QKV projection"] + 2 * row,
     }

@@ -1,5 +1,6 @@
 """The benchmarks' tools: what is wrong is not timed, what is slower is reported, a round goes on where it stopped."""
 
+import csv
 import dataclasses
 import functools
 import importlib.util
@@ -40,6 +41,7 @@ from bench import (
     roofline,
     shapes,
     study,
+    sweep,
 )
 from bench import round as bench_round
 
@@ -83,6 +85,21 @@ def test_what_is_wrong_or_missing_is_not_timed(capsys: pytest.CaptureFixture[str
     assert set(row) == set(harness.COLUMNS)
     assert row["roof"] == "bandwidth"
     assert row["fraction_of_roof"] == pytest.approx(4096 / 1e9 / (row["y_value_50"] / 1e3))
+
+
+def test_a_sweep_is_cut_to_the_cases_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(expression: str) -> int:
+        out = str(tmp_path / "out.csv")
+        monkeypatch.setattr(sys, "argv", ["bench", "--cases", expression, "--dtype", "fp32", "--out", out])
+        cases = [case(), dataclasses.replace(case(), x_value=128)]
+        return sweep.main("bench_scale", None, lambda dtype: cases)
+
+    assert run("T=128") == 0
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as lines:
+        assert {row["x_value"] for row in csv.DictReader(lines)} == {"128"}
+    with pytest.raises(SystemExit, match="'T=9' finds no shape"):
+        run("T=9")
+    assert [point.N for point in sweep.points(widths=(384, 768)) if point.x_name == "N"] == [384, 768]
 
 
 def test_what_is_wrong_or_fails_of_our_own_ends_the_command() -> None:

@@ -132,14 +132,29 @@ def test_a_slowed_provider_is_a_regression(tmp_path: Path, monkeypatch: pytest.M
         return x * 2
 
     before, after = tmp_path / "a.csv", tmp_path / "b.csv"
-    harness.append(before, rows(ours=scale, other=scale))
-    harness.append(after, rows(ours=slowed))
+    harness.append(before, rows(**{"xlmr triton": scale, "torch": scale}))
+    harness.append(after, rows(**{"xlmr triton": slowed}))
     for a, b, code in ((before, after, 1), (before, before, 0), (after, before, 0)):
         monkeypatch.setattr(sys, "argv", ["compare", str(a), str(b)])
         assert compare.main() == code
     monkeypatch.setattr(sys, "argv", ["compare", str(before), str(tmp_path)])
     with pytest.raises(SystemExit, match="no CSV or JSON file"):
         compare.main()
+
+
+@pytest.mark.parametrize(("times", "code"), [({}, 0), ({"xlmr triton": 1.3}, 1), ({"torch": 0.7}, 1)])
+def test_a_slower_machine_is_no_regression(
+    times: dict[str, float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as slow that day; what other libraries took, interleaved with ours, tells."""
+    files = tmp_path / "a.csv", tmp_path / "b.csv"
+    for file, day in zip(files, (1.0, 2.0), strict=True):
+        for row in rows(**{"xlmr triton": scale, "torch": scale}):
+            own = day if day == 1 else day * times.get(row["kernel_provider"], 1.0)
+            timed = {name: own * ms for name, ms in (("y_value_20", 0.99), ("y_value_50", 1.0), ("y_value_80", 1.01))}
+            harness.append(file, [{**row, **timed}])
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+    assert compare.main() == code
 
 
 def test_a_slowed_model_is_a_regression(

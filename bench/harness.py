@@ -26,6 +26,7 @@ from xlmr.ops import Check, compare
 RESULTS = Path(__file__).parent / "results"
 MODES = ("forward", "backward", "full")
 LEAD = 1_000_000  # cycles, about half a millisecond: a kernel's call, and its backward, are launched in less
+UNFINISHED = 75  # the exit status of a command that ran out of time: EX_TEMPFAIL
 OURS = "xlmr"  # how the names of this package's providers begin
 # Liger-Kernel's columns, with our version for theirs, then what else a figure needs to be read.
 COLUMNS = (

@@ -1,8 +1,8 @@
 """All that this machine can measure, in one command: `python -m bench.round --out DIR --minutes 9`.
 
 The parts run one after the other in processes of their own, the most telling first, each with the time that is left;
-what a part measured is on disk when it ends, and a part that has ended is not run again: a round that was interrupted
-goes on. At the end DIR/report.html shows everything, pictures included, in one file.
+what a part measured is on disk when it ends, and a part that is done is not run again: a round that was interrupted, or
+ran out of time, goes on. At the end DIR/report.html shows everything, pictures included, in one file.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
     if gpu and tune:  # what follows is measured with what it found
         tuning = (*python, "bench.tune", "--write", "--out", str(out / "tune.json"))
         found.append(Part("tuning", tuning, 0.5, timed=True))
-    models = (*python, "bench.bench_model", "--rounds", "5", "--out", str(out / "models.json"))
+    models = (*python, "bench.bench_model", "--rounds", "5", "--resume", "--out", str(out / "models.json"))
     found.append(Part("models", models, 0.4, timed=True))
     for i, kernel in enumerate(KERNELS):
         seconds = "0.3" if gpu else "0.1"
@@ -77,7 +77,7 @@ def run(part: Part, out: Path, seconds: float) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return "done" if code == 0 else f"failed (exit {code}), see {log}"
+    return {0: "done", harness.UNFINISHED: "out of time"}.get(code, f"failed (exit {code}), see {log}")
 
 
 def measure(todo: Sequence[Part], out: Path, minutes: float) -> dict[str, str]:

@@ -234,6 +234,8 @@ def test_a_round_goes_on_and_ends_in_a_page(tmp_path: Path) -> None:
         assert state["broken"].startswith("failed (exit 3)")
         assert (tmp_path / "runs").read_text() == runs
     assert bench_round.measure([bench_round.Part("late", ("false",), 1.0)], tmp_path, 0)["late"] == "out of time"
+    unfinished = bench_round.Part("unfinished", (sys.executable, "-c", f"exit({harness.UNFINISHED})"), 1.0)
+    assert bench_round.run(unfinished, tmp_path, 20) == "out of time"
     environment = {**harness.environment(), "gpu": "<GPU>"}
     (tmp_path / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
     harness.append(tmp_path / "kernels.csv", [{**rows()[0], "x_value": x} for x in (1, 2)])
@@ -547,7 +549,9 @@ def test_what_is_not_measured_is_said(
     assert not bench_peers.installed("onnx runtime", "onnxruntime")
 
 
-def test_a_time_limit_ends_the_models_and_results_stand_after_every_case(tmp_path: Path) -> None:
+def test_a_time_limit_ends_the_models_and_results_stand_after_every_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "models.json"
 
     def job(name: str, seconds: float) -> forward.Found:
@@ -563,6 +567,13 @@ def test_a_time_limit_ends_the_models_and_results_stand_after_every_case(tmp_pat
     assert results["not_run"] == [{"case": "third", "provider": "all", "reason": "the 0.00333333 minutes were over"}]
     assert json.loads(path.read_text(encoding="utf-8")) == results
     assert [file.name for file in tmp_path.iterdir()] == ["models.json"]
+    left = [(name, lambda name=name: forward.Found([{"case": f"{name}, later"}])) for name, _ in todo]
+    results, _ = bench_model.run(left, path, minutes=1, resume=True)
+    assert [row["case"] for row in results["rows"]] == ["first", "second", "third, later"]
+    assert (results["not_run"], results["done"]) == ([], ["first", "second", "third"])
+    monkeypatch.setattr(harness, "_commit", lambda: "another")
+    results, _ = bench_model.run(left, path, minutes=1, resume=True)
+    assert [row["case"] for row in results["rows"]] == ["first, later", "second, later", "third, later"]
 
 
 def test_the_cases_cover_what_they_should() -> None:

@@ -98,6 +98,8 @@ def measure(dtype: str, lens: list[int], settings: dict[str, Any], rounds: int) 
     times = {p: harness.quantiles(t) for p, t in harness.interleaved(calls, rounds, warm_up=1).items()}
     base = times[PAIR[0]]["median_ms"]
     case = f"step, {len(lens)} texts, {sum(lens) / (len(lens) * max(lens)):.0%} fill"
+    if settings != BASE:
+        case += f", {settings['num_hidden_layers']} layers, {settings['vocab_size']:,} words"
     return [
         {"case": case, "dtype": dtype, "provider": p, **t, "ratio": base / t["median_ms"], "difference": apart[p],
          "peak_mib": peak_memory(p, dtype, lens, settings)}

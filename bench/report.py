@@ -89,8 +89,10 @@ def _kernels(file: Path, pictures: Path) -> list[str]:
 
 def _profile(file: Path) -> str:
     found = json.loads(file.read_text(encoding="utf-8"))
-    parts = {"rows": "operations.svg", "kernels": "kernels.svg"}
-    body = "".join(_picture(file.parent / parts[kind]) + _table(found[kind]) for kind in parts if found[kind])
+    body = ""
+    for kind, name in (("rows", "operations.svg"), ("kernels", "kernels.svg")):
+        picture = file.parent / name
+        body += (_picture(picture) if picture.exists() else "") + (_table(found[kind]) if found[kind] else "")
     return _section(f"Profile: {found['title']}", body)
 
 

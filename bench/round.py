@@ -56,7 +56,7 @@ def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
     profile = (*python, "bench.profile", "--out", str(out / "profile"), "--layers", "12" if gpu else "4")
     found.append(Part("profile", (*profile, "--profiler", "torch"), 0.5))
     training = (*python, "bench.bench_model", "--train", "--out", str(out / "training.json"))
-    found.append(Part("training", (*training, *(() if gpu else ("--layers", "2"))), 0.7))
+    found.append(Part("training", (*training, *(() if gpu else ("--layers", "4", "--vocab", "50002"))), 0.7))
     if gpu:
         found.append(Part("profile with Proton", (*profile, "--profiler", "proton"), 1.0))
     return found

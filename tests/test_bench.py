@@ -305,12 +305,15 @@ def test_a_profile_of_both_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(profile, "BASE", TINY)
     monkeypatch.setattr(profile, "batch", functools.partial(shapes.batch, vocabulary=TINY["vocab_size"]))
     monkeypatch.setattr(profile, "STEPS", 1)
+    monkeypatch.setattr(profile, "kernels", lambda events: {("linear", "_linear_fwd_kernel"): [1.0]})  # as on a GPU
     monkeypatch.setattr(sys, "argv", ["profile", "--layers", "1", "--dtype", "fp32", "--out", str(tmp_path)])
     assert profile.main() == 0
     for name, expected in (("forward", "attention"), ("training", "backward, AddmmBackward0")):
         assert {path.name for path in (tmp_path / name).iterdir()} == {
-            "trace.json", "operations.json", "operations.svg",
+            "trace.json", "operations.json", "operations.svg", "kernels.svg",
         }  # fmt: skip
+        page = report._profile(tmp_path / name / "operations.json")
+        assert (page.count("<svg"), "_linear_fwd_kernel" in page) == (2, True)
         found = {row["operation"]: row for row in json.loads((tmp_path / name / "operations.json").read_text())["rows"]}
         assert found[expected]["ms"] > 0
         assert sum(row["share"] for row in found.values()) == pytest.approx(1)

@@ -8,6 +8,19 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "xlmr/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 TRITON = "triton>=3.6,<3.10; sys_platform == 'linux'"
+TEST = [
+    "accelerate",
+    "babel",
+    "hypothesis",
+    "matplotlib",
+    "packaging",
+    "peft",
+    "pytest>=8",
+    "sentence-transformers>=6",
+    "setuptools>=77.0.3",
+    "transformers>=5.3",
+    TRITON,
+]
 
 setup(
     name="xlmr",
@@ -38,27 +51,8 @@ setup(
     extras_require={
         "hub": ["huggingface_hub>=0.24"],
         "triton": [TRITON],
-        "test": [
-            "accelerate",
-            "babel",
-            "hypothesis",
-            "matplotlib",
-            "packaging",
-            "peft",
-            "pytest>=8",
-            "sentence-transformers>=6",
-            "setuptools>=77.0.3",
-            "transformers>=5.3",
-            TRITON,
-        ],
-        "bench": [
-            "babel",
-            "matplotlib",
-            "pytest-benchmark>=5",
-            "sentence-transformers>=6",
-            "transformers>=5.3",
-            TRITON,
-        ],
+        "test": TEST,
+        "bench": [*TEST, "pytest-benchmark>=5"],  # a round on a GPU begins with the tests
         "peers": ["ctranslate2", "onnx", "onnxruntime", "onnxscript"],  # beside "bench": other runtimes
     },
     entry_points={"console_scripts": ["xlmr = xlmr.cli:main"]},

@@ -1,8 +1,10 @@
 """Attention, of equal and of mixed lengths, against torch's best: `python -m bench.bench_attention`.
 
-Packed providers compute the real tokens only; those that need a rectangle pad it and mask, which is what they cost.
+Packed providers compute the real tokens only; those that need a rectangle pad mixed lengths and mask, which is what
+they cost. Equal lengths are a rectangle as they lie.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pad_sequence
 
 from xlmr.kernels.attention import cost
 from xlmr.varlen import Sequences
@@ -26,17 +27,31 @@ LENGTHS = (128, 512, 1024, 2048, 4096, 8192) if sweep.GPU else (128, 512)
 FILL = 0.4  # of the batches of mixed lengths
 
 
+@functools.lru_cache(maxsize=1)  # what a model knows once a forward
+def rectangle(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Where the rows stand in the padded batch, int64 [T], and which of its positions are theirs, [B, S]."""
+    real = torch.arange(sequences.max_q, device=sequences.q_lens.device) < sequences.q_lens[:, None]
+    return real.flatten().nonzero().squeeze(1), real
+
+
+@functools.lru_cache(maxsize=1)
+def bounds(sequences: Sequences) -> Tensor:
+    """cu_seqlens, int32 [B + 1]."""
+    return F.pad(sequences.q_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
 def padded(backend: SDPBackend | None) -> Callable[..., Tensor]:
     """scaled_dot_product_attention on the padded rectangle, forced to a backend or as torch chooses."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> Tensor:
-        lens = sequences.q_lens.tolist()
-        rows = [pad_sequence(t.split(lens), batch_first=True).transpose(1, 2) for t in (q, k, v)]
-        real = torch.arange(max(lens), device=q.device) < sequences.q_lens[:, None]
-        mask = None if min(lens) == max(lens) else real[:, None, None]
+        indices, real = rectangle(sequences)
+        full = len(indices) == real.numel()
+        rows = [t if full else t.new_zeros(real.numel(), *t.shape[1:]).index_copy(0, indices, t) for t in (q, k, v)]
+        rows = [t.unflatten(0, real.shape).transpose(1, 2) for t in rows]
         with sdpa_kernel(list(SDPBackend.__members__.values()) if backend is None else backend):
-            out = F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)
-        return out.transpose(1, 2)[real]
+            out = F.scaled_dot_product_attention(*rows, attn_mask=None if full else real[:, None, None], scale=scale)
+        out = out.transpose(1, 2).flatten(0, 1)
+        return out if full else out[indices]
 
     return attention
 
@@ -44,7 +59,7 @@ def padded(backend: SDPBackend | None) -> Callable[..., Tensor]:
 def varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = F.pad(sequences.q_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    ends = bounds(sequences)
     return varlen_attn(q, k, v, ends, ends, sequences.max_q, sequences.max_k, scale=scale)
 
 

@@ -6,6 +6,8 @@ against transformers in its ways (providers.py). What a machine lacks, or would 
 reason. Writes bench/results/model_cpu.json or model_gpu.json after every case and prints the table. `--cpu` leaves a
 GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors: bench_encode.py.
 
+Exit 1 where a provider of ours was wrong, 75 where something is left for another time (--resume).
+
 tokens_per_s counts real tokens; mfu is what these have to compute over what the machine's matrix product, at the best
 measured in the same run, computes in that time; host_share is the share of a call after which it returns (on a GPU);
 cold_s is import, load and first call in a process of its own.
@@ -38,7 +40,7 @@ from .providers import PROVIDERS
 from .shapes import BASE, cases, lengths
 
 COLUMNS = (
-    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb",
+    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mib",
     "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
 )  # fmt: skip
 TOKENIZING, RUNTIMES = "tokenize 10,000", "other runtimes"
@@ -95,24 +97,26 @@ def jobs(rounds: int, chosen: Iterable[str] | None) -> list[Job]:
     return found if gpu else [*found, (RUNTIMES, lambda: runtimes(max(3, rounds // 2)))]
 
 
-def run(todo: Iterable[Job], path: Path, minutes: float) -> tuple[dict[str, Any], bool]:
-    """Runs the jobs till the time is over, writing to `path` after each; whether every provider was right."""
-    rows: list[dict[str, Any]] = []
-    not_run: list[dict[str, str]] = []
-    right = True
-    results = {"environment": harness.environment(), "lengths": lengths(32, 128, 0.4), "roofs": ROOFS,
-               "rows": rows, "not_run": not_run}  # fmt: skip
+def run(todo: Iterable[Job], path: Path, minutes: float, resume: bool = False) -> tuple[dict[str, Any], bool]:
+    """Runs the jobs till the time is over, writing to `path` after each; whether every provider was right. `resume`:
+    those that `path` has done are kept."""
+    results = begun(path if resume else None)
+    rows, not_run, right = results["rows"], results["not_run"], True
     end = time.monotonic() + 60 * minutes
     for title, job in todo:
+        if title in results["done"]:
+            continue
         harness.log(title)
         found = Found()
         if time.monotonic() >= end:
             found.leave_out(title, f"the {minutes:g} minutes were over", "all")
         else:
+            results["done"].append(title)
             try:
                 found = job()
             except Wrong as error:
                 right = False
+                results["done"].remove(title)
                 found.leave_out(title, f"WRONG: {error}", "all")
             except torch.OutOfMemoryError:  # of the judge; another provider's is noted where it is called
                 found.leave_out(title, "transformers (sdpa), the judge, has not enough memory", "all")
@@ -121,6 +125,23 @@ def run(todo: Iterable[Job], path: Path, minutes: float) -> tuple[dict[str, Any]
         not_run += found.not_run
         harness.write(path, results)
     return results, right
+
+
+def begun(path: Path | None) -> dict[str, Any]:
+    """What the file has, if the same was measured with the same; else nothing yet."""
+    environment = harness.environment()
+    nothing = {"environment": environment, "lengths": lengths(32, 128, 0.4), "roofs": ROOFS, "rows": [], "not_run": [],
+               "done": []}  # fmt: skip
+    if path is None or not path.exists():
+        return nothing
+    found = json.loads(path.read_text(encoding="utf-8"))
+    differs = [name for name in environment if found["environment"].get(name) != environment[name]]
+    if "done" not in found or {*differs} - {"date", "clocks"}:
+        harness.log(f"{path} is begun anew: it was measured with another {', '.join(differs) or 'bench_model'}")
+        return nothing
+    ROOFS.update(found["roofs"])
+    not_run = [each for each in found["not_run"] if each["case"] in found["done"]]
+    return {**nothing, "rows": found["rows"], "not_run": not_run, "done": found["done"]}
 
 
 def main() -> int:
@@ -137,6 +158,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="interleaved runs of each provider (default 9; five "
                         "times as many of one text, and on a GPU; fewer of long ones)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON file to write (default: in bench/results)")
+    parser.add_argument("--resume", action="store_true", help="go on with that file: what it has is not measured again")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--peak-of", nargs=3, metavar=("PROVIDER", "CASE", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -157,10 +179,11 @@ def main() -> int:
     if not todo:
         raise SystemExit(f"--cases {args.cases.pattern!r} finds no title: --list shows them")
     path = args.out or harness.RESULTS / f"model_{providers.device().type.replace('cuda', 'gpu')}.json"
-    results, right = run(todo, path, args.minutes)
+    results, right = run(todo, path, args.minutes, args.resume)
     print(json.dumps(results) if args.json else harness.table(results["rows"], COLUMNS))
     harness.log(f"written to {path}")
-    return 0 if right else 1
+    left = {title for title, _ in todo} - {*results["done"]}
+    return 1 if not right else harness.UNFINISHED if left else 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """What became slower between two runs, beyond their noise: `python -m bench.compare A B`.
 
-A and B are CSV files of the kernel benchmarks, JSON files of bench_model, or directories of bench.round. A figure has
-regressed where B's 20 % quantile lies above A's 80 % quantile and the median grew by more than the tolerance. Exit 1 on
-a regression.
+A and B are CSV files of the kernel benchmarks, JSON files of bench_model, or directories of bench.round. What other
+libraries' providers took beside ours, interleaved, tells how much slower the machine was that day: a figure of ours has
+regressed where, after that drift, B's 20 % quantile lies above A's 80 % quantile and the median grew by more than the
+tolerance. Exit 1 on a regression.
 """
 
 import argparse
 import csv
 import json
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,17 @@ from . import harness
 KEY = (
     "kernel_name", "kernel_provider", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value",
 )  # fmt: skip
-TOLERANCE = 0.05
-SHOWN = ("kernel_name", "kernel_provider", "kernel_operation_mode", "x_value", "A_ms", "B_ms", "B/A", "verdict")
+TOLERANCE = 0.1
+SHOWN = (
+    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value", "kernel_provider",
+    "A_ms", "B_ms", "B/A", "drift", "verdict",
+)  # fmt: skip
 
 
-def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+Run = dict[tuple[str, ...], dict[str, Any]]
+
+
+def read(path: Path) -> Run:
     """The rows of a run by what they measure; of several measurements the last."""
     files = [path / "kernels.csv", path / "models.json"] if path.is_dir() else [path]
     found = [file for file in files if file.is_file()]
@@ -56,18 +65,41 @@ def _models(file: Path) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    """One line of the comparison."""
-    ratio = float(after["y_value_50"]) / float(before["y_value_50"])
-    slower = float(after["y_value_20"]) > float(before["y_value_80"]) and ratio > 1 + tolerance
-    faster = float(after["y_value_80"]) < float(before["y_value_20"]) and ratio < 1 - tolerance
+def compare(before: dict[str, Any], after: dict[str, Any], drift: float, tolerance: float) -> dict[str, Any]:
+    """One line of the comparison, of a figure of ours."""
+    ratio = _ratio(before, after)
+    slower = float(after["y_value_20"]) > drift * float(before["y_value_80"]) and ratio > drift * (1 + tolerance)
+    faster = float(after["y_value_80"]) < drift * float(before["y_value_20"]) and ratio < drift * (1 - tolerance)
     return {
         **{name: before[name] for name in KEY},
         "A_ms": float(before["y_value_50"]),
         "B_ms": float(after["y_value_50"]),
         "B/A": ratio,
+        "drift": drift,
         "verdict": "REGRESSION" if slower else "faster" if faster else "",
     }
+
+
+def drifts(before: Run, after: Run) -> dict[tuple[str, ...], float]:
+    """By point: how many times as long other libraries took there in B, the median of them."""
+    found: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for key in before.keys() & after.keys():
+        if not _ours(before[key]):
+            found[_point(key)].append(_ratio(before[key], after[key]))
+    return {point: statistics.median(ratios) for point, ratios in found.items()}
+
+
+def _point(key: tuple[str, ...]) -> tuple[str, ...]:
+    """What the providers of one interleaved run share."""
+    return tuple(part for name, part in zip(KEY, key, strict=True) if name != "kernel_provider")
+
+
+def _ours(row: dict[str, Any]) -> bool:
+    return row["kernel_provider"].startswith(harness.OURS)
+
+
+def _ratio(before: dict[str, Any], after: dict[str, Any]) -> float:
+    return float(after["y_value_50"]) / float(before["y_value_50"])
 
 
 def main() -> int:
@@ -78,18 +110,19 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     args = parser.parse_args()
     before, after = read(args.before), read(args.after)
-    common = [key for key in before if key in after]
+    common = [key for key in before if key in after and _ours(before[key])]
     if not common:
-        raise SystemExit("the two runs have no measurement in common: nothing can be compared")
+        raise SystemExit("the two runs have no measurement of ours in common: nothing can be compared")
     machines = {row["gpu_name"] for key in common for row in (before[key], after[key])}
     if len(machines) > 1:
         harness.log(f"the runs are of different machines: {', '.join(sorted(machines))}")
-    rows = [compare(before[key], after[key], args.tolerance) for key in common]
-    rows.sort(key=lambda row: row["B/A"], reverse=True)
+    drift = drifts(before, after)
+    rows = [compare(before[key], after[key], drift.get(_point(key), 1.0), args.tolerance) for key in common]
+    rows.sort(key=lambda row: row["B/A"] / row["drift"], reverse=True)
     print("\n".join(map(json.dumps, rows)) if args.json else harness.table(rows, SHOWN))
     slower = sum(row["verdict"] == "REGRESSION" for row in rows)
-    harness.log(f"{len(common)} in common, {slower} slower beyond noise, {len(before) - len(common)} only in A, "
-                f"{len(after) - len(common)} only in B")  # fmt: skip
+    only_a, only_b = (sum(map(_ours, run.values())) - len(common) for run in (before, after))
+    harness.log(f"{len(common)} in common, {slower} slower beyond noise, {only_a} only in A, {only_b} only in B")
     return 1 if slower else 0
 
 

@@ -149,11 +149,11 @@ def facts(case: Case, seconds: float) -> dict[str, Any]:
 def resources(case: Case, provider: str, call: Call) -> dict[str, float]:
     """Memory, and how long the host is busy. On a CPU only the headline's memory, for each needs its own process."""
     if torch.cuda.is_available():
-        memory = {} if provider == GRAPH else {"peak_mb": harness.peak_of(call) / 2**20}  # a graph holds its own
+        memory = {} if provider == GRAPH else {"peak_mib": harness.peak_of(call) / 2**20}  # a graph holds its own
         return {**memory, "host_share": host_share(call)}
     if case.group != "headline" or len(case.lens) == 1:
         return {}
-    return {"peak_mb": in_own_process("bench.bench_model", "--peak-of", provider, case.name, case.dtype)}
+    return {"peak_mib": in_own_process("bench.bench_model", "--peak-of", provider, case.name, case.dtype)}
 
 
 def host_share(call: Call, rounds: int = 5) -> float:
@@ -190,7 +190,7 @@ def in_own_process(*command: str) -> float:
 
 @torch.inference_mode()
 def peak_memory(provider: str, case: Case) -> float:
-    """MB that one forward adds to the resident set of this process, which holds the model (Linux)."""
+    """MiB that one forward adds to the resident set of this process, which holds the model (Linux)."""
     PROVIDERS[provider](providers.prepare(replace(case, lens=(8,))))()  # libraries allocate for good at the first call
     call = PROVIDERS[provider](providers.prepare(case))
     return harness.peak_of(call) / 2**20

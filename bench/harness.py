@@ -26,6 +26,7 @@ from xlmr.ops import Check, compare
 RESULTS = Path(__file__).parent / "results"
 MODES = ("forward", "backward", "full")
 LEAD = 1_000_000  # cycles, about half a millisecond: a kernel's call, and its backward, are launched in less
+UNFINISHED = 75  # the exit status of a command that ran out of time: EX_TEMPFAIL
 OURS = "xlmr"  # how the names of this package's providers begin
 # Liger-Kernel's columns, with our version for theirs, then what else a figure needs to be read.
 COLUMNS = (
@@ -126,6 +127,7 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
     """Rows of COLUMNS: every provider of a case in every mode that gradients allow. A provider that is wrong, by the
     rule of the tests, is reported and not timed; one that cannot run says why. Of this package's own either is an
     error: RuntimeError."""
+    dtype = next(t.dtype for t in case.inputs() if isinstance(t, Tensor) and t.is_floating_point())
     for mode in modes if case.wanted else ("forward",):
         calls, checks = {}, {}
         for name, provider in case.providers.items():
@@ -144,7 +146,7 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
                 continue
             calls[name] = timed(provider, case, mode)
         for name, times in interleaved(calls, _rounds(calls, seconds), lead=LEAD).items():
-            yield _row(case, mode, name, quantiles(times), checks[name])
+            yield _row(case, mode, name, quantiles(times), checks[name], roofs(dtype))
 
 
 def reason(error: Exception) -> str:
@@ -152,12 +154,12 @@ def reason(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _row(case: Case, mode: str, provider: str, found: dict[str, float], check: Check) -> dict[str, Any]:
+def _row(
+    case: Case, mode: str, provider: str, found: dict[str, float], check: Check, roof: tuple[float, float]
+) -> dict[str, Any]:
     passes = {"forward": (False,), "backward": (True,), "full": (False, True)}[mode]
     flops, size = (sum(part) for part in zip(*map(case.cost, passes), strict=True))
-    dtype = next(t.dtype for t in case.inputs() if isinstance(t, Tensor) and t.is_floating_point())
-    peak_flops, bandwidth = roofs(dtype)
-    compute, memory = flops / peak_flops, size / bandwidth
+    compute, memory = flops / roof[0], size / roof[1]
     return {
         "kernel_name": case.operation,
         "kernel_provider": provider,

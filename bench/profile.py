@@ -1,22 +1,23 @@
-"""Where the time of a forward pass or a training step goes: `python -m bench.profile [--train]`.
+"""Where the time of a forward pass and of a training step goes: `python -m bench.profile`.
 
-Every operation of the seam stands in a range (xlmr.ops.traced), so that torch.profiler tells how long each took, and
-`cost()` what it should take at the roofs measured in the same run. Writes into --out: trace.json (open it in
-chrome://tracing or ui.perfetto.dev), operations.json, and operations.svg. On a GPU the kernels are listed as well, and
---proton writes a profile of Triton's Proton beside them.
+Every operation of the seam stands in a range (xlmr.ops.traced), so that torch.profiler's trace tells how long each took
+(on a GPU: the kernels launched in it), and `cost()` what it should take at the roofs measured in the same run. Writes
+into a folder for each step below --out: trace.json (open it in chrome://tracing or ui.perfetto.dev), operations.json,
+operations.svg, and on a GPU kernels.svg and a profile of Triton's Proton.
 """
 
 import argparse
+import bisect
+import itertools
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import xlmr
@@ -27,38 +28,61 @@ from . import harness, plots
 from .shapes import BASE, DTYPES, batch, lengths
 
 STEPS = 5
+TITLES = {"forward": "Forward pass", "training": "Training step"}
 COLUMNS = ("operation", "calls", "ms", "share", "gflops", "gbytes", "fraction_of_roof")
+KERNEL_COLUMNS = ("kernel", "operation", "calls", "ms", "share", "fraction_of_roof")
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # the trace's categories of what runs there
+# What the host's ranges are called: category, prefix, what stands for the prefix in a table.
+RANGES = ("user_annotation", "xlmr.", ""), ("cpu_op", "autograd::engine::evaluate_function: ", "backward, ")
+STEP, ELSE = "step", "everything else"
+# Whose gradients the kernels' nodes of the graph compute.
+NODES = {
+    "AttentionBackward": ("attention",),
+    "EmbedBackward": ("embed",),
+    "LayerNormBackward": ("add_layer_norm", "gelu_layer_norm"),
+    "LinearBackward": ("qkv_projection", "linear", "linear_act"),
+    "VocabCrossEntropyBackward": ("vocab_cross_entropy",),
+}
+
+Event = Mapping[str, Any]  # of a Chrome trace
+Rows = list[dict[str, Any]]
+Totals = dict[str, list[int]]  # by operation: calls, flops, bytes
 
 
-def costs(name: str, args: tuple[Any, ...], out: Any) -> tuple[int, int]:
-    """(flops, bytes) of one call of an operation of the seam, forward."""
+def costs(name: str, args: tuple[Any, ...], out: Any, backward: bool) -> tuple[int, int]:
+    """(flops, bytes) of one call of an operation of the seam, or of its gradients."""
     first = args[0]
     if name == "attention":
         q, _, _, sequences = args[:4]
         lens = sequences.q_lens.tolist(), sequences.k_lens.tolist()
-        return attention.cost(*lens, q.shape[1], q.shape[2], q.element_size())
+        return attention.cost(*lens, q.shape[1], q.shape[2], q.element_size(), backward=backward)
     if name == "embed":
-        return embedding.cost(len(first), args[3].shape[1], args[3].element_size())
+        return embedding.cost(len(first), args[3].shape[1], args[3].element_size(), backward=backward)
     if name in ("add_layer_norm", "gelu_layer_norm"):
-        return layer_norm.cost(*first.shape, first.element_size(), name == "add_layer_norm")
+        return layer_norm.cost(*first.shape, first.element_size(), name == "add_layer_norm", backward)
     if name in ("vocab_cross_entropy", "vocab_topk"):
         rows = int((args[3] != -100).sum()) if name == "vocab_cross_entropy" else len(first)
         k = 0 if name == "vocab_cross_entropy" else args[3]
-        return vocab_softmax.cost(rows, first.shape[1], len(args[1]), first.element_size(), k)
+        return vocab_softmax.cost(rows, first.shape[1], len(args[1]), first.element_size(), k, backward)
     columns = sum(o.shape[1] for o in (out if isinstance(out, tuple) else (out,)))
-    return linear.cost(len(first), columns, first.shape[1], first.element_size())
+    gelu = name == "linear_act"
+    return linear.cost(len(first), columns, first.shape[1], first.element_size(), backward, gelu)
 
 
-def counted(ops: Ops, totals: dict[str, list[int]]) -> Ops:
-    """`ops`, whose every call adds one call, its flops and its bytes to `totals` under its name."""
+def counted(ops: Ops, totals: Totals) -> Ops:
+    """`ops`, whose every call adds one call, its flops and its bytes to `totals` under its name, and those of its
+    gradients under the name of the kernels' node of backward."""
+    nodes = {name: f"backward, {node}" for node, names in NODES.items() for name in names}
 
     def count(name: str) -> Callable[..., Any]:
         operation = getattr(ops, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             out = operation(*args, **kwargs)
-            for i, amount in enumerate((1, *costs(name, args, out))):
-                totals[name][i] += amount
+            for key, backward in ((name, False), (nodes.get(name), True)):
+                if key is not None:
+                    added = (1, *costs(name, args, out, backward))
+                    totals[key] = [a + b for a, b in zip(totals.get(key, (0, 0, 0)), added, strict=True)]
             return out
 
         return call
@@ -76,60 +100,139 @@ def step(model: Any, train: bool, lens: list[int]) -> Callable[[], Any]:
     return lambda: model(ids, attention_mask=mask, labels=labels, return_logits=False).loss.backward()
 
 
-def operations(model: Any, run: Callable[[], Any], dtype: torch.dtype, out: Path) -> list[dict[str, Any]]:
-    """A row an operation, and a row a kind of node of the backward pass: calls, milliseconds and cost a step, share of
-    the step. Writes the trace."""
+def record(run: Callable[[], Any], path: Path) -> list[dict[str, Any]]:
+    """The events of torch.profiler's trace of STEPS steps, which `path` keeps."""
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+        for _ in range(STEPS):
+            with torch.profiler.record_function(STEP):
+                run()
+            if gpu:
+                torch.cuda.synchronize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+
+
+def ranges(events: Iterable[Event]) -> dict[Any, list[tuple[float, float, str]]]:
+    """Of each of the host's threads the ranges that are an operation, or a node of backward, in order: their begin and
+    end in microseconds, and its name."""
+    found: dict[Any, list[tuple[float, float, str]]] = defaultdict(list)
+    for event in events:
+        for category, prefix, kind in RANGES:  # of the host: a range's shadow on the GPU's time line has gaps
+            if event.get("cat") == category and event["name"].startswith(prefix):
+                begin, name = event["ts"], kind + event["name"].removeprefix(prefix)
+                found[event["pid"], event["tid"]].append((begin, begin + event["dur"], name))
+    return {thread: sorted(own) for thread, own in found.items()}
+
+
+def kernels(events: Sequence[Event]) -> dict[tuple[str, str], list[float]]:
+    """Milliseconds of each run of each kernel, by the operation in whose range the host launched it, and its name. The
+    profiler's own sums leave out what no operation of torch launches, as Triton's kernels."""
+    own, found = ranges(events), defaultdict(list)
+    known = [event for event in events if "correlation" in event.get("args", ())]
+    launches = {event["args"]["correlation"]: event for event in known if event["cat"] not in ON_GPU}
+    for event in known:
+        if event["cat"] in ON_GPU:
+            launch = launches.get(event["args"]["correlation"])
+            found[_within(own, launch), event["name"]].append(event["dur"] / 1e3)
+    return found
+
+
+def _within(own: Mapping[Any, list[tuple[float, float, str]]], launch: Event | None) -> str:
+    """The operation in whose range something was launched."""
+    if launch is None:
+        return ELSE
+    thread = own.get((launch["pid"], launch["tid"]), [])
+    at = bisect.bisect(thread, (launch["ts"], float("inf"))) - 1
+    return thread[at][2] if at >= 0 and launch["ts"] <= thread[at][1] else ELSE
+
+
+def on_the_host(events: Iterable[Event]) -> dict[str, float]:
+    """Milliseconds a step that each operation's ranges last."""
+    found: dict[str, float] = defaultdict(float)
+    for begin, end, name in itertools.chain.from_iterable(ranges(events).values()):
+        found[name] += (end - begin) / 1e3 / STEPS
+    return found
+
+
+def on_the_gpu(found: Mapping[tuple[str, str], list[float]]) -> dict[str, float]:
+    """Milliseconds a step that each operation's kernels take."""
+    totals: dict[str, float] = defaultdict(float)
+    for (name, _), times in found.items():
+        totals[name] += sum(times) / STEPS
+    totals.pop(ELSE, None)
+    return totals
+
+
+def lasted(events: Iterable[Event]) -> float:
+    """Milliseconds of a step, to the host."""
+    own = [event["dur"] for event in events if (event.get("cat"), event["name"]) == ("user_annotation", STEP)]
+    return sum(own) / 1e3 / STEPS
+
+
+def operation_rows(times: Mapping[str, float], totals: Totals, least: Mapping[str, float], whole: float) -> Rows:
+    """A row an operation and a kind of node of backward, and the rest, from their milliseconds a step; the step takes
+    `whole`, an operation `least` at the roofs."""
+    rows: Rows = []
+    for name, ms in times.items():
+        row = {"operation": name, "ms": ms, "share": ms / whole}
+        if name in totals:
+            calls, flops, size = totals[name]
+            row |= {"calls": calls, "gflops": flops / 1e9, "gbytes": size / 1e9, "fraction_of_roof": least[name] / ms}
+        rows.append(row)
+    rest = whole - sum(times.values())
+    return ranked([*rows, {"operation": ELSE, "ms": rest, "share": rest / whole}])
+
+
+def kernel_rows(found: Mapping[tuple[str, str], list[float]], least: Mapping[str, float], whole: float) -> Rows:
+    """A row a kernel of an operation, from `kernels`. The longest of an operation is held against what that takes at
+    least."""
+    longest: dict[str, float] = defaultdict(float)
+    for (name, _), times in found.items():
+        longest[name] = max(longest[name], sum(times))
+    rows: Rows = []
+    for (name, kernel), times in found.items():
+        ms = sum(times) / STEPS
+        row = {"kernel": kernel, "operation": name, "calls": len(times) // STEPS, "ms": ms, "share": ms / whole}
+        if name in least and sum(times) == longest[name]:
+            row["fraction_of_roof"] = least[name] / ms
+        rows.append(row)
+    return ranked(rows)
+
+
+def ranked(rows: Rows) -> Rows:
+    return sorted(rows, key=lambda row: row["ms"], reverse=True)
+
+
+def measured(model: Any, run: Callable[[], Any], out: Path) -> dict[str, Rows]:
+    """The "rows" of a step's operations, and the "kernels" of a GPU. Writes the trace."""
     plain = model.ops
-    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    totals: Totals = {}
     model.ops = counted(plain, totals)
     run()  # counts, and warms up
     model.ops = traced(plain)
     run()
-    gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with profile(activities=activities) as profiler:
-        for _ in range(STEPS):
-            with torch.profiler.record_function("step"):
-                run()
-            if gpu:
-                torch.cuda.synchronize()
+    events = record(run, out / "trace.json")
     model.ops = plain
-    out.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(out / "trace.json"))
-    events = of_the_host(profiler.key_averages())
-
-    def milliseconds(name: str) -> float:
-        event = events[name]
-        return (event.device_time_total if gpu else event.cpu_time_total) / STEPS / 1e3
-
-    peak, bandwidth = harness.roofs(dtype)
-    # On a GPU backward runs in a thread of its own: it is in no range of this one.
-    times = harness.interleaved({"step": run}, STEPS) if gpu else {}
-    whole = harness.quantiles(times["step"])["median_ms"] if gpu else milliseconds("step")
-    rows = []
-    for name, (calls, flops, size) in totals.items():
-        ms = milliseconds(f"xlmr.{name}")
-        rows.append({
-            "operation": name, "calls": calls, "ms": ms, "share": ms / whole, "gflops": flops / 1e9,
-            "gbytes": size / 1e9, "fraction_of_roof": 1e3 * max(flops / peak, size / bandwidth) / ms,
-        })  # fmt: skip
-    backward = "autograd::engine::evaluate_function: "
-    for name in (key for key in events if key.startswith(backward)):
-        ms = milliseconds(name)
-        rows.append({"operation": f"backward, {name[len(backward) :]}", "ms": ms, "share": ms / whole})
-    rest = whole - sum(row["ms"] for row in rows)
-    rows.append({"operation": "everything else", "ms": rest, "share": rest / whole})
-    return sorted(rows, key=lambda row: row["ms"], reverse=True)
+    peak, bandwidth = harness.roofs(model.dtype)
+    least = {name: 1e3 * max(flops / peak, size / bandwidth) for name, (_, flops, size) in totals.items()}
+    found, times, whole = kernels(events), on_the_host(events), lasted(events)
+    if torch.cuda.is_available():
+        times = on_the_gpu(found)
+        whole = harness.quantiles(harness.interleaved({STEP: run}, STEPS)[STEP])["median_ms"]  # nothing slows the host
+    return {"rows": operation_rows(times, totals, least, whole), "kernels": kernel_rows(found, least, whole)}
 
 
-def of_the_host(events: Iterable[Any]) -> dict[str, Any]:
-    """The ranges by name, each with the time of the kernels launched in it; not their shadows of the same name on the
-    GPU's own time line, which go from the first kernel to the last."""
-    return {event.key: event for event in events if event.device_type == DeviceType.CPU}
+def nvtx(model: Any, run: Callable[[], Any]) -> None:
+    """A step in its ranges and nothing else, for a profiler around this process: Nsight's."""
+    plain, model.ops = model.ops, traced(model.ops)
+    run()
+    model.ops = plain
 
 
 def proton(model: Any, run: Callable[[], Any], path: Path) -> None:
-    """A few steps under Triton's profiler; before torch's begins, for each wants CUPTI to itself."""
+    """A few steps under Triton's profiler, which writes `path` with its own suffix."""
     import triton.profiler
 
     plain, model.ops = model.ops, traced(model.ops)
@@ -143,33 +246,58 @@ def proton(model: Any, run: Callable[[], Any], path: Path) -> None:
     model.ops = plain
 
 
+def profiled(model: Any, run: Callable[[], Any], name: str, dtype: str, out: Path) -> dict[str, Any]:
+    """A step under torch.profiler: its files, and what operations.json holds."""
+    found = measured(model, run, out)
+    title = f"{TITLES[name]}, {dtype}, {harness.device_name()}"
+    results = {"environment": harness.environment(), "title": title, **found}
+    harness.write(out / "operations.json", results)
+    for kind, name in (("rows", "operations"), ("kernels", "kernels")):
+        shown: dict[str, float] = defaultdict(float)
+        for row in found[kind]:
+            if row["share"] >= 0.005:
+                shown[", ".join([*([row["kernel"][:40]] if "kernel" in row else []), row["operation"]])] += row["ms"]
+        if shown:
+            plots.bars(shown, out / f"{name}.svg", title, "ms")
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
-    parser.add_argument("--train", action="store_true", help="a training step instead of a forward pass")
+    parser.add_argument("--step", nargs="+", choices=TITLES, default=list(TITLES), help="default: both")
+    ways = "default: torch, on a GPU proton too; nvtx: ranges alone, for Nsight around this"
+    parser.add_argument("--profiler", nargs="+", choices=("torch", "proton", "nvtx"), help=ways)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--layers", type=int, default=BASE["num_hidden_layers"])
     parser.add_argument("--out", type=Path, default=Path("profile"), help="directory to write into")
-    parser.add_argument("--proton", action="store_true", help="also with Triton's Proton (needs a GPU)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    if args.proton and not gpu:
-        raise SystemExit("--proton profiles kernels on a GPU and PyTorch sees none: leave it out")
+    profilers = args.profiler or (("torch", "proton") if gpu else ("torch",))
+    if "proton" in profilers and not gpu:
+        raise SystemExit("Proton profiles kernels on a GPU and PyTorch sees none: leave it out")
     torch.manual_seed(0)
     config = xlmr.XLMRobertaConfig(**{**BASE, "num_hidden_layers": args.layers})
     model = xlmr.XLMRobertaForMaskedLM(config).to(device="cuda" if gpu else "cpu", dtype=DTYPES[args.dtype])
-    model.train(args.train)
-    run = step(model, args.train, lengths(32, 128, 0.4))
-    if args.proton:
-        proton(model, run, args.out / "proton")
-    rows = operations(model, run, DTYPES[args.dtype], args.out)
-    results = {"environment": harness.environment(), "train": args.train, "dtype": args.dtype, "rows": rows}
-    (args.out / "operations.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    what = f"{'Training step' if args.train else 'Forward pass'}, {args.dtype}, {harness.device_name()}"
-    plots.bars(
-        {row["operation"]: row["ms"] for row in rows if row["share"] >= 0.005}, args.out / "operations.svg", what, "ms"
-    )
-    print(json.dumps(results) if args.json else harness.table([r for r in rows if r["share"] >= 0.001], COLUMNS))
+    steps = {name: step(model, name == "training", lengths(32, 128, 0.4)) for name in args.step}
+    if "proton" in profilers:  # before torch's profiler, which does not give CUPTI back
+        for name, run in steps.items():
+            model.train(name == "training")
+            proton(model, run, args.out / name / "proton")
+    if "nvtx" in profilers:
+        for name, run in steps.items():
+            model.train(name == "training")
+            nvtx(model, run)
+    results = []
+    for name, run in steps.items() if "torch" in profilers else ():
+        model.train(name == "training")
+        results.append(profiled(model, run, name, args.dtype, args.out / name))
+        for kind, columns in (("rows", COLUMNS), ("kernels", KERNEL_COLUMNS)):
+            shown = [row for row in results[-1][kind] if row["share"] >= 0.001]
+            if shown and not args.json:
+                print(f"{TITLES[name]}\n{harness.table(shown, columns)}\n")
+    if args.json:
+        print(json.dumps(results))
     harness.log(f"written to {args.out}")
     return 0
 

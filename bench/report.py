@@ -1,6 +1,7 @@
 """One page of a round: environment, tables and pictures in a single HTML file that needs nothing beside it."""
 
 import html
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ svg { max-width: 100%; height: auto }
 h2 { margin-top: 2em }
 """
 MODEL_COLUMNS = (
-    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mb",
+    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mib",
     "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
 )  # fmt: skip
 TUNING_COLUMNS = ("entry", "present", "best", "present_ms", "best_ms", "ratio", "better")
@@ -32,9 +33,10 @@ def write(directory: Path, state: Mapping[str, str]) -> Path:
     environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
     sections = [_section("Parts", _table([{"part": k, "result": v} for k, v in state.items()], ("part", "result")))]
     sections += _models(directory / "models.json", directory / "pictures")
+    sections += _training(directory / "training.json")
     sections += _kernels(directory / "kernels.csv", directory / "pictures")
-    for name in ("profile", "profile-of-training"):
-        sections += _profile(directory / name, name.replace("-", " "))
+    for file in sorted(directory.glob("profile/*/operations.json")):
+        sections.append(_profile(file))
     sections += _tuning(directory / "tune.json")
     facts = _table([{"what": k, "value": v} for k, v in environment.items()], ("what", "value"))
     title = f"xlmr on {environment['gpu'] or environment['cpu']}, {environment['date']}"
@@ -60,6 +62,13 @@ def _models(file: Path, pictures: Path) -> list[str]:
     return sections
 
 
+def _training(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return [_section("Training", _table(rows))]
+
+
 def _kernels(file: Path, pictures: Path) -> list[str]:
     if not file.exists():
         return []
@@ -70,18 +79,21 @@ def _kernels(file: Path, pictures: Path) -> list[str]:
     for mode in harness.MODES:
         points = roofline.points(rows, ours, mode)
         if points and roofs:
-            drawn.append(plots.roofline(points, roofs, pictures / f"roofline-{mode}.svg"))
+            drawn.append(
+                plots.roofline(points, roofs, pictures / f"roofline-{mode}.svg", roofline.title(rows, ours, mode))
+            )
     numbers = [{**row, **{name: float(row[name]) for name in ("y_value_50", "fraction_of_roof")}} for row in rows]
     figures = "".join(map(_picture, drawn))
     return [_section("Kernels", figures + _table(numbers, KERNEL_COLUMNS))]
 
 
-def _profile(directory: Path, title: str) -> list[str]:
-    if not (directory / "operations.json").exists():
-        return []
-    rows = json.loads((directory / "operations.json").read_text(encoding="utf-8"))["rows"]
-    columns = ("operation", "calls", "ms", "share", "gflops", "gbytes", "fraction_of_roof")
-    return [_section(title.capitalize(), _picture(directory / "operations.svg") + _table(rows, columns))]
+def _profile(file: Path) -> str:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    body = ""
+    for kind, name in (("rows", "operations.svg"), ("kernels", "kernels.svg")):
+        picture = file.parent / name
+        body += (_picture(picture) if picture.exists() else "") + (_table(found[kind]) if found[kind] else "")
+    return _section(f"Profile: {found['title']}", body)
 
 
 def _tuning(file: Path) -> list[str]:
@@ -101,7 +113,9 @@ def _picture(path: Path) -> str:
     return f"<figure>{text[text.index('<svg') :]}</figure>"
 
 
-def _table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> str:
+    """Of these columns, or of all that the rows have."""
+    columns = tuple(columns) or tuple(dict.fromkeys(itertools.chain.from_iterable(rows)))
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(harness.text(row.get(column, '')))}</td>" for column in columns) + "</tr>"

@@ -1,8 +1,8 @@
 """All that this machine can measure, in one command: `python -m bench.round --out DIR --minutes 9`.
 
 The parts run one after the other in processes of their own, the most telling first, each with the time that is left;
-what a part measured is on disk when it ends, and a part that has ended is not run again: a round that was interrupted
-goes on. At the end DIR/report.html shows everything, pictures included, in one file.
+what a part measured is on disk when it ends, and a part that is done is not run again: a round that was interrupted, or
+ran out of time, goes on. At the end DIR/report.html shows everything, pictures included, in one file.
 """
 
 import argparse
@@ -47,17 +47,18 @@ def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
     if gpu and tune:  # what follows is measured with what it found
         tuning = (*python, "bench.tune", "--write", "--out", str(out / "tune.json"))
         found.append(Part("tuning", tuning, 0.5, timed=True))
-    models = (*python, "bench.bench_model", "--rounds", "5", "--out", str(out / "models.json"))
+    models = (*python, "bench.bench_model", "--rounds", "5", "--resume", "--out", str(out / "models.json"))
     found.append(Part("models", models, 0.4, timed=True))
     for i, kernel in enumerate(KERNELS):
         seconds = "0.3" if gpu else "0.1"
         command = (*python, f"bench.bench_{kernel}", "--out", csv, "--seconds", seconds)
         found.append(Part(f"kernel {kernel}", command, 1 / (len(KERNELS) + 1 - i)))
-    for name, flags in (("profile", ()), ("profile of training", ("--train",))):
-        directory = str(out / name.replace(" ", "-"))
-        found.append(
-            Part(name, (*python, "bench.profile", "--out", directory, "--layers", "12" if gpu else "4", *flags), 0.5)
-        )
+    profile = (*python, "bench.profile", "--out", str(out / "profile"), "--layers", "12" if gpu else "4")
+    found.append(Part("profile", (*profile, "--profiler", "torch"), 0.5))
+    training = (*python, "bench.bench_model", "--train", "--out", str(out / "training.json"))
+    found.append(Part("training", (*training, *(() if gpu else ("--layers", "4", "--vocab", "50002"))), 0.7))
+    if gpu:
+        found.append(Part("profile with Proton", (*profile, "--profiler", "proton"), 1.0))
     return found
 
 
@@ -76,7 +77,7 @@ def run(part: Part, out: Path, seconds: float) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return "done" if code == 0 else f"failed (exit {code}), see {log}"
+    return {0: "done", harness.UNFINISHED: "out of time"}.get(code, f"failed (exit {code}), see {log}")
 
 
 def measure(todo: Sequence[Part], out: Path, minutes: float) -> dict[str, str]:
@@ -89,7 +90,7 @@ def measure(todo: Sequence[Part], out: Path, minutes: float) -> dict[str, str]:
         bar.set_description(part.name)
         seconds = (end - time.monotonic()) * (1.0 if part is left[-1] else part.share)
         state[part.name] = run(part, out, seconds) if seconds >= LEAST_SECONDS else "out of time"
-        state_file.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        harness.write(state_file, state)
     return {part.name: state[part.name] for part in todo}
 
 
@@ -102,8 +103,8 @@ def main() -> int:
     gpu = torch.cuda.is_available()
     if args.tune and not gpu:
         parser.error("--tune measures on a GPU, and PyTorch sees none (torch.cuda.is_available() is False)")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "environment.json").write_text(json.dumps(harness.environment(), indent=1) + "\n", encoding="utf-8")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a part ends with the round
+    harness.write(args.out / "environment.json", harness.environment())
     state = measure(parts(args.out, gpu, args.tune), args.out, args.minutes)
     print(harness.table([{"part": name, "result": found} for name, found in state.items()], ["part", "result"]))
     print(report.write(args.out, state))

@@ -7,87 +7,71 @@ import argparse
 import copy
 import functools
 import itertools
-import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 import xlmr
 from xlmr.kernels import _launch
 from xlmr.ops import EAGER, Ops, triton
 
-from . import bench_attention, harness, plots, providers
-from .shapes import BASE, PAIR, batch, lengths
+from . import bench_attention, bench_vocab_softmax, forward, harness, plots, providers, shapes
+from .shapes import BASE, PAIR, lengths
 
 HERE = Path(__file__).parent / "studies"
 GPU = torch.cuda.is_available()
+DTYPE = "bf16" if GPU else "fp32"
 
 
 @torch.inference_mode()
 def packing() -> dict[str, Any]:
-    """(a) Milliseconds of one batch over the share of real tokens in it."""
-    theirs = providers.reference("Model", "fp32", tuple({**BASE, "num_hidden_layers": 4}.items()))
-    models = dict(zip(PAIR, (theirs, providers.own("eager", "Model", theirs)), strict=True))
-    times: dict[str, dict[float, float]] = {name: {} for name in PAIR}
-    for fill in (0.2, 0.4, 0.6, 0.8, 1.0):
-        lens = lengths(16, 128, fill) if fill < 1 else [128] * 16
-        ids, mask = (t.to(theirs.device) for t in batch(lens))
-        real = sum(lens) / (len(lens) * max(lens))
-        calls = {name: functools.partial(m, ids, attention_mask=mask) for name, m in models.items()}
-        for name, seconds in harness.interleaved(calls, rounds=5).items():
-            times[name][real] = harness.quantiles(seconds)["median_ms"]
-    plots.lines(
-        times,
-        HERE / "packing.svg",
-        "XLM-R-base, 4 layers, 16 texts of up to 128 tokens, fp32",
-        "real tokens / positions",
-        "ms",
-    )
+    """(a) Milliseconds of one batch over the share of real tokens in it; on a GPU in bf16, on the kernels too."""
+    texts, dtype, size = (256, "bf16", BASE) if GPU else (16, "fp32", {**BASE, "num_hidden_layers": 4})
+    names = (*PAIR, "xlmr triton") if GPU else PAIR
+    times: dict[str, dict[float, float]] = {name: {} for name in names}
+    with mock.patch.dict(shapes.SIZES, study=size):
+        for fill in (0.2, 0.4, 0.6, 0.8, 1.0):
+            lens = tuple(lengths(texts, 128, fill)) if fill < 1 else (128,) * texts
+            given = providers.prepare(shapes.Case("packing", lens, dtype, "study", "study"))
+            calls, _ = forward.checked(given, names, forward.Found())
+            for name, seconds in harness.interleaved(calls, rounds=5).items():
+                times[name][1 - given.case.padding] = harness.quantiles(seconds)["median_ms"]
+    title = f"XLM-R-base, {size['num_hidden_layers']} layers, {texts} texts of up to 128 tokens, {dtype}"
+    plots.lines(times, HERE / "packing.svg", title, "real tokens / positions", "ms")
     return {"milliseconds": times}
 
 
 def vocabulary() -> dict[str, Any]:
     """(c) Time and memory of the loss over 250,002 words, forward and backward, with logits in memory and without."""
-    N, V = BASE["hidden_size"], BASE["vocab_size"]
-    weight, bias = (torch.randn(V, N) / N**0.5).requires_grad_(), torch.zeros(V, requires_grad=True)
-
-    def with_logits(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(x, weight, bias), labels)
-
-    ways: dict[str, Callable[..., Any]] = {
-        "torch, logits in memory": with_logits,
-        "xlmr eager": lambda x, labels: EAGER.vocab_cross_entropy(x, weight, bias, labels),
-    }
-    times: dict[str, dict[float, float]] = {name: {} for name in ways}
-    memory: dict[str, dict[float, float]] = {name: {} for name in ways}
-    for rows in (64, 256, 1024):
-        x, labels = torch.randn(rows, N, requires_grad=True), torch.randint(V, (rows,))
-
-        def gradients(way: Callable[..., Any], x: torch.Tensor = x, labels: torch.Tensor = labels) -> Any:
-            return torch.autograd.grad(way(x, labels), [x, weight, bias])
-
-        calls = {name: (lambda way=way: gradients(way)) for name, way in ways.items()}
-        for name, seconds in harness.interleaved(calls, rounds=3, warm_up=1).items():
-            times[name][rows] = harness.quantiles(seconds)["median_ms"]
-            memory[name][rows] = harness.peak_of(calls[name]) / 2**20
+    rows = (256, 1024, 4096, 8192) if GPU else (64, 256, 1024)
+    times: dict[str, dict[float, float]] = {}
+    memory: dict[str, dict[float, float]] = {}
+    for case in (bench_vocab_softmax.case("vocab_cross_entropy", DTYPE, T, BASE["hidden_size"]) for T in rows):
+        ways = {"xlmr eager": case.providers["xlmr eager"], "torch, logits in memory": case.providers["torch"]}
+        ways |= {"xlmr triton": case.providers["xlmr triton"]} if GPU else {}
+        agreeing(case, ways)
+        calls = {name: harness.timed(way, case, "full") for name, way in ways.items()}
+        for name, seconds in harness.interleaved(calls, rounds=20 if GPU else 3, warm_up=1).items():
+            times.setdefault(name, {})[case.x_value] = harness.quantiles(seconds)["median_ms"]
+            memory.setdefault(name, {})[case.x_value] = harness.peak_of(calls[name]) / 2**20
+    title = f"Loss over 250,002 words, forward + backward, {DTYPE}"
+    plots.lines(times, HERE / "vocabulary-time.svg", f"{title}: time", "labelled rows", "ms", log="xy")
     plots.lines(
-        times,
-        HERE / "vocabulary-time.svg",
-        "Loss over 250,002 words, forward + backward",
-        "labelled rows",
-        "ms",
-        log="xy",
+        memory, HERE / "vocabulary-memory.svg", f"{title}: memory", "labelled rows", "MiB at the peak", log="xy"
     )
-    plots.lines(
-        memory, HERE / "vocabulary-memory.svg", "The same: memory at its peak", "labelled rows", "MiB", log="xy"
-    )
-    return {"milliseconds": times, "mebibytes": memory}
+    return {"dtype": DTYPE, "milliseconds": times, "mebibytes": memory}
+
+
+def agreeing(case: harness.Case, ways: Mapping[str, Callable[..., Any]]) -> None:
+    """RuntimeError if one of them is wrong by the rule of the tests."""
+    for name, way in ways.items():
+        if not (check := harness.check(case, way, "full" if case.wanted else "forward")).right:
+            raise RuntimeError(f"{case.shape}: {name} is wrong by {check.error:.2e}; nothing was measured")
 
 
 def traffic() -> dict[str, Any]:
@@ -106,12 +90,12 @@ def traffic() -> dict[str, Any]:
     apart = {  # what each further operation reads and writes again
         "add + LayerNorm": fused["add + LayerNorm"] + 2 * row,
         "GELU + LayerNorm": fused["GELU + LayerNorm"] + 2 * row,
-        "embeddings": 3 * 2 * row + 2 * 3 * row + 2 * row,
+        "embeddings": fused["embeddings"] + (3 + 2 * 3 + 1) * row,  # gathers, sums of two, LayerNorm
         "linear + GELU (4N)": fused["linear + GELU (4N)"] + 2 * 4 * row,
         "QKV projection": fused["QKV projection"] + 2 * row,
     }
     saved = {name: apart[name] / fused[name] for name in fused}
-    plots.bars(saved, HERE / "traffic.svg", "Bytes one by one over bytes fused (T = 16,384, N = 768, bf16)", "×")
+    plots.bars(saved, HERE / "traffic.svg", "Bytes one by one over bytes fused (T = 16,384, N = 768, bf16)", "times")
     return {"fused_mb": {k: v / 1e6 for k, v in fused.items()}, "apart_mb": {k: v / 1e6 for k, v in apart.items()}}
 
 
@@ -166,11 +150,13 @@ def tiles() -> dict[str, Any]:
     needs_gpu("tiles")
     times: dict[str, dict[float, float]] = {}
     for longest in bench_attention.LENGTHS:
-        inputs = bench_attention.case("bf16", longest, mixed=False).inputs()
-        calls = {name: functools.partial(_with_tile, config, inputs) for name, config in _tiles().items()}
-        for name, seconds in harness.interleaved(_running(calls), rounds=50).items():
+        case = bench_attention.case("bf16", longest, mixed=False)
+        ways = {name: functools.partial(_with_tile, config) for name, config in _tiles().items()}
+        calls = {name: harness.timed(way, case, "forward") for name, way in right(case, ways).items()}
+        for name, seconds in harness.interleaved(calls, rounds=50, lead=harness.LEAD).items():
             times.setdefault(name, {})[longest] = harness.quantiles(seconds)["median_ms"]
-    best = sorted(times, key=lambda name: sum(times[name].values()))[:8]
+    everywhere = [name for name, own in times.items() if len(own) == len(bench_attention.LENGTHS)]
+    best = sorted(everywhere, key=lambda name: sum(times[name].values()))[:8]
     drawn = {name: times[name] for name in best}
     plots.lines(drawn, HERE / "tiles.svg", "Attention forward, d = 64, bf16: the best", "length", "ms", log="xy")
     return {"milliseconds": times}
@@ -186,21 +172,23 @@ def _tiles() -> dict[str, Any]:
     }
 
 
-def _running(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    """Those that this GPU has the shared memory and registers for."""
+def right(case: harness.Case, ways: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Those that this GPU has the shared memory and registers for, and that compute what they should."""
     found = {}
-    for name, call in calls.items():
+    for name, way in ways.items():
         try:
-            call()
+            check = harness.check(case, way, "forward")
         except Exception as error:  # compilers and drivers refuse in many ways
             harness.log(f"  {name} does not run: {type(error).__name__}")
+            continue
+        if check.right:
+            found[name] = way
         else:
-            found[name] = call
+            harness.log(f"  {name} is wrong by {check.error:.2e}; not measured")
     return found
 
 
-@torch.no_grad()
-def _with_tile(config: Any, inputs: tuple[Any, ...]) -> torch.Tensor:
+def _with_tile(config: Any, *inputs: Any) -> torch.Tensor:
     from xlmr.kernels import attention
 
     with mock.patch.object(attention, "pick", return_value=config):
@@ -211,16 +199,11 @@ def _with_tile(config: Any, inputs: tuple[Any, ...]) -> torch.Tensor:
 def launches() -> dict[str, Any]:
     """(d) One text of 32 tokens through the base model in bf16: eager, on the kernels, and as one CUDA graph."""
     needs_gpu("launches")
-    own = providers.own("auto", "Model", providers.reference("Model", "bf16", tuple(BASE.items())))
-    ids = torch.randint(4, BASE["vocab_size"] - 2, (32,), device="cuda")
-    ends = torch.tensor([0, 32], device="cuda")
-    run = functools.partial(own.forward_packed, ids, ends, 32)
-    milliseconds = {}
-    for name, ops in {"xlmr eager": EAGER, "xlmr triton": triton()}.items():
-        own.ops = ops
-        milliseconds[name] = harness.quantiles(harness.interleaved({name: run}, rounds=50)[name])["median_ms"]
-    seconds = harness.interleaved({"graph": providers.captured(run)}, rounds=50)["graph"]
-    milliseconds["xlmr triton, graph"] = harness.quantiles(seconds)["median_ms"]
+    given = providers.prepare(shapes.Case("1 text of 32", (32,), "bf16", "study"))
+    names = (*PAIR, "xlmr triton", providers.GRAPH)
+    calls, _ = forward.checked(given, names, forward.Found())
+    times = harness.interleaved(calls, rounds=50)
+    milliseconds = {name: harness.quantiles(seconds)["median_ms"] for name, seconds in times.items()}
     plots.bars(milliseconds, HERE / "launches.svg", "XLM-R-base, one text of 32 tokens, bf16", "ms")
     return {"milliseconds": milliseconds}
 
@@ -245,9 +228,7 @@ def main() -> int:
     parser.add_argument("name", choices=STUDIES)
     args = parser.parse_args()
     results = {"environment": harness.environment(), **STUDIES[args.name]()}
-    text = json.dumps(results, indent=1) + "\n"
-    (HERE / f"{args.name}.json").write_text(text, encoding="utf-8")
-    print(text, end="")
+    print(harness.write(HERE / f"{args.name}.json", results).read_text(encoding="utf-8"), end="")
     return 0
 
 

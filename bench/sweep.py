@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Point:
 
 def points(tokens: Iterable[int] = TOKENS, widths: Iterable[int] = WIDTHS) -> list[Point]:
     over_tokens = [Point("T", "tokens", T, WIDTH) for T in tokens]
-    return over_tokens + [Point("N", "hidden units", ROWS, N) for N in widths if N != WIDTH]
+    return over_tokens + [Point("N", "hidden units", ROWS, N) for N in widths]
 
 
 def providers(operation: str, torch_ways: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
@@ -76,6 +77,9 @@ def main(name: str, description: str | None, cases: Cases) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--mode", nargs="+", choices=harness.MODES, default=list(harness.MODES))
+    parser.add_argument(
+        "--cases", type=re.compile, default="", help="only those in whose shape this expression is found"
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each case and mode (default 0.5)")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "kernels.csv", help="CSV file to append to")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
@@ -83,10 +87,15 @@ def main(name: str, description: str | None, cases: Cases) -> int:
     rows = []
     for dtype in args.dtype:
         for case in cases(dtype):
-            harness.log(f"{case.operation}: {case.shape}")
+            title = f"{case.operation}: {case.shape}"
+            if not re.search(args.cases, title):
+                continue
+            harness.log(title)
             measured = list(harness.measure(case, args.mode, args.seconds))
             harness.append(args.out, measured)
             rows += measured
+    if not rows:
+        raise SystemExit(f"nothing was measured: --cases {args.cases.pattern!r} finds no shape, or no provider runs")
     print("\n".join(map(json.dumps, rows)) if args.json else harness.table(rows, COLUMNS))
     harness.log(f"appended to {args.out}")
     return 0

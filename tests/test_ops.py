@@ -1,8 +1,12 @@
 """The seam: the Triton path end to end against transformers, swaps and refusals; the same text gives the same bits."""
 
+import contextlib
 import copy
 import pickle
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xlmr
 from xlmr.kernels import linear
-from xlmr.ops import EAGER, Check, checked, resolve, triton
+from xlmr.ops import EAGER, Check, checked, resolve, traced, triton
 
 SMALL = {"num_hidden_layers": 2}  # a program costs half a millisecond in the interpreter
 BY_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state")
@@ -176,6 +180,30 @@ def test_checked_finds_a_wrong_operation(device: torch.device) -> None:
         ours(**given)
     assert {c.operation for c in checks if not c.right} == {"linear"}
     assert not Check("x", float("nan"), 0.0, 1.0).right
+
+
+def test_traced_operations_stand_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's profiler; of NVTX where there is a GPU and of Proton where it is imported."""
+    _, model = build("ForMaskedLM", **SMALL)
+    ids = torch.randint(2, 90, (2, 5))
+    expected, model.ops = model(ids).logits, traced(model.ops)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        assert torch.equal(model(ids).logits, expected)
+    ranges = [event.name for event in profiler.events() if event.name.startswith("xlmr.")]
+    assert ranges[:3] == ["xlmr.embed", "xlmr.qkv_projection", "xlmr.attention"]
+    assert ranges[-2:] == ["xlmr.gelu_layer_norm", "xlmr.linear"]
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def planted(label: str) -> Iterator[None]:
+        entered.append(label)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", planted)
+    monkeypatch.setitem(sys.modules, "triton.profiler", SimpleNamespace(scope=planted))
+    model.ops.linear(torch.ones(1, 2), torch.ones(2, 2), None)
+    assert entered == ["xlmr.linear", "xlmr.linear"]
 
 
 @pytest.mark.parametrize("name", ["MaskedLM", "SequenceClassification"])

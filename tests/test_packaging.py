@@ -108,6 +108,10 @@ def test_the_metadata_asks_for_what_is_used_and_the_constraints_pin_it(wheel: Pa
     required = {r.name for r in requirements if "extra" not in str(r.marker)}
     assert required == {"numpy", "safetensors", "sentencepiece", "torch", "tqdm"}
     assert set(metadata.get_all("Provides-Extra")) == {"bench", "hub", "peers", "test", "triton"}
+    test, bench = (
+        {r.name for r in requirements if r.marker and r.marker.evaluate({"extra": e})} for e in ("test", "bench")
+    )
+    assert test < bench, "bench.round runs the tests on a GPU"
     assert metadata["License-Expression"] == "Apache-2.0"
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     assert all(re.fullmatch(r"==[\d.]+", str(pin.specifier)) for pin in pins)

@@ -309,8 +309,8 @@ def test_a_round_tunes_on_a_gpu_where_it_is_asked_to(tmp_path: Path) -> None:
         return [part.name for part in bench_round.parts(tmp_path, **on)]
 
     usual = names(gpu=False)
-    assert names(gpu=True) == ["tests on the GPU", *usual]
-    assert names(gpu=True, tune=True) == ["tests on the GPU", "tuning", *usual]
+    assert names(gpu=True) == ["tests on the GPU", *usual, "profile with Proton"]
+    assert names(gpu=True, tune=True) == ["tests on the GPU", "tuning", *usual, "profile with Proton"]
     say = (sys.executable, "-c", "import sys; print(*sys.argv[1:])")
     assert bench_round.run(bench_round.Part("told", say, 1.0, timed=True), tmp_path, 120) == "done"
     assert (tmp_path / "logs/told.txt").read_text() == "--minutes 1.5\n"

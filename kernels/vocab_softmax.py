@@ -546,6 +546,7 @@ def vocab_cross_entropy_bwd(
             dw[chunk] = product_dw([dz], x)[0]
         if db is not None:
             db[chunk] = sum_splits(sums, x.dtype)
+        del dz, sums  # before the next are made
     return None if dx is None else dx.to(x.dtype), dw, db
 
 

@@ -1,5 +1,6 @@
 """What every test starts from: no network, fixed seeds, a deterministic hypothesis, and one tiny checkpoint."""
 
+import functools
 import importlib.util
 import os
 
@@ -26,6 +27,19 @@ if not torch.cuda.is_available():
 KERNEL_TESTS = ("attention", "dropout", "embedding", "gates", "layer_norm", "linear", "ops", "vocab_softmax")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 collect_ignore = [] if HAS_TRITON else [f"test_{name}.py" for name in KERNEL_TESTS]
+
+if HAS_TRITON:
+    from triton.runtime import interpreter
+
+    prepared = functools.cache(interpreter._patch_lang)
+
+    def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a kernel's launch has done to triton.language the interpreter does again at every call of a function
+        within it, which takes a third of the time. Once is enough: for the modules that only the function knows."""
+        prepared(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_device_function
 
 
 def pytest_report_header() -> str:

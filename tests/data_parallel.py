@@ -5,6 +5,7 @@ Rank 0 writes the gradients of the whole parameters, by way and head, to the fil
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,7 @@ def gradients(wrap: Callable[[Any], nn.Module], head: str) -> dict[str, Tensor]:
 
 def main(output: str) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".* returned a view tensor")
     dist.init_process_group("gloo")
     heads = ("MaskedLM", "SequenceClassification")
     found = {f"{way} {head}": gradients(wrap, head) for way, wrap in WAYS.items() for head in heads}

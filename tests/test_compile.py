@@ -94,6 +94,7 @@ for case, call in cases.items():
         result = torch.compile(call, backend=backend, fullgraph=True)()
     if case == "training":
         result.sum().backward()
+    del model.roberta.encoder.layer[1:]  # two layers are one graph: of what follows the first layer tells enough
 print(json.dumps([found, {kernel: sorted(names) for kernel, names in written.items()}]))
 """
 
@@ -131,8 +132,8 @@ def test_packed_entry_is_one_graph(traced: Any) -> None:
     assert {case: len(kernels) for case, kernels in graphs.items()} == {
         "encoder": 1, "some rows": 1, "words": 1, "training": 2
     }  # fmt: skip
-    assert graphs["encoder"] == graphs["some rows"] == [1 + 2 * 7]
-    assert graphs["training"][0] == 1 + 2 * 7
+    assert graphs["encoder"] == [1 + 2 * 7] and graphs["some rows"] == [1 + 7]
+    assert graphs["training"][0] == 1 + 7
 
 
 def test_no_kernel_seems_to_write_what_it_reads(traced: Any) -> None:

@@ -97,7 +97,7 @@ def test_the_same_text_gives_the_same_bits(device: torch.device, ordered_dot: No
     mask = padded != 1
     for unpad in (True, False):
         ours.unpad = unpad
-        for filler in (1, 1, 50):
+        for filler in (1, 50):
             with torch.no_grad():
                 hidden = ours(torch.where(mask, padded, filler), mask.long()).last_hidden_state
             for i, text in enumerate(texts):

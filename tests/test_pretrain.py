@@ -248,7 +248,7 @@ def test_either_path_and_bf16(
     plain = replaced(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
     def losses(name: str, bf16: bool = False, **path: Any) -> list[float]:
-        recipe = replace(TINY, bf16=bf16)
+        recipe = replace(TINY, bf16=bf16, steps=3)
         settings = {"config": plain, "tokenizer": tokenizer, "recipe": recipe, "log_every": 1, "progress": False}
         pretrain.pretrain([text], tmp_path / name, **settings, **path)
         return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]

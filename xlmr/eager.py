@@ -167,13 +167,16 @@ def vocab_cross_entropy(
     labelled = labels != ignore_index
     if labels.device.type == "cpu" and bool((labelled & ((labels < 0) | (labels >= len(weight)))).any()):
         raise IndexError(f"labels other than {ignore_index} must be words, 0 to {len(weight) - 1}: {labels}")
-    losses = _vocab_losses(x[labelled], weight, bias, labels[labelled], label_smoothing, z_loss, WORDS[backward])
+    x, labels = x[labelled], labels[labelled]
+    words = max(1, min(WORDS[backward], LOGITS // max(len(x), 1)))
+    losses = _vocab_losses(x, weight, bias, labels, label_smoothing, z_loss, words)
     if reduction == "none":
-        return losses.new_zeros(labels.shape).masked_scatter(labelled, losses)
+        return losses.new_zeros(labelled.shape).masked_scatter(labelled, losses)
     return losses.sum() if reduction == "sum" else losses.mean()
 
 
 WORDS = {"chunked": 2048, "recompute": 256}  # whose logits vocab_cross_entropy has in memory at a time
+LOGITS = 2**23  # at most so many: of more than 4,096 rows fewer words are taken
 
 
 def _vocab_losses(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
@@ -203,6 +206,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
             target[here] = z[here, place]
             if smoothing:
                 total += z.sum(1)
+            del z  # before the next is made
         ctx.save_for_backward(x, weight, bias, labels, lse)
         return lse - (1 - smoothing) * target - smoothing * total / len(weight) + z_loss * lse**2
 
@@ -216,7 +220,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         db = torch.empty_like(bias) if of_bias and bias is not None else None
         rows = x.to(computed_in)
         for first, w, z in _logits(x, weight, bias, computed_in, words):
-            dz = (z - lse[:, None]).exp_()
+            dz = z.sub_(lse[:, None]).exp_()
             dz.mul_((1 + 2 * z_loss * lse)[:, None]).sub_(smoothing / len(weight))
             here, place = _in_chunk(labels, first, z.shape[1])
             dz[here, place] -= 1 - smoothing
@@ -227,6 +231,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
                 dw[first : first + words] = linear(dz.t(), rows.t(), None)
             if db is not None:
                 db[first : first + words] = dz.sum(0)
+            del z, dz
         return None if dx is None else dx.to(x.dtype), dw, db, None, None, None, None, None
 
 

@@ -165,6 +165,11 @@ class XLMRobertaLayer(SequenceBlock):
         self.intermediate = XLMRobertaIntermediate(config)
         self.output = XLMRobertaOutput(config)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, S, N] → [B, S, N]."""
+        out = super().forward(*args, **kwargs)
+        return torch.ops.aten._unsafe_view(out, out.shape)  # FSDP2 warns of a layer that returns a view of anything
+
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         """[T, N] → [T, N], or [R, N] for the rows that `state.rows` names."""
         x = run(self.attention, x, state)

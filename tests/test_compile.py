@@ -132,7 +132,8 @@ def test_packed_entry_is_one_graph(traced: Any) -> None:
     assert {case: len(kernels) for case, kernels in graphs.items()} == {
         "encoder": 1, "some rows": 1, "words": 1, "training": 2
     }  # fmt: skip
-    assert graphs["encoder"] == [1 + 2 * 7] and graphs["some rows"] == [1 + 7]
+    assert graphs["encoder"] == [1 + 2 * 7]
+    assert graphs["some rows"] == [1 + 7]
     assert graphs["training"][0] == 1 + 7
 
 

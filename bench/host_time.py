@@ -22,8 +22,9 @@ from xlmr.kernels import _launch, attention, embedding
 class Silent(CompiledKernel):
     """What Triton would have compiled; it starts nothing."""
 
-    def __init__(self) -> None:
-        self.name, self.src, self.module, self.function, self.packed_metadata = "", None, self, None, None
+    def __init__(self, kernel: JITFunction, key: str) -> None:
+        self.name, self.key = kernel.__name__, key
+        self.src, self.module, self.function, self.packed_metadata = None, self, None, None
 
     def __del__(self) -> None:
         pass
@@ -39,7 +40,7 @@ def silent_gpu() -> Iterator[None]:
         raise RuntimeError("kernels are interpreted in this process: run it without TRITON_INTERPRET=1")
 
     def compiled(kernel: JITFunction, key: str, *_: Any) -> Silent:
-        return kernel.device_caches[0][0].setdefault(key, Silent())
+        return kernel.device_caches[0][0].setdefault(key, Silent(kernel, key))
 
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),

@@ -208,6 +208,35 @@ def launches() -> dict[str, Any]:
     return {"milliseconds": milliseconds}
 
 
+@torch.inference_mode()
+def host() -> dict[str, Any]:
+    """(d) What the host does of one text's forward pass through twelve layers, which are narrow so that a CPU computes
+    next to nothing; the kernels are started by a driver that starts nothing."""
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    from .host_time import silent_gpu
+
+    size = {**BASE, "vocab_size": 200, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    ids, config = torch.arange(4, 12)[None], xlmr.XLMRobertaConfig(**size)
+    theirs = XLMRobertaModel(XLMRobertaConfig(**size)).eval()
+    eager = xlmr.XLMRobertaModel(config, backend="eager").eval()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with silent_gpu():
+        ours = xlmr.XLMRobertaModel(config, backend="triton").eval().bfloat16()
+        calls = {
+            "transformers": lambda: theirs(ids),
+            "xlmr eager": lambda: eager(ids),
+            "xlmr triton": lambda: ours(ids),
+            "xlmr triton, planned anew": mock.patch.object(_launch, "REMEMBERS", False)(lambda: ours(ids)),
+        }
+        times = harness.interleaved(calls, rounds=100, warm_up=5)
+    torch.set_num_threads(threads)
+    milliseconds = {name: harness.quantiles(seconds)["median_ms"] for name, seconds in times.items()}
+    plots.bars(milliseconds, HERE / "host.svg", "The host's part of a forward pass, 12 layers, one text", "ms")
+    return {"milliseconds": milliseconds}
+
+
 def needs_gpu(name: str) -> None:
     if not GPU:
         raise SystemExit(f"the study {name!r} measures kernels on a GPU, and PyTorch sees none here")
@@ -220,6 +249,7 @@ STUDIES = {
     "error": error,
     "tiles": tiles,
     "launches": launches,
+    "host": host,
 }
 
 

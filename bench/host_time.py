@@ -6,6 +6,7 @@ and Triton's own path to the driver. What is left out is the driver: about 5 µs
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -33,6 +34,10 @@ class Silent(CompiledKernel):
         pass
 
 
+def _told(answer: Any, *_: Any) -> Any:
+    return answer
+
+
 @contextlib.contextmanager
 def silent_gpu() -> Iterator[None]:
     """Kernels take CPU tensors as if they lay on an H200, and are not run: what they return is fresh memory."""
@@ -47,15 +52,19 @@ def silent_gpu() -> Iterator[None]:
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
     )
-    answers = {"_unsupported": None, "_target": "sm_90", "_processors": 132}
+    answers = {
+        (torch.cuda, "device_count"): 1,
+        (_launch, "_unsupported"): None,
+        (_launch, "_target"): "sm_90",
+        (_launch, "_processors"): 132,
+        (attention, "_check_values"): None,  # asked on a CPU only, as is the next
+        (embedding, "_check_ids"): None,
+    }
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     with contextlib.ExitStack() as stack:
         stack.callback(triton.runtime.driver.set_active, before)
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
-        stack.enter_context(mock.patch.object(torch.cuda, "device_count", return_value=1))
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(_launch, name, lambda *_, answer=answer: answer))
-        for module, name in ((attention, "_check_values"), (embedding, "_check_ids")):  # made on a CPU only
-            stack.enter_context(mock.patch.object(module, name))
+        for (module, name), answer in answers.items():  # by a function: to ask a Mock takes microseconds
+            stack.enter_context(mock.patch.object(module, name, partial(_told, answer)))
         yield

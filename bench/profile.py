@@ -103,7 +103,8 @@ def step(model: Any, train: bool, lens: list[int]) -> Callable[[], Any]:
 def record(run: Callable[[], Any], path: Path) -> list[dict[str, Any]]:
     """The events of torch.profiler's trace of STEPS steps, which `path` keeps."""
     gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities, acc_events=True) as profiler:  # without, some versions warn of cycles
         for _ in range(STEPS):
             with torch.profiler.record_function(STEP):
                 run()

@@ -250,7 +250,7 @@ def proton(model: Any, run: Callable[[], Any], path: Path) -> None:
 def profiled(model: Any, run: Callable[[], Any], name: str, dtype: str, out: Path) -> dict[str, Any]:
     """A step under torch.profiler: its files, and what operations.json holds."""
     found = measured(model, run, out)
-    title = f"{TITLES[name]}, {dtype}, {harness.device_name()}"
+    title = f"{TITLES[name]}, {model.config.num_hidden_layers} layers, {dtype}, {harness.device_name()}"
     results = {"environment": harness.environment(), "title": title, **found}
     harness.write(out / "operations.json", results)
     for kind, name in (("rows", "operations"), ("kernels", "kernels")):

@@ -103,7 +103,8 @@ def step(model: Any, train: bool, lens: list[int]) -> Callable[[], Any]:
 def record(run: Callable[[], Any], path: Path) -> list[dict[str, Any]]:
     """The events of torch.profiler's trace of STEPS steps, which `path` keeps."""
     gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities, acc_events=True) as profiler:  # without, some versions warn of cycles
         for _ in range(STEPS):
             with torch.profiler.record_function(STEP):
                 run()
@@ -224,21 +225,21 @@ def measured(model: Any, run: Callable[[], Any], out: Path) -> dict[str, Rows]:
     return {"rows": operation_rows(times, totals, least, whole), "kernels": kernel_rows(found, least, whole)}
 
 
-def nvtx(model: Any, run: Callable[[], Any]) -> None:
+def nvtx(model: Any, run: Callable[[], Any], title: str, out: Path) -> None:
     """A step in its ranges and nothing else, for a profiler around this process: Nsight's."""
     plain, model.ops = model.ops, traced(model.ops)
     run()
     model.ops = plain
 
 
-def proton(model: Any, run: Callable[[], Any], path: Path) -> None:
-    """A few steps under Triton's profiler, which writes `path` with its own suffix."""
+def proton(model: Any, run: Callable[[], Any], title: str, out: Path) -> None:
+    """A few steps under Triton's profiler, which writes proton.hatchet."""
     import triton.profiler
 
     plain, model.ops = model.ops, traced(model.ops)
     run()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    triton.profiler.start(str(path), hook="triton")
+    out.mkdir(parents=True, exist_ok=True)
+    triton.profiler.start(str(out / "proton"), hook="triton")
     for _ in range(STEPS):
         run()
     torch.cuda.synchronize()
@@ -246,56 +247,51 @@ def proton(model: Any, run: Callable[[], Any], path: Path) -> None:
     model.ops = plain
 
 
-def profiled(model: Any, run: Callable[[], Any], name: str, dtype: str, out: Path) -> dict[str, Any]:
+def profiled(model: Any, run: Callable[[], Any], title: str, out: Path) -> dict[str, Any]:
     """A step under torch.profiler: its files, and what operations.json holds."""
-    found = measured(model, run, out)
-    title = f"{TITLES[name]}, {dtype}, {harness.device_name()}"
-    results = {"environment": harness.environment(), "title": title, **found}
+    results = {"environment": harness.environment(), "title": title, **measured(model, run, out)}
     harness.write(out / "operations.json", results)
-    for kind, name in (("rows", "operations"), ("kernels", "kernels")):
+    for kind, file in (("rows", "operations.svg"), ("kernels", "kernels.svg")):
         shown: dict[str, float] = defaultdict(float)
-        for row in found[kind]:
+        for row in results[kind]:
             if row["share"] >= 0.005:
                 shown[", ".join([*([row["kernel"][:40]] if "kernel" in row else []), row["operation"]])] += row["ms"]
         if shown:
-            plots.bars(shown, out / f"{name}.svg", title, "ms")
+            plots.bars(shown, out / file, title, "ms")
     return results
+
+
+# In this order: torch's profiler does not give CUPTI back, which Proton needs.
+PROFILERS: dict[str, Callable[..., dict[str, Any] | None]] = {"proton": proton, "nvtx": nvtx, "torch": profiled}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
     parser.add_argument("--step", nargs="+", choices=TITLES, default=list(TITLES), help="default: both")
     ways = "default: torch, on a GPU proton too; nvtx: ranges alone, for Nsight around this"
-    parser.add_argument("--profiler", nargs="+", choices=("torch", "proton", "nvtx"), help=ways)
+    parser.add_argument("--profiler", nargs="+", choices=PROFILERS, help=ways)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--layers", type=int, default=BASE["num_hidden_layers"])
     parser.add_argument("--out", type=Path, default=Path("profile"), help="directory to write into")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    profilers = args.profiler or (("torch", "proton") if gpu else ("torch",))
-    if "proton" in profilers and not gpu:
+    chosen = args.profiler or (("proton", "torch") if gpu else ("torch",))
+    if "proton" in chosen and not gpu:
         raise SystemExit("Proton profiles kernels on a GPU and PyTorch sees none: leave it out")
     torch.manual_seed(0)
     config = xlmr.XLMRobertaConfig(**{**BASE, "num_hidden_layers": args.layers})
     model = xlmr.XLMRobertaForMaskedLM(config).to(device="cuda" if gpu else "cpu", dtype=DTYPES[args.dtype])
-    steps = {name: step(model, name == "training", lengths(32, 128, 0.4)) for name in args.step}
-    if "proton" in profilers:  # before torch's profiler, which does not give CUPTI back
-        for name, run in steps.items():
-            model.train(name == "training")
-            proton(model, run, args.out / name / "proton")
-    if "nvtx" in profilers:
-        for name, run in steps.items():
-            model.train(name == "training")
-            nvtx(model, run)
     results = []
-    for name, run in steps.items() if "torch" in profilers else ():
-        model.train(name == "training")
-        results.append(profiled(model, run, name, args.dtype, args.out / name))
+    for profiler, name in itertools.product((each for each in PROFILERS if each in chosen), args.step):
+        title = f"{TITLES[name]}, {args.layers} layers, {args.dtype}, {harness.device_name()}"
+        run = step(model.train(name == "training"), name == "training", lengths(32, 128, 0.4))
+        if found := PROFILERS[profiler](model, run, title, args.out / name):
+            results.append(found)
+    for found in [] if args.json else results:
         for kind, columns in (("rows", COLUMNS), ("kernels", KERNEL_COLUMNS)):
-            shown = [row for row in results[-1][kind] if row["share"] >= 0.001]
-            if shown and not args.json:
-                print(f"{TITLES[name]}\n{harness.table(shown, columns)}\n")
+            if shown := [row for row in found[kind] if row["share"] >= 0.001]:
+                print(f"{found['title']}\n{harness.table(shown, columns)}\n")
     if args.json:
         print(json.dumps(results))
     harness.log(f"written to {args.out}")

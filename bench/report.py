@@ -22,9 +22,10 @@ MODEL_COLUMNS = (
     "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
 )  # fmt: skip
 TUNING_COLUMNS = ("entry", "present", "best", "present_ms", "best_ms", "ratio", "better")
+KERNEL_NUMBERS = ("y_value_50", "y_value_20", "y_value_80", "fraction_of_roof")
 KERNEL_COLUMNS = (
-    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_value", "kernel_provider", "y_value_50",
-    "roof", "fraction_of_roof",
+    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value", "kernel_provider",
+    *KERNEL_NUMBERS, "roof",
 )  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def _kernels(file: Path, pictures: Path) -> list[str]:
             drawn.append(
                 plots.roofline(points, roofs, pictures / f"roofline-{mode}.svg", roofline.title(rows, ours, mode))
             )
-    numbers = [{**row, **{name: float(row[name]) for name in ("y_value_50", "fraction_of_roof")}} for row in rows]
+    numbers = [{**row, **{name: float(row[name]) for name in KERNEL_NUMBERS}} for row in rows]
     figures = "".join(map(_picture, drawn))
     return [_section("Kernels", figures + _table(numbers, KERNEL_COLUMNS))]
 

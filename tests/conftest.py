@@ -24,7 +24,18 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the CPU
 
-KERNEL_TESTS = ("attention", "dropout", "embedding", "gates", "layer_norm", "linear", "ops", "vocab_softmax")
+KERNEL_TESTS = (
+    "attention",
+    "bench",
+    "dropout",
+    "embedding",
+    "gates",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "ops",
+    "vocab_softmax",
+)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 collect_ignore = [] if HAS_TRITON else [f"test_{name}.py" for name in KERNEL_TESTS]
 

@@ -187,7 +187,7 @@ def test_traced_operations_stand_in_ranges(monkeypatch: pytest.MonkeyPatch) -> N
     _, model = build("ForMaskedLM", **SMALL)
     ids = torch.randint(2, 90, (2, 5))
     expected, model.ops = model(ids).logits, traced(model.ops)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         assert torch.equal(model(ids).logits, expected)
     ranges = [event.name for event in profiler.events() if event.name.startswith("xlmr.")]
     assert ranges[:3] == ["xlmr.embed", "xlmr.qkv_projection", "xlmr.attention"]

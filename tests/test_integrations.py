@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as sentence_modules
 
 import xlmr
-from xlmr import integrations, ops
+from xlmr import integrations, ops, prepacked
 from xlmr.demo import CHECKPOINT
 from xlmr.family import KINDS, REFUSED
 
@@ -91,7 +92,8 @@ def test_accelerate_shares_and_is_undone() -> None:
 
 
 @pytest.mark.parametrize("how", ["accelerate", "patch_transformers"])
-def test_packed_weights_inside_a_host(how: str, tmp_path: Any) -> None:
+def test_packed_weights_inside_a_host(how: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "TINY", 0)
     host = build("XLMRoberta", "Model")
     host.save_pretrained(tmp_path)
     if how == "accelerate":
@@ -106,7 +108,7 @@ def test_packed_weights_inside_a_host(how: str, tmp_path: Any) -> None:
             a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
         operation = ours.encoder.__dict__["view"][0].layer[0].output.ops.linear
-        assert len(operation.__self__._packed) == 6 * host.config.num_hidden_layers
+        assert len(operation.__self__._packed) == 4 * host.config.num_hidden_layers
         for model in (host, ours):  # as a training step does
             with torch.no_grad():
                 model.encoder.layer[1].output.dense.weight.mul_(1.5)
@@ -115,6 +117,21 @@ def test_packed_weights_inside_a_host(how: str, tmp_path: Any) -> None:
     assert ours.encoder.__dict__["view"][0].layer[0].output.ops is ops.EAGER
     with pytest.raises(ValueError, match="allowed are 'auto', 'eager'"):
         integrations.accelerate(ours, backend="fast")
+
+
+def test_single_operations_inside_a_host() -> None:
+    """Exchanged, as any model's: here by one that counts."""
+    host, called = build("XLMRoberta", "Model"), []
+
+    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+        called.append(args)
+        return ops.EAGER.attention(*args, **kwargs)
+
+    expected = host(**batch()).last_hidden_state
+    integrations.accelerate(host, backend=replace(ops.EAGER, attention=attention))
+    kept = batch()["attention_mask"] > 0
+    torch.testing.assert_close(host(**batch()).last_hidden_state[kept], expected[kept], rtol=1e-4, atol=1e-5)
+    assert len(called) == host.config.num_hidden_layers
 
 
 def test_hidden_states_and_attentions_are_the_hosts() -> None:

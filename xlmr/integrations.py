@@ -27,7 +27,7 @@ from .block import EVERY_POSITION, Block, begin
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
-from .ops import dense_attention, resolve
+from .ops import Ops, dense_attention, resolve
 from .varlen import plan
 
 # The heads that read masked positions: those of the first line always, the others where a masked token has a label.
@@ -39,12 +39,13 @@ _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is o
 _replaced: dict[tuple[Any, str], Any] = {}  # (class or module, attribute) → what it was before
 
 
-def patch_transformers(*, backend: str = "auto") -> None:
+def patch_transformers(*, backend: str | Ops = "auto") -> None:
     """Every XLM-R, RoBERTa, CamemBERT and BERT encoder that is built from now on is ours, also inside AutoModel,
     SentenceTransformer and CrossEncoder; undone by `unpatch`. Positions whose mask is 0 give zeros, except under a head
     of transformers that reads them. ImportError without transformers 4.57 or later.
 
-    backend: one of xlmr.ops.BACKENDS; "prepacked" is the fastest on a CPU, for models that only infer (xlmr.prepacked).
+    backend: one of xlmr.ops.BACKENDS, of which "prepacked" is the fastest on a CPU, for models that only infer
+    (xlmr.prepacked); or an xlmr.ops.Ops, to exchange, trace or check single operations.
 
     The classes are exchanged in their modules. transformers.monkey_patching does the same while a model is built, but
     in 5.6 to 5.15 it imports every image processor on its way, and so fails without torchvision.
@@ -57,7 +58,7 @@ def patch_transformers(*, backend: str = "auto") -> None:
         _replace(_host_module(model_type), kind.named("Encoder"), packed)
 
 
-def accelerate(model: Any, *, unpad: bool = True, backend: str = "auto") -> Any:
+def accelerate(model: Any, *, unpad: bool = True, backend: str | Ops = "auto") -> Any:
     """Makes the encoders inside `model` (of transformers, a SentenceTransformer, a CrossEncoder) ours, in place, and
     returns it; parameters, state_dict and config stay. Undone by `unpatch`, of this model or of all.
 

@@ -91,14 +91,16 @@ def prepacked() -> Ops:
     return replace(EAGER, linear=packed.linear, linear_act=packed.linear_act, qkv_projection=packed.qkv_projection)
 
 
-def resolve(backend: str, device: torch.device) -> tuple[Ops, str]:
-    """The Ops that `backend` (one of BACKENDS) means for parameters on `device`, and why, in words.
+def resolve(backend: str | Ops, device: torch.device) -> tuple[Ops, str]:
+    """The Ops that `backend` (one of BACKENDS, or itself an Ops) means for parameters on `device`, and why, in words.
 
     "auto" takes the kernels on a GPU that can run them, else eager. "prepacked" raises RuntimeError elsewhere than on a
     CPU with oneDNN. "triton" raises RuntimeError where they cannot, except that a
     model on its way to a GPU (on the meta device, or on the CPU of a machine that has one) waits for it; every call
     before that is refused: nothing falls back silently.
     """
+    if isinstance(backend, Ops):
+        return backend, "the ops given"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: allowed are {', '.join(map(repr, BACKENDS))}")
     if backend == "eager":

@@ -64,7 +64,7 @@ class XLMRobertaPreTrainedModel(Block):
         self.config = config
         self._unpad = unpad
         self._backend = None if ops is not None else backend
-        self._ops, self._why = (ops, "the ops given") if ops is not None else resolve(backend, torch.device("meta"))
+        self._ops, self._why = resolve(backend if ops is None else ops, torch.device("meta"))
 
     def post_init(self) -> None:
         """Initialises what is not yet, ties the weights and hands the ops to every block: the end of a constructor."""

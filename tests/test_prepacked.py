@@ -64,6 +64,29 @@ def test_a_changed_weight_is_packed_again(packings: mock.Mock) -> None:
     assert not packed._packed
 
 
+@pytest.mark.parametrize("look", ["before the step", "after it", "never"])
+def test_a_step_of_an_optimizer_is_followed(look: str) -> None:
+    """torch's fused ones, a Trainer's default, change weights without a trace."""
+    layer, packed, x = nn.Linear(16, 24), PackedLinear(), torch.randn(5, 16)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+
+    @torch.no_grad()
+    def check() -> None:
+        torch.testing.assert_close(packed.linear(x, layer.weight, layer.bias), layer(x))
+
+    for _ in range(2):
+        check()
+        packed.linear(x, layer.weight, layer.bias).square().sum().backward()
+        if look == "before the step":
+            check()
+        optimizer.step()
+        if look == "after it":
+            check()
+        optimizer.zero_grad()
+    check()
+    assert packed._packed
+
+
 def test_a_model_made_in_inference_mode_is_packed(packings: mock.Mock) -> None:
     with torch.inference_mode():
         layer, packed, x = nn.Linear(16, 24), PackedLinear(), torch.randn(5, 16)

@@ -28,9 +28,10 @@ def unsupported(device: torch.device) -> str | None:
 class PackedLinear:
     """Eager's linear, linear_act and qkv_projection, which pack a parameter at its first use and again after a change.
 
-    A change is noticed through the parameter's version, address and dtype. What writes through `.data` in place escapes
-    it, and what writes into parameters made in inference mode, which have no version. What cannot be packed (gradients,
-    autocast, graphs, weights that are no parameters) goes to eager.
+    A change is noticed through the parameter's version, address and dtype, and one in training is expected: torch's
+    fused optimizers leave no trace in the version. What writes through `.data` in place escapes it, and what writes
+    into parameters made in inference mode, which have no version. What cannot be packed (gradients, autocast, graphs,
+    weights that are no parameters) goes to eager.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,12 @@ class PackedLinear:
 
     def _pack(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The weight in blocks; None where it cannot be used so."""
-        if not eager.onednn_takes(x, weight, bias) or type(weight) is not nn.Parameter:
+        if type(weight) is not nn.Parameter or torch.compiler.is_compiling():
+            return None
+        if weight.grad is not None or (weight.requires_grad and torch.is_grad_enabled()):
+            self._packed.pop(weight, None)  # an optimizer is about to change it
+            return None
+        if not eager.onednn_takes(x, weight, bias):
             return None
         stamp = weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
         known, packed = self._packed.get(weight, (None, None))

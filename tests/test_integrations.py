@@ -447,6 +447,29 @@ def test_a_plain_loop_learns_with_our_class() -> None:
     assert accuracy(model) >= 0.95
 
 
+@pytest.mark.parametrize(("beyond", "heads"), [("position_bias", 2), ("softcap", 2), ("s_aux", 2), ("key heads", 1)])
+def test_an_attention_of_another_architecture_is_refused(beyond: str, heads: int) -> None:
+    """T5, Gemma, GPT-OSS and Llama call what attn_implementation names with these."""
+    x = torch.randn(1, 2, 5, 8)
+    given = {} if heads == 1 else {beyond: torch.ones(1)}
+    with pytest.raises(ValueError, match=f"^Linear.*{beyond}.*load it without attn_implementation='xlmr'"):
+        integrations.attention_forward(torch.nn.Linear(1, 1), x, x[:, :heads], x[:, :heads], None, **given)
+
+
+def test_attention_is_causal_where_the_module_or_the_call_says_so() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 5, 8)
+    causal = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2)
+    module = torch.nn.Module()
+    module.is_causal = False
+    got, _ = integrations.attention_forward(module, x, x, x, None, is_causal=True)
+    torch.testing.assert_close(got, causal)
+    module.is_causal = True
+    torch.testing.assert_close(integrations.attention_forward(module, x, x, x, None)[0], causal)
+    full = integrations.attention_forward(module, x, x, x, None, is_causal=False)[0]
+    assert not torch.allclose(full, causal)
+
+
 @pytest.mark.skipif(VERSION < (5,), reason="transformers 4's encoders take no attention by name")
 def test_attn_implementation_masks_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     host, calls, attention = build("XLMRoberta", "Model"), [], integrations.attention_forward

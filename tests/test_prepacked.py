@@ -83,6 +83,48 @@ def test_queries_keys_and_values_are_packed_as_one(packings: mock.Mock) -> None:
         torch.testing.assert_close(q, leaves[0](x))
 
 
+@pytest.mark.parametrize("look", ["before the step", "after it", "never"])
+def test_a_step_of_an_optimizer_is_followed(look: str, packings: mock.Mock) -> None:
+    """torch's fused ones, a Trainer's default, change weights without a trace."""
+    layer, packed, x = nn.Linear(16, 24), PackedLinear(), torch.randn(5, 16)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+
+    @torch.no_grad()
+    def check() -> None:
+        torch.testing.assert_close(packed.linear(x, layer.weight, layer.bias), layer(x))
+
+    for _ in range(2):
+        check()
+        packed.linear(x, layer.weight, layer.bias).square().sum().backward()
+        if look == "before the step":
+            check()
+        optimizer.step()
+        if look == "after it":
+            check()
+        optimizer.zero_grad()
+    check()
+    assert packings.called
+
+
+def test_a_step_is_followed_whatever_is_packed_together(packings: mock.Mock) -> None:
+    leaves, packed, x = [nn.Linear(16, 16).requires_grad_(False) for _ in range(3)], PackedLinear(), torch.randn(5, 16)
+    weights, biases = [leaf.weight for leaf in leaves], [leaf.bias for leaf in leaves]
+    learning = weights[1], biases[1]
+    optimizer = torch.optim.AdamW(leaves[1].requires_grad_(True).parameters(), lr=0.1, fused=True)
+    for together in (True, False):
+        for _ in range(2):
+            with torch.no_grad():
+                for leaf, found in zip(leaves, packed.qkv_projection(x, *weights, *biases), strict=True):
+                    torch.testing.assert_close(found, leaf(x))
+                torch.testing.assert_close(packed.linear(x, *learning), leaves[1](x))
+            learns = (
+                packed.qkv_projection(x, *weights, *biases)[1] if together else packed.linear(x, weights[1], biases[1])
+            )
+            learns.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_a_model_made_in_inference_mode_is_packed(packings: mock.Mock) -> None:
     with torch.inference_mode():
         layer, packed, x = nn.Linear(16, 24), PackedLinear(), torch.randn(5, 16)

@@ -33,6 +33,7 @@ from .varlen import plan
 # The heads that read masked positions: those of the first line always, the others where a masked token has a label.
 ALWAYS = "ForQuestionAnswering", "ForCausalLM"
 LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
+ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transformers' attention interface
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
@@ -123,12 +124,24 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **ignored: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, H, Q, D], key and value [B, H, K, D] → ([B, Q, H, D], None)."""
+    """transformers' attention interface: query [B, H, Q, D], key and value [B, H, K, D] → ([B, Q, H, D], None).
+
+    ValueError for what other architectures hand over and is not computed here, silently left out otherwise.
+    """
+    beyond = [name for name in ANOTHER_ATTENTION if others.get(name) is not None]
+    if beyond or query.shape[1] != key.shape[1]:
+        what = " and ".join(beyond) or f"{query.shape[1]} query heads on {key.shape[1]} key heads"
+        raise ValueError(
+            f"{type(module).__name__} computes attention with {what}, which ours does not: load it without "
+            "attn_implementation='xlmr'"
+        )
     batch, _, seqlen, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
-    causal = bool(getattr(module, "is_causal", False)) and attention_mask is None and seqlen > 1
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # True is the reference's, too
+    causal = bool(is_causal) and attention_mask is None and seqlen > 1
     keys = key.shape[2]
     layout = plan(batch, seqlen, attention_mask, device=query.device, keys=keys, causal=causal, every_position=True)
     if layout.dense is not None:

@@ -29,9 +29,10 @@ def unsupported(device: torch.device) -> str | None:
 class PackedLinear:
     """Eager's linear, linear_act and qkv_projection, which pack parameters at their first use and again after a change.
 
-    A change is noticed through a parameter's version, address and dtype. What writes through `.data` in place escapes
-    it, and what writes into parameters made in inference mode, which have no version. What cannot be packed (gradients,
-    autocast, graphs, weights that are no parameters) goes to eager.
+    A change is noticed through a parameter's version, address and dtype, and one in training is expected: torch's fused
+    optimizers leave no trace in the version. What writes through `.data` in place escapes it, and what writes into
+    parameters made in inference mode, which have no version. What cannot be packed (gradients, autocast, graphs,
+    weights that are no parameters) goes to eager.
     """
 
     def __init__(self) -> None:
@@ -66,11 +67,16 @@ class PackedLinear:
         """The weights below one another in blocks, and their biases; None where they cannot be used so."""
         given = [b for b in biases if b is not None]
         if (
-            (x.dtype == torch.float32 and x.numel() * len(weights[0]) < TINY)
-            or any(type(w) is not nn.Parameter for w in weights)
+            torch.compiler.is_compiling()
+            or any(type(p) is not nn.Parameter for p in (*weights, *given))
             or len(given) not in (0, len(weights))
-            or not eager.onednn_takes(x, *weights, *given)
         ):
+            return None
+        if learning := [p for p in (*weights, *given) if _learns(p)]:
+            self._forget(learning)  # an optimizer is about to change them
+            return None
+        tiny = x.dtype == torch.float32 and x.numel() * len(weights[0]) < TINY
+        if tiny or not eager.onednn_takes(x, *weights, *given):
             return None
         stamps = [_stamp(p) for p in (*weights, *given)]
         uses = self._packed.setdefault(weights[0], {})
@@ -80,6 +86,17 @@ class PackedLinear:
             bias = _joined(given) if given else None
             uses[len(weights)] = stamps, blocks, bias
         return blocks, bias
+
+    def _forget(self, parameters: list[Tensor]) -> None:
+        """What was packed of any of them."""
+        addresses = {p.data_ptr() for p in parameters}
+        for uses in self._packed.values():
+            for count in [n for n, (stamps, *_) in uses.items() if addresses & {address for address, *_ in stamps}]:
+                del uses[count]
+
+
+def _learns(parameter: Tensor) -> bool:
+    return parameter.grad is not None or (parameter.requires_grad and torch.is_grad_enabled())
 
 
 def _joined(parameters: list[Tensor]) -> Tensor:

@@ -479,6 +479,12 @@ def test_attn_implementation_masks_padding(monkeypatch: pytest.MonkeyPatch) -> N
     host.set_attn_implementation("xlmr")
     torch.testing.assert_close(host(**batch()).last_hidden_state, want, rtol=1e-4, atol=1e-5)
     assert len(calls) == 2
+    integrations.unpatch()
+    assert "xlmr" not in [*transformers.AttentionInterface(), *transformers.AttentionMaskInterface()]
+    with pytest.raises(KeyError, match="xlmr"):
+        host(**batch())
+    host.set_attn_implementation("sdpa")
+    torch.testing.assert_close(host(**batch()).last_hidden_state, want)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # DeBERTa's modules in transformers 5.0

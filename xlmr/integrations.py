@@ -38,6 +38,7 @@ CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on th
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
 _replaced: dict[tuple[Any, str], Any] = {}  # (class or module, attribute) → what it was before
+_registered: set[Any] = set()  # transformers' interfaces that know "xlmr"
 
 
 def patch_transformers(*, backend: str | Ops = "auto") -> None:
@@ -87,7 +88,8 @@ def accelerate(model: Any, *, unpad: bool = True, backend: str | Ops = "auto") -
 
 
 def unpatch(model: nn.Module | None = None) -> None:
-    """Undoes `accelerate` and `patch_transformers` for the encoders in `model`, or, without one, for all there are."""
+    """Undoes `accelerate` and `patch_transformers` for the encoders in `model`; or, without one, for all there are, and
+    `register_attention` too."""
     for module in list(_ours) if model is None else model.modules():
         host = getattr(type(module), "host_class", None)
         if host is not None:
@@ -100,20 +102,25 @@ def unpatch(model: nn.Module | None = None) -> None:
     for (owner, name), former in _replaced.items():
         setattr(owner, name, former)
     _replaced.clear()
+    for interface in _registered:
+        interface._global_mapping.pop("xlmr", None)  # transformers has no other way back from register()
+    _registered.clear()
 
 
 def register_attention() -> None:
     """Makes attn_implementation="xlmr" known to transformers: our attention, inside its own layers.
 
-    The mask is registered too: without it transformers hands over none, and padding would be attended to. ImportError
-    without transformers 5: the encoders of 4.57 do not ask for an attention by name.
+    The mask is registered too: without it transformers hands over none, and padding would be attended to. Undone by
+    `unpatch()`: models that ask for it then raise, until their `set_attn_implementation("sdpa")`. ImportError without
+    transformers 5: the encoders of 4.57 do not ask for an attention by name.
     """
     _require_transformers((5, 0))
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register("xlmr", attention_forward)
-    AttentionMaskInterface.register("xlmr", sdpa_mask)
+    for interface, function in ((AttentionInterface, attention_forward), (AttentionMaskInterface, sdpa_mask)):
+        interface.register("xlmr", function)
+        _registered.add(interface)
 
 
 def attention_forward(

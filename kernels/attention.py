@@ -292,7 +292,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["levels", "heads", "rows"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, ends_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, begins_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
     seed_ptr, levels, kept, scale_log2, heads, rows,
     stride_qm, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -303,8 +303,8 @@ def _attention_fwd_kernel(
     head = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads
     sequence = tl.load(blocks_ptr + block)
+    first = (block - tl.load(begins_ptr + sequence)) * BLOCK_M
     q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
-    first = (block - tl.load(ends_ptr + sequence) + tl.cdiv(q_len, BLOCK_M)) * BLOCK_M
     if first >= q_len:
         return
     k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
@@ -369,7 +369,7 @@ def _add_dq(
 @triton.jit(do_not_specialize=["levels", "heads", "rows"])
 def _attention_bwd_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr,
-    blocks_ptr, ends_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
+    blocks_ptr, begins_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
     seed_ptr, levels, kept, scale_log2, heads, rows,
     stride_gm, stride_gh, stride_qm, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -379,8 +379,8 @@ def _attention_bwd_dq_kernel(
     head = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads
     sequence = tl.load(blocks_ptr + block)
+    first = (block - tl.load(begins_ptr + sequence)) * BLOCK_M
     q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)
-    first = (block - tl.load(ends_ptr + sequence) + tl.cdiv(q_len, BLOCK_M)) * BLOCK_M
     if first >= q_len:
         return
     k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
@@ -452,7 +452,7 @@ def _add_dkv(
 @triton.jit(do_not_specialize=["levels", "heads", "rows"])
 def _attention_bwd_dkv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    blocks_ptr, ends_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
+    blocks_ptr, begins_ptr, q_starts_ptr, q_lens_ptr, k_starts_ptr, k_lens_ptr,
     seed_ptr, levels, kept, scale_log2, heads, rows,
     stride_gm, stride_gh, stride_qm, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -462,8 +462,8 @@ def _attention_bwd_dkv_kernel(
     head = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads
     sequence = tl.load(blocks_ptr + block)
+    first = (block - tl.load(begins_ptr + sequence)) * BLOCK_N
     k_start, k_len = tl.load(k_starts_ptr + sequence).to(tl.int64), tl.load(k_lens_ptr + sequence)
-    first = (block - tl.load(ends_ptr + sequence) + tl.cdiv(k_len, BLOCK_N)) * BLOCK_N
     if first >= k_len:
         return
     q_start, q_len = tl.load(q_starts_ptr + sequence).to(tl.int64), tl.load(q_lens_ptr + sequence)

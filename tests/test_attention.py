@@ -384,10 +384,10 @@ def test_the_load_changes_no_block_of_keys() -> None:
 
 def described(s: Sequences, size: int, rows: int, keys: bool = False) -> list[tuple[int, int]]:
     """Of each block that is not empty its sequence and its first row there, as the kernels read them."""
-    of, ends = s.blocks(size, rows, keys)
-    assert (of.dtype, ends.dtype, len(of)) == (torch.int32, torch.int32, rows // size + s.q_lens.numel())
+    of, begins = s.blocks(size, rows, keys)
+    assert (of.dtype, begins.dtype, len(of)) == (torch.int32, torch.int32, rows // size + s.q_lens.numel())
     lens = (s.k_lens if keys else s.q_lens).tolist()
-    firsts = [(i - int(ends[b]) + -(-lens[b] // size)) * size for i, b in enumerate(of.tolist())]
+    firsts = [(i - int(begins[b])) * size for i, b in enumerate(of.tolist())]
     return [(b, first) for b, first in zip(of.tolist(), firsts, strict=True) if first < lens[b]]
 
 

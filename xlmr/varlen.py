@@ -44,17 +44,18 @@ class Sequences:
 
     def blocks(self, size: int, rows: int, keys: bool = False) -> tuple[Tensor, Tensor]:
         """The `rows` rows of q, or of k and v, in blocks of at most `size`, none across sequences: the sequence of each
-        of rows // size + B blocks, int32, and how many blocks end with each sequence or before, `ends` int32 [B].
+        of rows // size + B blocks, int32, and the number of the first block of each sequence, int32 [B].
 
-        Of sequence b are the blocks before ends[b], as many as it fills; what follows the last of them is empty.
-        Computed on the device once for all layers, in five launches; `rows` is q.shape[0] or k.shape[0], known on the
+        A sequence's blocks follow one another; those that begin behind its rows are empty, and the last ones are.
+        Computed on the device once for all layers, in six launches; `rows` is q.shape[0] or k.shape[0], known on the
         host. The keys of two sequences must not overlap.
         """
         if (size, keys) not in self._blocks:
             lens = self.k_lens if keys else self.q_lens
-            ends = ((lens + (size - 1)) // size).cumsum(0, dtype=torch.int32)
+            counts = (lens + (size - 1)) // size
+            begins = counts.cumsum(0, dtype=torch.int32) - counts
             block = torch.arange(rows // size + lens.numel(), dtype=torch.int32, device=lens.device)
-            self._blocks[size, keys] = torch.searchsorted(ends[:-1], block, right=True, out_int32=True), ends
+            self._blocks[size, keys] = torch.searchsorted(begins[1:], block, right=True, out_int32=True), begins
         return self._blocks[size, keys]
 
     @cached_property

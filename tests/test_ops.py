@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import xlmr
 from xlmr.kernels import linear
 from xlmr.ops import EAGER, Check, checked, resolve, traced, triton
+from xlmr.varlen import Sequences
 
 SMALL = {"num_hidden_layers": 2}  # a program costs half a millisecond in the interpreter
 BY_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state")
@@ -282,3 +283,30 @@ def test_resolve_and_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> No
         waiting(torch.tensor([[5, 6]]))
     with pytest.raises(ValueError, match="allowed are 'auto', 'eager', 'prepacked', 'triton'"):
         resolve("cuda", cpu)
+
+
+@pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double precision")
+@pytest.mark.parametrize("operation", [field for field in vars(EAGER) if field not in ("vocab_topk", "rows_at_once")])
+def test_gradcheck(operation: str, device: torch.device) -> None:
+    """Against finite differences, on the smallest shapes; gradcheck asks for the same bits at a second backward too."""
+    T, N = 2, 4
+    x, residual, weight, bias = torch.randn(T, N), torch.randn(T, N), torch.randn(3, N), torch.randn(N)
+    tokens, lengths = torch.tensor([2, 3]), Sequences.packed(torch.tensor([0, T], device=device), T)
+    tables = torch.randn(4, N), torch.randn(2, N), torch.randn(4, N), torch.rand(N) + 0.5, bias
+    given: dict[str, list[Any]] = {
+        "embed": [tokens, tokens % 2, tokens, *tables, 1e-5, 1],
+        "qkv_projection": [x, weight, weight.flip(0), weight.flip(1), bias[1:], bias[:3], bias[1:].flip(0)],
+        "attention": [*torch.randn(3, T, 1, 8), lengths, 0.5, True],
+        "linear": [x, weight, bias[1:]],
+        "linear_act": [x, weight, bias[1:]],
+        "add_layer_norm": [x, residual, *tables[3:], 1e-5],
+        "gelu_layer_norm": [x, *tables[3:], 1e-5],
+        "vocab_cross_entropy": [x, tables[0], bias, torch.tensor([3, -100])],
+    }
+    kernels = {"eps": 1e-2, "atol": 2e-3, "rtol": 2e-3}  # in fp32, where finite differences are coarse
+    for ops, dtype, precision in ((EAGER, torch.double, {}), (triton(), torch.float, kernels)):
+        operands = [a.to(device) if isinstance(a, Tensor) else a for a in given[operation]]
+        for i, a in enumerate(operands):
+            if isinstance(a, Tensor) and a.is_floating_point():
+                operands[i] = a.to(dtype, copy=True).requires_grad_()
+        assert torch.autograd.gradcheck(getattr(ops, operation), operands, **precision)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import untrainable
 
 import xlmr
 from xlmr import cli
@@ -37,8 +38,13 @@ def test_both_paths_are_right(verify: Callable[..., Any], backend: str) -> None:
     assert rows["linear"]["error"] > 0
 
 
-def test_the_gradients_are_right(verify: Callable[..., Any], checkpoint: Path) -> None:
-    status, rows = verify("--gradients", "--backend", "eager")
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_the_gradients_are_right(
+    verify: Callable[..., Any], checkpoint: Path, backend: str, device: torch.device
+) -> None:
+    if backend == "triton" and (why := untrainable(device)):
+        pytest.skip(why)
+    status, rows = verify("--gradients", "--backend", backend)
     assert status == 0
     operations = {name.partition(", ")[0] for name in rows}
     assert operations == {*vars(EAGER), "model"} - {"vocab_topk", "rows_at_once"}

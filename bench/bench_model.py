@@ -93,7 +93,7 @@ def jobs(rounds: int, chosen: Iterable[str] | None) -> list[Job]:
     gpu = torch.cuda.is_available()
     found: list[Job] = [(case.title, functools.partial(measure, case, rounds, chosen)) for case in cases(gpu)]
     headlines = sum(case.group == "headline" for case in cases(gpu))
-    found.insert(headlines, (TOKENIZING, lambda: Found(tokenizing(max(3, rounds // 2)))))
+    found.insert(headlines, (TOKENIZING, lambda: Found(tokenizing(max(9, rounds)))))
     return found if gpu else [*found, (RUNTIMES, lambda: runtimes(max(3, rounds // 2)))]
 
 

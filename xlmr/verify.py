@@ -37,8 +37,7 @@ def verify(model: XLMRobertaForMaskedLM, tokenizer: Any, texts: Sequence[str]) -
 
 def verify_gradients(model: XLMRobertaForMaskedLM, tokenizer: Any, texts: Sequence[str]) -> list[Verdict]:
     """Verdicts on every gradient of the operations that `model` calls to learn every third token of `texts`, masked,
-    and end to end on the loss and the gradients of the parameters. The judge is that of `verify`, the bound of an
-    operation's gradients twice as wide."""
+    and end to end on the loss and the gradients of the parameters. Judge and bound are those of `verify`."""
     batch = _padded(tokenizer, tokenizer(list(texts), truncation=True)["input_ids"], model.device)
     ids, real = batch["input_ids"], batch["attention_mask"] != 0
     masked = real & (torch.arange(ids.shape[1], device=ids.device) % 3 == 1)

@@ -144,12 +144,7 @@ def test_a_slowed_provider_is_a_regression(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("times", "code"),
-    [
-        ({}, 0),
-        ({"xlmr triton": 1.3}, 1),
-        ({"torch": 0.7}, 1),
-        ({"torch": 0.4, "xlmr eager": 0.5, "xlmr triton": 0.5}, 0),  # theirs became faster, ours stayed
-    ],
+    [({}, 0), ({"xlmr triton": 1.3}, 1), ({"torch": 0.7}, 1), ({"torch": 0.4, "xlmr triton": 0.5}, 0)],
 )
 def test_a_slower_machine_is_no_regression(
     times: dict[str, float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -142,10 +142,7 @@ def test_a_slowed_provider_is_a_regression(tmp_path: Path, monkeypatch: pytest.M
         compare.main()
 
 
-@pytest.mark.parametrize(
-    ("times", "code"),
-    [({}, 0), ({"xlmr triton": 1.3}, 1), ({"torch": 0.7}, 1), ({"torch": 0.4, "xlmr triton": 0.5}, 0)],
-)
+@pytest.mark.parametrize(("times", "code"), [({}, 0), ({"xlmr triton": 1.3}, 1), ({"torch": 0.7}, 1)])
 def test_a_slower_machine_is_no_regression(
     times: dict[str, float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

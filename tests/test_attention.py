@@ -186,6 +186,13 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, device: torch.device) 
         assert (ours.double() - expected).abs().max() <= 2**-5 * truth[2].abs().max()
 
 
+@pytest.mark.parametrize(("head_dim", "lengths"), [(32, (9, 9, 11, 10, 9, 9)), (64, (70, 37, 64))])
+def test_gradients_of_peaked_probabilities(head_dim: int, lengths: tuple[int, ...], device: torch.device) -> None:
+    """Backward's scores are rounded as forward's: what a large one has lost cancels in its normaliser."""
+    tensors = tuple(torch.randn(sum(lengths), 4, head_dim, device=device) * size for size in (3, 3, 1))
+    assert_gradients_as_eager(tensors, packed(*lengths), False, scale=head_dim**-0.5)
+
+
 def test_any_strides(device: torch.device) -> None:
     q, k, v = (torch.randn(2, 40, 24, device=device).transpose(0, 1) for _ in range(3))  # [H, T, D] in memory
     s = on(device, packed(40))

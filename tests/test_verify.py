@@ -55,6 +55,16 @@ def test_the_gradients_are_right(
         assert verify("--gradients", "--backend", backend) == (status, rows)  # the same at every run
 
 
+def test_the_kernels_gradients_are_right_on_a_trained_model(
+    device: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo's scores are large, as those of every trained model, not of one with random weights."""
+    if why := untrainable(device):
+        pytest.skip(why)
+    status = cli.main(["verify", "--gradients", "--backend", "triton", "--device", str(device)])
+    assert status == 0, capsys.readouterr().out
+
+
 class Enlarged(torch.autograd.Function):
     """The identity, whose gradient is a thousandth too large."""
 

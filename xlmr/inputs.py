@@ -1,10 +1,10 @@
 """Checks of what a caller hands to a model, and the token types and positions of what he left out.
 
 Values are looked at where that costs no synchronisation: on the CPU, and on any device before it would be too late (a
-sequence longer than the limit). Every error says what was given, what is allowed and what to do.
+sequence longer than the limit). What a kernel would follow out of its memory, the boundaries of packed sequences, a GPU
+asserts by itself. Every error says what was given, what is allowed and what to do.
 """
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +117,20 @@ def check_range(name: str, ids: Tensor, size: int, setting: str, advice: str = "
 
 def readable(values: Tensor) -> bool:
     """Whether looking at the values costs no synchronisation and decides nothing that a trace would keep."""
-    return values.device.type == "cpu" and not (torch.compiler.is_compiling() or tracing())
+    return values.device.type == "cpu" and not _recorded()
+
+
+def _recorded() -> bool:
+    return torch.compiler.is_compiling() or tracing()
+
+
+def _require(right: Tensor, what: str, values: Tensor) -> None:
+    """Refuses values that are not `right`, a bool on their device. A GPU is not waited for: it stops with the message,
+    a device-side assertion, and the next synchronisation raises."""
+    if not readable(right):
+        torch._assert_async(right, what)
+    elif not bool(right):
+        raise ValueError(f"{what}; the first of those given are {values[:8].tolist()}")
 
 
 def positions_and_types(
@@ -169,8 +182,9 @@ def check_packed(
     if rows is not None:
         if rows.dim() != 1 or rows.dtype not in INTEGERS:
             raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be torch.long [rows]")
-        if readable(rows) and not bool((rows.diff() >= 0).all()):
-            raise ValueError("rows must be sorted: give rows.sort().values, and put the result back in your order")
+        if not _recorded():
+            what = "rows must be sorted: give rows.sort().values, and put the result back in your order"
+            _require((rows.diff() >= 0).all(), what, rows)
         check_range("rows", rows, input_ids.numel(), "the number of tokens")
     if input_ids.dim() != 1:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: a packed batch is [tokens]")
@@ -179,15 +193,11 @@ def check_packed(
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")
-    if readable(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        lens = [end - start for start, end in itertools.pairwise(bounds)]
-        whole = bounds[0] == 0 and bounds[-1] == input_ids.numel()
-        if not whole or min(lens, default=0) < 0 or max(lens, default=0) > max_seqlen:
-            raise ValueError(
-                f"cu_seqlens is {bounds[:4]}…{bounds[-1:]}: it must rise from 0 to {input_ids.numel()}, the tokens "
-                f"given, in steps of at most max_seqlen = {max_seqlen}"
-            )
+    if not _recorded():
+        lens, tokens = cu_seqlens.diff(), input_ids.numel()
+        right = (lens.clamp(0, max_seqlen) == lens).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
+        what = f"cu_seqlens must rise from 0 to {tokens} (the tokens) in steps of at most max_seqlen = {max_seqlen}"
+        _require(right, what, cu_seqlens)
 
 
 def check_labels(labels: Tensor | None, shape: tuple[int, ...], classes: int) -> None:

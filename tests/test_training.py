@@ -306,9 +306,13 @@ def test_padding_row_gets_no_gradient_and_frozen_parts_none() -> None:
 # Around the model
 
 
-def test_compiled_training_step() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_step(checkpointing: bool) -> None:
     """Forward and backward through Dynamo and AOTAutograd, whose graphs then run as they are."""
+    torch._dynamo.reset()  # it compiles each function for a few models only
     _, ours = trained("MaskedLM", num_hidden_layers=1)
+    if checkpointing:
+        ours.gradient_checkpointing_enable()
     given = inputs("MaskedLM", RIGHT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's compiler warns of itself

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from processes import python
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -426,7 +426,6 @@ def test_loading_takes_no_more_memory_than_the_weights(saved: Path, tmp_path: Pa
     """At most 1.2 times; a copy of them, afterwards, shows that the measure can fail. And nothing heavy is imported."""
     sizes = {**SIZES, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 30_000}
     XLMRobertaForMaskedLM(XLMRobertaConfig(**sizes)).save_pretrained(tmp_path, **options)  # 88 MB
-    command = [sys.executable, "-c", MEASURE, str(saved / "XLMRobertaForMaskedLM"), str(tmp_path)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = python(MEASURE, saved / "XLMRobertaForMaskedLM", tmp_path).splitlines()
     assert 0.9 < float(lines[0]) < 1.2 < 1.8 < float(lines[1])
     assert lines[2] == ""

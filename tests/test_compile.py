@@ -5,13 +5,10 @@ into forward and backward and finds out which arguments each kernel writes; then
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import python
 
 pytest.importorskip("triton")
 
@@ -115,15 +112,7 @@ WRITTEN = {
 
 @pytest.fixture(scope="module")
 def traced() -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(python(SCRIPT, TRITON_INTERPRET="0"))
 
 
 def test_packed_entry_is_one_graph(traced: Any) -> None:

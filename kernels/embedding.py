@@ -129,34 +129,13 @@ def _hidden(tables, places, known, cols, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "word_rows", "type_rows", "position_rows", "levels"])
 def _embed_fwd_kernel(
-    word_ids_ptr,
-    type_ids_ptr,
-    position_ids_ptr,
-    word_ptr,
-    type_ptr,
-    position_ptr,
-    w_ptr,
-    b_ptr,
-    y_ptr,
-    mean_ptr,  # None, as rstd_ptr: no backward will follow
-    rstd_ptr,
-    seed_ptr,  # None: no dropout
-    levels,
-    stride_word_id,
-    stride_type_id,
-    stride_position_id,
-    stride_word,
-    stride_type,
-    stride_position,
-    word_rows,
-    type_rows,
-    position_rows,
-    T,
-    eps,
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    word_ids_ptr, type_ids_ptr, position_ids_ptr, word_ptr, type_ptr, position_ptr, w_ptr, b_ptr, y_ptr,
+    mean_ptr, rstd_ptr,  # None: no backward will follow
+    seed_ptr, levels,  # None: no dropout
+    stride_word_id, stride_type_id, stride_position_id, stride_word, stride_type, stride_position,
+    word_rows, type_rows, position_rows, T, eps,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
     table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
     tables = (word_ptr, type_ptr, position_ptr)
@@ -201,36 +180,14 @@ def _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N
 
 @triton.jit(do_not_specialize=["T", "word_rows", "type_rows", "position_rows", "levels"])
 def _embed_bwd_kernel(
-    dy_ptr,
-    word_ids_ptr,
-    type_ids_ptr,
-    position_ids_ptr,
-    word_ptr,
-    type_ptr,
-    position_ptr,
-    w_ptr,
-    mean_ptr,
-    rstd_ptr,
+    dy_ptr, word_ids_ptr, type_ids_ptr, position_ids_ptr, word_ptr, type_ptr, position_ptr, w_ptr, mean_ptr, rstd_ptr,
     dh_ptr,  # None, as the next two: not wanted
-    dw_ptr,  # [programs, N], as db_ptr
-    db_ptr,
-    seed_ptr,  # None: no dropout
-    levels,
-    stride_dym,
-    stride_word_id,
-    stride_type_id,
-    stride_position_id,
-    stride_word,
-    stride_type,
-    stride_position,
-    word_rows,
-    type_rows,
-    position_rows,
-    T,
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dw_ptr, db_ptr,  # [programs, N]
+    seed_ptr, levels,  # None: no dropout
+    stride_dym, stride_word_id, stride_type_id, stride_position_id, stride_word, stride_type, stride_position,
+    word_rows, type_rows, position_rows, T,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
     table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
     tables = (word_ptr, type_ptr, position_ptr)
@@ -301,13 +258,9 @@ def _sum_pieces_kernel(
     order_ptr,  # the token of each
     table_ptr,  # the gradient
     partials_ptr,  # [pieces, 2, N]: of an id that begins before this piece; of one that goes on after it
-    table_rows,
-    padding_idx,
-    T,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    table_rows, padding_idx, T,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     piece = tl.program_id(0).to(tl.int64)
     ids_ptr += piece * CHUNK
     count = tl.minimum(T - piece * CHUNK, CHUNK).to(tl.int32)
@@ -334,17 +287,9 @@ def _sum_pieces_kernel(
 
 @triton.jit(do_not_specialize=["T", "table_rows", "padding_idx"])
 def _sum_spans_kernel(
-    ids_ptr,
-    table_ptr,
-    partials_ptr,
-    table_rows,
-    padding_idx,
-    T,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    ids_ptr, table_ptr, partials_ptr, table_rows, padding_idx, T,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Finishes the id that begins in a piece and goes on after it."""
     piece = tl.program_id(0).to(tl.int64)
     end = (piece + 1) * CHUNK

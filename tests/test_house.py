@@ -84,7 +84,7 @@ RULES = {
     "xlmr/pipelines/token_classification": Rule(TASKS | {"xlmr.batch_encoding", "xlmr.pipelines.base", "xlmr.texts"}),
     "xlmr/prepacked": Rule({"torch", "xlmr.eager"}),
     "xlmr/pretrain": Rule(TASKS | {"xlmr.encode", "xlmr.training_text"}, {"matplotlib", "tqdm"}),
-    "xlmr/pretrained": Rule(TREE),
+    "xlmr/pretrained": Rule(TREE | {"xlmr.files"}),
     "xlmr/sentence_directory": Rule({"torch", "xlmr.encode", "xlmr.family", "xlmr.files", "xlmr.weights"}),
     "xlmr/sentencepiece_model": Rule({"sentencepiece"}),
     "xlmr/tokenizer": Rule(TOKENIZER),

@@ -177,8 +177,8 @@ def test_the_longest_sequence() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda m: m(), "exactly one of input_ids or inputs_embeds"),
-        (lambda m: m(ids(), inputs_embeds=torch.randn(B, S, 32)), "exactly one"),
+        (lambda m: m(), "neither of input_ids and inputs_embeds is given: exactly one is needed"),
+        (lambda m: m(ids(), inputs_embeds=torch.randn(B, S, 32)), "both of input_ids and inputs_embeds"),
         (lambda m: m(torch.tensor([[5, 97]])), r"input_ids holds 97: allowed are 0 … 96"),
         (lambda m: m(torch.tensor([[5, -1]])), r"input_ids holds -1"),
         (lambda m: m(torch.tensor([5, 6])), r"input_ids has shape \(2,\)"),

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .files import DTYPES, own_keywords, read_json, resolve, to_dtype, write_atomically
+from .files import DTYPES, own_keywords, resolve, to_dtype
 from .weights import read_weights, write_weights
-
-__all__ = ["load_model", "own_keywords", "place_on", "read_json", "resolve", "save_model", "write_atomically"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +51,10 @@ def load_model(
 
     config: used instead of the checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the
     configuration's, else that of the first weight; `torch_dtype` is its old name.  device: the CPU by default.
-    device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.  overrides: fields of the
-    configuration, or keywords of the constructor of `cls`; those that files.own_keywords drops are taken too.
+    device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.  backend, unpad: as of the
+    constructor, see XLMRobertaPreTrainedModel.  revision, cache_dir, token, local_files_only, subfolder: the hub's, see
+    files.resolve.  overrides: fields of the configuration, or keywords of the constructor of `cls`; those that
+    files.own_keywords drops are taken too.
 
     Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
     `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return

@@ -107,7 +107,8 @@ def _of_words(command: Command) -> Parsers:
     words = "let only this word, and others so given, compete"
     fill.add_argument("--target", action="append", metavar="WORD", help=words)
     vectors = command("embed", _embed, "Turn each text into a vector.")
-    vectors.add_argument("--pooling", choices=POOLINGS, default="mean", help="mean of all tokens, or the first one's")
+    pooling = "how the tokens' vectors become one (default mean; cls: the first one's)"
+    vectors.add_argument("--pooling", choices=POOLINGS, default="mean", help=pooling)
     vectors.add_argument("--no-normalize", action="store_true", help="keep the lengths of the vectors")
     limit = "truncate to N tokens (default: the model's limit)"
     vectors.add_argument("--max-length", type=int, metavar="N", help=limit)

@@ -82,7 +82,8 @@ class Inputs:
 def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """The one of the two that was given: ids [B, S] below vocab_size, or vectors [B, S, N]."""
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"{given} of input_ids and inputs_embeds is given: exactly one is needed")
     if input_ids is not None:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [batch, sequence]")
@@ -168,7 +169,7 @@ def check_packed(
     that are not sorted rows of them."""
     if rows is not None:
         if rows.dim() != 1 or rows.dtype not in INTEGERS:
-            raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be torch.long [rows]")
+            raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be int32 or int64 [rows]")
         if readable(rows) and not bool((rows.diff() >= 0).all()):
             raise ValueError("rows must be sorted: give rows.sort().values, and put the result back in your order")
         check_range("rows", rows, input_ids.numel(), "the number of tokens")
@@ -176,7 +177,7 @@ def check_packed(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: a packed batch is [tokens]")
     check_range("input_ids", input_ids, config.vocab_size, "vocab_size", TOKENIZER)
     check_length(config, max_seqlen)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
         given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")
     if readable(cu_seqlens):

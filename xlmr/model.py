@@ -348,4 +348,4 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
     def hand_to_new_layers(self) -> None:
         """Gives the model's ops to layers that were added after it was built."""
         if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in self.encoder.layer):
-            self.ops_changed()
+            self._hand_down(self._ops, self._why)

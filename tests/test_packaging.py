@@ -103,10 +103,3 @@ def test_the_metadata_asks_for_what_is_used_and_the_constraints_pin_it(wheel: Pa
     assert all(re.fullmatch(r"==[\d.]+", str(pin.specifier)) for pin in pins)
     names = {pin.name.replace("-", "_") for pin in pins}
     assert {r.name.replace("-", "_") for r in requirements} - names == {"triton"}
-
-
-def test_the_ci_runs_the_commands_of_the_readme() -> None:
-    readme, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
-    promised = [line for line in readme.splitlines() if line.startswith("pip install -c constraints.txt ")]
-    assert len(promised) == 2
-    assert {f"({line})" for line in promised} <= set(ci.splitlines())

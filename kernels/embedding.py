@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dropout import draw_seed, keep_factors, keep_levels
-from ._launch import Table, check, config, kind, opaque, pick, wants_gradients
+from ._launch import Table, check, check_ids, check_range, config, kind, opaque, pick, wants_gradients
 from ._norm import (
     bucket,
     check_affine,
@@ -356,15 +356,8 @@ def _layout(ids: Sequence[Tensor], tables: Sequence[Tensor]) -> list[int]:
 
 
 def _check_ids(name: str, ids: Tensor, T: int, table: Tensor) -> None:
-    if ids.shape != (T,):
-        raise ValueError(f"embed: {name} is {tuple(ids.shape)}, expected [{T}], as input_ids has {T} tokens")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"embed: {name} is {ids.dtype}, allowed are torch.int32 and torch.int64")
-    if ids.device != table.device:
-        raise ValueError(f"embed: {name} is on {ids.device}, the tables on {table.device}")
-    if ids.device.type == "cpu" and T and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-        found = f"from {int(ids.min())} to {int(ids.max())}"
-        raise IndexError(f"embed: {name} go {found}, the table has rows 0 to {len(table) - 1}")
+    check_ids("embed", name, ids, (T,), table.device)
+    check_range("embed", name, ids, len(table))
 
 
 @opaque

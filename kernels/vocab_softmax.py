@@ -36,7 +36,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import Table, autocast, check, config, input_precision, opaque, pick, wants_gradients
+from ._launch import (
+    Table,
+    autocast,
+    check,
+    check_ids,
+    check_range,
+    config,
+    input_precision,
+    opaque,
+    pick,
+    wants_gradients,
+)
 from ._products import BLOCK_K, product_dw, product_dx, sum_splits
 
 
@@ -136,6 +147,27 @@ def _products(x_ptr, w_ptr, x_rows, w_rows, N: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
+def _logits(
+    x_ptr, w_ptr, b_ptr, targets_ptr, x_rows, columns, stride_wn, V, table_rows,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of z, −∞ where a column names no word, and which columns do: words themselves, or places in targets."""
+    real = columns < V
+    words = columns
+    w_rows = tl.minimum(columns, V - 1).to(tl.int64)  # beyond the end: a word that is there
+    if targets_ptr is not None:
+        words = tl.load(targets_ptr + columns, mask=real, other=-1).to(tl.int64)
+        real = (words >= 0) & (words < table_rows)
+        w_rows = tl.where(real, words, 0)
+    z = _products(x_ptr, w_ptr, x_rows, w_rows * stride_wn, N, BLOCK_K, PRECISION)
+    if b_ptr is not None:
+        z += tl.load(b_ptr + words, mask=real, other=float("-inf")).to(tl.float32)[None, :]
+    else:
+        z += tl.where(real, 0.0, float("-inf"))[None, :]
+    return z, real
+
+
+@triton.jit
 def _keep_best(z, columns, best_z, best_columns):
     """The best of `best_z` and the tile z, whose columns are all higher: as long as a row has a better one, take it."""
     worst = tl.min(best_z, axis=1)
@@ -187,18 +219,10 @@ def _vocab_partials_kernel(
     end = tl.minimum(start + CHUNK, V)
     while start < end:
         columns = start + tl.arange(0, BLOCK_V)
-        real = columns < V
-        words = columns
-        w_rows = tl.minimum(columns, V - 1).to(tl.int64)  # beyond the end: a word that is there
-        if targets_ptr is not None:
-            words = tl.load(targets_ptr + columns, mask=real, other=-1).to(tl.int64)
-            real = (words >= 0) & (words < table_rows)
-            w_rows = tl.where(real, words, 0)
-        z = _products(x_ptr, w_ptr, x_rows * stride_xm, w_rows * stride_wn, N, BLOCK_K, PRECISION)
-        if b_ptr is not None:
-            z += tl.load(b_ptr + words, mask=real, other=float("-inf")).to(tl.float32)[None, :]
-        else:
-            z += tl.where(real, 0.0, float("-inf"))[None, :]
+        z, real = _logits(
+            x_ptr, w_ptr, b_ptr, targets_ptr, x_rows * stride_xm, columns, stride_wn, V, table_rows,
+            N, BLOCK_K, PRECISION,
+        )  # fmt: skip
         if max_ptr is not None:
             new_max = tl.maximum(row_max, tl.max(z, axis=1))
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -361,15 +385,6 @@ def _head(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Hea
     return Head(x, weight, bias)
 
 
-def _check_ids(operation: str, name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if ids.shape != shape:
-        raise ValueError(f"{operation}: {name} is {tuple(ids.shape)}, expected {list(shape)}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{operation}: {name} is {ids.dtype}, allowed are torch.int32 and torch.int64")
-    if ids.device != device:
-        raise ValueError(f"{operation}: {name} is on {ids.device}, x on {device}")
-
-
 def check_loss(reduction: str, label_smoothing: float, z_loss: float) -> None:
     """ValueError for settings that cross entropy does not know."""
     known = "mean", "sum", "none"
@@ -379,12 +394,6 @@ def check_loss(reduction: str, label_smoothing: float, z_loss: float) -> None:
         raise ValueError(f"label_smoothing is {label_smoothing}: allowed is 0 to 1")
     if not z_loss >= 0.0:
         raise ValueError(f"z_loss is {z_loss}: at least 0 is needed")
-
-
-def _check_range(operation: str, name: str, ids: Tensor, V: int) -> None:
-    """IndexError for an id outside [0, V), where asking needs no synchronisation."""
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
-        raise IndexError(f"{operation}: {name} go from {int(ids.min())} to {int(ids.max())}, words from 0 to {V - 1}")
 
 
 @opaque
@@ -508,10 +517,10 @@ def _losses(
     """The losses of all rows, and of those that have a label x, labels, lse, and which rows they are."""
     operation = "vocab_cross_entropy"
     T = len(_head(operation, x, weight, bias).x)
-    _check_ids(operation, "labels", labels, (T,), x.device)
+    check_ids(operation, "labels", labels, (T,), x.device)
     rows = (labels != ignore_index).nonzero().squeeze(1)  # one host read: how many
     x, labels = (x, labels.contiguous()) if len(rows) == T else (x[rows], labels[rows])
-    _check_range(operation, f"labels other than {ignore_index}", labels, len(weight))
+    check_range(operation, f"labels other than {ignore_index}", labels, len(weight))
     some, lse = vocab_cross_entropy_fwd(Head(x, weight, bias), labels, smoothing, z_loss)
     losses = some if len(rows) == T else some.new_zeros(T).index_copy_(0, rows, some)
     return losses, x, labels, lse, rows
@@ -587,8 +596,8 @@ def vocab_topk(
     x, weight, bias = autocast(x, weight, bias)
     head = _head("vocab_topk", x, weight, bias)
     if targets is not None:
-        _check_ids("vocab_topk", "targets", targets, (targets.numel(),), x.device)
-        _check_range("vocab_topk", "targets", targets, len(weight))
+        check_ids("vocab_topk", "targets", targets, (targets.numel(),), x.device)
+        check_range("vocab_topk", "targets", targets, len(weight))
         targets = targets.contiguous()
     words = len(weight if targets is None else targets)
     if not 0 <= k <= words:

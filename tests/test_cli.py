@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from reference import save_head
 
 import xlmr
 from xlmr import cli, terminal
@@ -119,12 +120,8 @@ def heads(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes directories of the tiny checkpoint with another head of `count` labels."""
 
     def make(name: str, count: int, labels: Any = None) -> Path:
-        directory = tmp_path_factory.mktemp("head")
         options = {} if labels is None else {"id2label": dict(enumerate(labels))}
-        cls = getattr(transformers, f"XLMRobertaFor{name}")
-        cls.from_pretrained(checkpoint, num_labels=count, **options).save_pretrained(directory)
-        transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(directory)
-        return directory
+        return save_head(checkpoint, tmp_path_factory.mktemp("head"), name, num_labels=count, **options)
 
     return make
 

@@ -238,6 +238,10 @@ def test_what_transformers_is_told_about_loading(saved: Path) -> None:
         XLMRobertaModel.from_pretrained(directory, device_map={"embeddings": 0, "encoder": "cpu"})
     with pytest.raises(ValueError, match="device and device_map"):
         XLMRobertaModel.from_pretrained(directory, device_map="cpu", device="cpu")
+    for unknown in ("gpu", {"": "gpu"}):
+        with pytest.raises(ValueError, match="device is 'gpu': allowed are cpu, cuda, cuda:1"):
+            XLMRobertaModel.from_pretrained(directory, device_map=unknown)
+    assert XLMRobertaModel.from_pretrained(directory, device=-1).device.type == "cpu"
     for name, value in (("variant", "fp16"), ("quantization_config", {"load_in_4bit": True}), ("from_tf", True)):
         with pytest.raises(TypeError, match=f"{name} is .*: this is not offered here"):
             XLMRobertaModel.from_pretrained(directory, **{name: value})

@@ -179,6 +179,8 @@ def test_the_longest_sequence() -> None:
     [
         (lambda m: m(), "neither of input_ids and inputs_embeds is given: exactly one is needed"),
         (lambda m: m(ids(), inputs_embeds=torch.randn(B, S, 32)), "both of input_ids and inputs_embeds"),
+        (lambda m: m([[5, 7]]), "input_ids is a list: give a tensor.*return_tensors='pt'"),
+        (lambda m: m(ids(), RIGHT.tolist()), "attention_mask is a list: give a tensor"),
         (lambda m: m(torch.tensor([[5, 97]])), r"input_ids holds 97: allowed are 0 … 96"),
         (lambda m: m(torch.tensor([[5, -1]])), r"input_ids holds -1"),
         (lambda m: m(torch.tensor([5, 6])), r"input_ids has shape \(2,\)"),
@@ -189,6 +191,7 @@ def test_the_longest_sequence() -> None:
         (lambda m: m(ids(), token_type_ids=torch.full((B, S), 2)), "token_type_ids holds 2"),
         (lambda m: m(ids(), position_ids=torch.full((B, S), 42)), "position_ids holds 42"),
         (lambda m: m.forward_packed(ids(), torch.tensor([0, 3]), 3), r"a packed batch is \[tokens\]"),
+        (lambda m: m.forward_packed(ids()[0], [0, 12], 12), "cu_seqlens is a list: give a tensor"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 9, 5, 12]), 12), "it must rise from 0 to 12"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 5), "steps of at most max_seqlen = 5"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0.0, 12.0]), 12), "int32 or int64"),
@@ -198,6 +201,7 @@ def test_the_longest_sequence() -> None:
         (lambda m: m.set_backend("cuda"), "allowed are 'auto', 'eager', 'prepacked', 'triton'"),
         (lambda m: xlmr.XLMRobertaModel({"hidden_size": 8}), r"config is a builtins.dict: give an xlmr"),
         (lambda m: m.resize_token_embeddings(1), "allowed are more than 1"),
+        (lambda m: m.resize_token_embeddings("100"), "new_num_tokens is '100': an integer is needed"),
     ],
 )
 def test_bad_input(call: Callable[[Any], Any], words: str) -> None:

@@ -119,7 +119,22 @@ def place_on(device: Any, device_map: Any) -> torch.device:
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     place = device_map if device is None else device
-    return torch.device("cpu" if place is None else place)
+    return to_device("cpu" if place is None else place)
+
+
+def to_device(device: int | str | torch.device) -> torch.device:
+    """What a device, its name, or a GPU's number (−1 is the CPU) means; ValueError for what PyTorch has not."""
+    if isinstance(device, int):
+        device = "cpu" if device < 0 else f"cuda:{device}"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device is {device!r}: allowed are cpu, cuda, cuda:1, … and PyTorch's other devices"
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}: PyTorch sees no GPU here; give cpu")
+    return found
 
 
 def _configuration(cls: Any, config: Any, source: dict[str, Any], overrides: dict[str, Any]) -> Any:

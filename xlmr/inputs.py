@@ -17,6 +17,10 @@ from .varlen import tracing
 
 INTEGERS = (torch.int64, torch.int32)
 TOKENIZER = "; use the tokenizer that belongs to this checkpoint"
+TENSORS = (  # the arguments of a model that are tensors, or left out
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "encoder_hidden_states",
+    "encoder_attention_mask",
+)  # fmt: skip
 
 
 class Arguments(NamedTuple):
@@ -38,6 +42,7 @@ class Arguments(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """[batch, sequence], as far as the arguments tell."""
         given = self.inputs_embeds if self.input_ids is None else self.input_ids
+        check_tensors(input_ids=given)
         return () if given is None else tuple(given.shape[:2])
 
 
@@ -49,6 +54,7 @@ class Inputs:
 
     def __init__(self, config: XLMRobertaConfig, given: Arguments):
         input_ids, inputs_embeds, cache = given.input_ids, given.inputs_embeds, given.past_key_values
+        check_tensors(**{name: getattr(given, name) for name in TENSORS})
         self.config = config
         self.given = check_inputs(config, input_ids, inputs_embeds)
         check_settings(config, self.given.shape[1], given.encoder_hidden_states)
@@ -77,6 +83,14 @@ class Inputs:
         attentions = self.config.output_attentions if attentions is None else attentions
         hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
         return Collected(*([] if asked else None for asked in (hidden_states, attentions, attentions)))
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuses what is neither a tensor nor None: lists, as a tokenizer gives them by default, and arrays."""
+    for name, value in given.items():
+        if not isinstance(value, (Tensor, type(None))):
+            kind = type(value).__name__
+            raise TypeError(f"{name} is a {kind}: give a tensor, as tokenizer(…, return_tensors='pt') does")
 
 
 def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -167,6 +181,7 @@ def check_packed(
 ) -> None:
     """Refuses ids that are not [T], boundaries that do not cut them into sequences of at most `max_seqlen`, and `rows`
     that are not sorted rows of them."""
+    check_tensors(input_ids=input_ids, cu_seqlens=cu_seqlens, rows=rows)
     if rows is not None:
         if rows.dim() != 1 or rows.dtype not in INTEGERS:
             raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be int32 or int64 [rows]")

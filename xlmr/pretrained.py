@@ -6,6 +6,7 @@ The names are those of transformers' PreTrainedModel, so that PEFT, trainers and
 import logging
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -228,8 +229,9 @@ class XLMRobertaPreTrainedModel(Block):
         follow, ties stay. Returns the word embeddings."""
         old = self.get_input_embeddings()
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
-        if not isinstance(pad_to_multiple_of, int | None):
-            raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}: an integer is needed")
+        for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if not isinstance(value, Integral | None):
+                raise ValueError(f"{name} is {value!r}: an integer is needed")
         if pad_to_multiple_of:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         padding_idx = old.padding_idx

@@ -51,15 +51,16 @@ def load_model(
 
     config: used instead of the checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the
     configuration's, else that of the first weight; `torch_dtype` is its old name.  device: the CPU by default.
-    device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.  backend, unpad: as of the
-    constructor, see XLMRobertaPreTrainedModel.  revision, cache_dir, token, local_files_only, subfolder: the hub's, see
-    files.resolve.  overrides: fields of the configuration, or keywords of the constructor of `cls`; those that
-    files.own_keywords drops are taken too.
+    device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.  overrides: fields of the
+    configuration, or keywords of the constructor of `cls`; those that files.own_keywords drops are taken too.
 
     Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
     `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return
     value (model, info) in its stead, where info has transformers' missing_keys, unexpected_keys, mismatched_keys and
     error_msgs.
+
+    backend, unpad: as of the constructor, see XLMRobertaPreTrainedModel.  revision, cache_dir, token, local_files_only,
+    subfolder: the hub's, see files.resolve.
 
     On the CPU a parameter in the checkpoint's dtype is the mapped file, copied on write: files may be replaced, but not
     changed in place, while the model lives. OSError: no such checkpoint. RuntimeError: weights of another shape.

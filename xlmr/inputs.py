@@ -184,7 +184,7 @@ def check_packed(
     check_tensors(input_ids=input_ids, cu_seqlens=cu_seqlens, rows=rows)
     if rows is not None:
         if rows.dim() != 1 or rows.dtype not in INTEGERS:
-            raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be int32 or int64 [rows]")
+            raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be torch.long [rows]")
         if readable(rows) and not bool((rows.diff() >= 0).all()):
             raise ValueError("rows must be sorted: give rows.sort().values, and put the result back in your order")
         check_range("rows", rows, input_ids.numel(), "the number of tokens")

@@ -107,6 +107,8 @@ WRITTEN = {
     "_linear_dz_kernel": {"dz_ptr", "db_ptr"},
     "_dx_kernel": {"dx_ptr"},
     "_dw_kernel": {"dw_ptr"},
+    "_vocab_partials_kernel": {"max_ptr", "sum_ptr", "z_ptr", "column_ptr"},
+    "_vocab_topk_kernel": {"log_prob_ptr", "best_ptr", "last_z_ptr"},
 }
 
 

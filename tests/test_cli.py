@@ -326,6 +326,12 @@ def test_wrong_usage_is_status_2(args: list[str], capsys: pytest.CaptureFixture[
     assert "usage: xlmr" in capsys.readouterr().err
 
 
+def test_texts_are_not_said_to_be_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["rerank"])
+    assert capsys.readouterr().err.endswith("required: QUERY\n")
+
+
 def test_an_interrupt_is_status_130(run: Any, monkeypatch: Any) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt

@@ -82,7 +82,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         return sub
 
     for sub in (*_of_words(command), *_of_tasks(command)):
-        sub.add_argument("texts", nargs="*", metavar="TEXT", help="by default standard input, one text a line")
+        about = "by default standard input, one text a line"
+        sub.add_argument("texts", nargs="*", default=[], metavar="TEXT", help=about)
         _add_model(sub)
     for sub in _of_models(command):
         _add_model(sub)

@@ -46,7 +46,7 @@ setup(
     #   3. kernels/ has no __init__.py: as a namespace folder it never outranks the real `kernels` package.
     package_dir={"xlmr": "xlmr", "xlmr.kernels": "kernels"},
     packages=["xlmr", "xlmr.demo", "xlmr.kernels", "xlmr.pipelines"],
-    package_data={"xlmr": ["py.typed"], "xlmr.demo": ["*.json", "*.md", "*.tsv", "checkpoint/*"]},
+    package_data={"xlmr": ["py.typed"], "xlmr.demo": ["*.json", "*.md", "*.tsv", "checkpoint/*", "checkpoint/*/*"]},
     install_requires=["numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "torch>=2.10", "tqdm"],
     extras_require={
         "hub": ["huggingface_hub>=0.24"],

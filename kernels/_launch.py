@@ -219,6 +219,24 @@ def check_kinds(operation: str, *, mixed: bool = False, **tensors: torch.Tensor 
             )
 
 
+def check_ids(operation: str, name: str, ids: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuses ids of another shape, on another device, or that are no integers."""
+    if ids.shape != shape:
+        raise ValueError(f"{operation}: {name} is {tuple(ids.shape)}, expected {list(shape)}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{operation}: {name} is {ids.dtype}, allowed are torch.int32 and torch.int64")
+    if ids.device != device:
+        raise ValueError(f"{operation}: {name} is on {ids.device}, the other tensors on {device}")
+
+
+def check_range(operation: str, name: str, ids: torch.Tensor, size: int) -> None:
+    """IndexError for an id outside [0, size), where asking needs no synchronisation: on a CPU."""
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise IndexError(
+            f"{operation}: {name} go from {int(ids.min())} to {int(ids.max())}, allowed are 0 to {size - 1}"
+        )
+
+
 def refuse_gradients(operation: str, *tensors: torch.Tensor | None) -> None:
     """A launcher that needs gradients stands in an autograd.Function, whose forward sees none; elsewhere they are
     refused, for what the launcher returns would be detached."""

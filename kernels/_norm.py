@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
+from ._launch import Kind, config, processors
 
 MAX_BLOCK_N = 4096  # wider rows do not fit in the registers: they are walked in blocks
 PROGRAMS_PER_PROCESSOR = 4
@@ -27,10 +27,10 @@ def bucket(N: int) -> int | str:
 
 def programs(T: int, device: torch.device) -> int:
     """How many programs share the T rows of a backward pass: at least one, which writes the zeros of T = 0."""
-    return max(1, min(triton.cdiv(T, MIN_ROWS), PROGRAMS_PER_PROCESSOR * _launch.processors(device)))
+    return max(1, min(triton.cdiv(T, MIN_ROWS), PROGRAMS_PER_PROCESSOR * processors(device)))
 
 
-def check_affine(operation: str, weight: _launch.Kind, bias: _launch.Kind, N: int) -> None:
+def check_affine(operation: str, weight: Kind, bias: Kind, N: int) -> None:
     for name, vector in (("weight", weight), ("bias", bias)):
         fits = vector.shape == (N,) and (N == 1 or vector.stride == (1,))
         if not fits:
@@ -132,7 +132,7 @@ def _sum_partials_kernel(
 
 
 # One configuration for every target: a few megabytes that are still in the L2. Not measured yet.
-SUM = _launch.config(4, 1, BLOCK_P=64, BLOCK_N=32)
+SUM = config(4, 1, BLOCK_P=64, BLOCK_N=32)
 
 
 def new_partials(vector: Tensor, wanted: bool, count: int) -> Tensor | None:

@@ -51,7 +51,7 @@ CONFIGS: Table = {
     },
 }
 SPLIT_ROWS = 64  # dw and db are split along T into multiples of it
-SUM = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
+SUM = config(4, 1, BLOCK=1024)
 
 
 @triton.jit
@@ -201,6 +201,6 @@ def sum_splits(partials: Tensor, dtype: torch.dtype) -> Tensor:
         return partials[0].to(dtype)
     total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     if total.numel():
-        grid = (triton.cdiv(total.numel(), SUM["BLOCK"]),)
-        _sum_splits_kernel[grid](partials, total, total.numel(), len(partials), **SUM)
+        grid = (triton.cdiv(total.numel(), SUM.meta["BLOCK"]),)
+        _sum_splits_kernel[grid](partials, total, total.numel(), len(partials), **SUM.meta)
     return total

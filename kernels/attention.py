@@ -301,6 +301,7 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     # Heads vary fastest: what runs at one time is every head of a few neighbouring blocks. Together they read whole
     # rows of the QKV buffer, so DRAM pages are used in full, and the blocks of one text share its K and V in L2.
+    # (No function shared by the kernels: torch.compile would take what it is given, such as begins_ptr, for written.)
     head = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads
     sequence = tl.load(blocks_ptr + block)

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dropout import draw_seed, keep_factors, keep_levels
-from ._launch import Table, check, config, kind, opaque, pick, wants_gradients
+from ._launch import Table, check, check_ids, check_range, config, kind, opaque, pick, wants_gradients
 from ._norm import (
     bucket,
     check_affine,
@@ -129,34 +129,13 @@ def _hidden(tables, places, known, cols, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "word_rows", "type_rows", "position_rows", "levels"])
 def _embed_fwd_kernel(
-    word_ids_ptr,
-    type_ids_ptr,
-    position_ids_ptr,
-    word_ptr,
-    type_ptr,
-    position_ptr,
-    w_ptr,
-    b_ptr,
-    y_ptr,
-    mean_ptr,  # None, as rstd_ptr: no backward will follow
-    rstd_ptr,
-    seed_ptr,  # None: no dropout
-    levels,
-    stride_word_id,
-    stride_type_id,
-    stride_position_id,
-    stride_word,
-    stride_type,
-    stride_position,
-    word_rows,
-    type_rows,
-    position_rows,
-    T,
-    eps,
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    word_ids_ptr, type_ids_ptr, position_ids_ptr, word_ptr, type_ptr, position_ptr, w_ptr, b_ptr, y_ptr,
+    mean_ptr, rstd_ptr,  # None: no backward will follow
+    seed_ptr, levels,  # None: no dropout
+    stride_word_id, stride_type_id, stride_position_id, stride_word, stride_type, stride_position,
+    word_rows, type_rows, position_rows, T, eps,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
     table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
     tables = (word_ptr, type_ptr, position_ptr)
@@ -201,36 +180,14 @@ def _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N
 
 @triton.jit(do_not_specialize=["T", "word_rows", "type_rows", "position_rows", "levels"])
 def _embed_bwd_kernel(
-    dy_ptr,
-    word_ids_ptr,
-    type_ids_ptr,
-    position_ids_ptr,
-    word_ptr,
-    type_ptr,
-    position_ptr,
-    w_ptr,
-    mean_ptr,
-    rstd_ptr,
+    dy_ptr, word_ids_ptr, type_ids_ptr, position_ids_ptr, word_ptr, type_ptr, position_ptr, w_ptr, mean_ptr, rstd_ptr,
     dh_ptr,  # None, as the next two: not wanted
-    dw_ptr,  # [programs, N], as db_ptr
-    db_ptr,
-    seed_ptr,  # None: no dropout
-    levels,
-    stride_dym,
-    stride_word_id,
-    stride_type_id,
-    stride_position_id,
-    stride_word,
-    stride_type,
-    stride_position,
-    word_rows,
-    type_rows,
-    position_rows,
-    T,
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dw_ptr, db_ptr,  # [programs, N]
+    seed_ptr, levels,  # None: no dropout
+    stride_dym, stride_word_id, stride_type_id, stride_position_id, stride_word, stride_type, stride_position,
+    word_rows, type_rows, position_rows, T,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
     table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
     tables = (word_ptr, type_ptr, position_ptr)
@@ -301,13 +258,9 @@ def _sum_pieces_kernel(
     order_ptr,  # the token of each
     table_ptr,  # the gradient
     partials_ptr,  # [pieces, 2, N]: of an id that begins before this piece; of one that goes on after it
-    table_rows,
-    padding_idx,
-    T,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    table_rows, padding_idx, T,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     piece = tl.program_id(0).to(tl.int64)
     ids_ptr += piece * CHUNK
     count = tl.minimum(T - piece * CHUNK, CHUNK).to(tl.int32)
@@ -334,17 +287,9 @@ def _sum_pieces_kernel(
 
 @triton.jit(do_not_specialize=["T", "table_rows", "padding_idx"])
 def _sum_spans_kernel(
-    ids_ptr,
-    table_ptr,
-    partials_ptr,
-    table_rows,
-    padding_idx,
-    T,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    ids_ptr, table_ptr, partials_ptr, table_rows, padding_idx, T,
+    N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Finishes the id that begins in a piece and goes on after it."""
     piece = tl.program_id(0).to(tl.int64)
     end = (piece + 1) * CHUNK
@@ -411,15 +356,8 @@ def _layout(ids: Sequence[Tensor], tables: Sequence[Tensor]) -> list[int]:
 
 
 def _check_ids(name: str, ids: Tensor, T: int, table: Tensor) -> None:
-    if ids.shape != (T,):
-        raise ValueError(f"embed: {name} is {tuple(ids.shape)}, expected [{T}], as input_ids has {T} tokens")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"embed: {name} is {ids.dtype}, allowed are torch.int32 and torch.int64")
-    if ids.device != table.device:
-        raise ValueError(f"embed: {name} is on {ids.device}, the tables on {table.device}")
-    if ids.device.type == "cpu" and T and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-        found = f"from {int(ids.min())} to {int(ids.max())}"
-        raise IndexError(f"embed: {name} go {found}, the table has rows 0 to {len(table) - 1}")
+    check_ids("embed", name, ids, (T,), table.device)
+    check_range("embed", name, ids, len(table))
 
 
 @opaque

@@ -136,21 +136,12 @@ def _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, m
 def _layer_norm_fwd_kernel(
     x_ptr,
     r_ptr,  # None: GELU + LayerNorm
-    w_ptr,
-    b_ptr,
-    y_ptr,
-    mean_ptr,  # None, as rstd_ptr: no backward will follow
-    rstd_ptr,
-    seed_ptr,  # None: no dropout
-    levels,
-    stride_xm,
-    stride_rm,
-    T,
-    eps,
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    w_ptr, b_ptr, y_ptr,
+    mean_ptr, rstd_ptr,  # None: no backward will follow
+    seed_ptr, levels,  # None: no dropout
+    stride_xm, stride_rm, T, eps,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     rows = rows_of(tl.program_id(0), BLOCK_T)
     exists = rows < T
     y_rows = (rows * N)[:, None]
@@ -186,26 +177,15 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "levels"])
 def _layer_norm_bwd_kernel(
-    dy_ptr,
-    x_ptr,
+    dy_ptr, x_ptr,
     r_ptr,  # None: GELU + LayerNorm
-    w_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,  # None, as the next three: not wanted
-    dr_ptr,
-    dw_ptr,  # [programs, N], as db_ptr
-    db_ptr,
-    seed_ptr,  # None: no dropout
-    levels,
-    stride_dym,
-    stride_xm,
-    stride_rm,
-    T,
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    w_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dr_ptr,  # None, as the next two: not wanted
+    dw_ptr, db_ptr,  # [programs, N]
+    seed_ptr, levels,  # None: no dropout
+    stride_dym, stride_xm, stride_rm, T,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
     first = tl.program_id(0)  # of the blocks of BLOCK_T rows; then every num_programs-th
     if BLOCK_N >= N:  # the row stays in registers

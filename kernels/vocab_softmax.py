@@ -36,7 +36,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._launch import Table, autocast, check, config, input_precision, opaque, pick, wants_gradients
+from ._launch import (
+    Table,
+    autocast,
+    check,
+    check_ids,
+    check_range,
+    config,
+    input_precision,
+    opaque,
+    pick,
+    wants_gradients,
+)
 from ._products import BLOCK_K, product_dw, product_dx, sum_splits
 
 
@@ -105,9 +116,9 @@ DZ_CONFIGS: Table = {
     "gfx942": {2: config(8, 2, BLOCK_M=128, BLOCK_V=128), 4: config(8, 2, BLOCK_M=128, BLOCK_V=64)},
 }
 
-ROW = {"num_warps": 4, "enable_fp_fusion": True}  # of the kernels that finish one row a program
+ROW = config(4, 1)  # of the kernels that finish one row a program
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(2**31 - 1)  # the word of an empty place: higher than any
 
 
@@ -136,6 +147,27 @@ def _products(x_ptr, w_ptr, x_rows, w_rows, N: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
+def _logits(
+    x_ptr, w_ptr, b_ptr, targets_ptr, x_rows, columns, stride_wn, V, table_rows,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of z, −∞ where a column names no word, and which columns do: words themselves, or places in targets."""
+    real = columns < V
+    words = columns
+    w_rows = tl.minimum(columns, V - 1).to(tl.int64)  # beyond the end: a word that is there
+    if targets_ptr is not None:
+        words = tl.load(targets_ptr + columns, mask=real, other=-1).to(tl.int64)
+        real = (words >= 0) & (words < table_rows)
+        w_rows = tl.where(real, words, 0)
+    z = _products(x_ptr, w_ptr, x_rows, w_rows * stride_wn, N, BLOCK_K, PRECISION)
+    if b_ptr is not None:
+        z += tl.load(b_ptr + words, mask=real, other=float("-inf")).to(tl.float32)[None, :]
+    else:
+        z += tl.where(real, 0.0, float("-inf"))[None, :]
+    return z, real
+
+
+@triton.jit
 def _keep_best(z, columns, best_z, best_columns):
     """The best of `best_z` and the tile z, whose columns are all higher: as long as a row has a better one, take it."""
     worst = tl.min(best_z, axis=1)
@@ -154,31 +186,19 @@ def _keep_best(z, columns, best_z, best_columns):
 
 @triton.jit(do_not_specialize=["T", "V", "table_rows", "k"])
 def _vocab_partials_kernel(
-    x_ptr,
-    w_ptr,
+    x_ptr, w_ptr,
     b_ptr,  # or None
     targets_ptr,  # None: the rows of w; else which of them
-    after_z_ptr,  # None: all compete; else what comes after this logit and column
-    after_column_ptr,
-    max_ptr,  # None: no softmax; else [T, C]
-    sum_ptr,
+    after_z_ptr, after_column_ptr,  # None: all compete; else what comes after this logit and column
+    max_ptr, sum_ptr,  # None: no softmax; else [T, C]
     total_ptr,  # None, or [T, C]: Σ z
-    z_ptr,  # [T, C, k] where SLOTS > 0
-    column_ptr,
-    stride_xm,
-    stride_wn,
-    T,
-    V,
-    table_rows,
-    k,
+    z_ptr, column_ptr,  # [T, C, k] where SLOTS > 0
+    stride_xm, stride_wn, T, V, table_rows, k,
     N: tl.constexpr,
     SLOTS: tl.constexpr,  # a power of two that holds k; 0: no candidates
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = m < T
     x_rows = tl.minimum(m, T - 1)  # beyond the end: a row that is there, for loads without a mask
@@ -199,23 +219,15 @@ def _vocab_partials_kernel(
     end = tl.minimum(start + CHUNK, V)
     while start < end:
         columns = start + tl.arange(0, BLOCK_V)
-        real = columns < V
-        words = columns
-        w_rows = tl.minimum(columns, V - 1).to(tl.int64)  # beyond the end: a word that is there
-        if targets_ptr is not None:
-            words = tl.load(targets_ptr + columns, mask=real, other=-1).to(tl.int64)
-            real = (words >= 0) & (words < table_rows)
-            w_rows = tl.where(real, words, 0)
-        z = _products(x_ptr, w_ptr, x_rows * stride_xm, w_rows * stride_wn, N, BLOCK_K, PRECISION)
-        if b_ptr is not None:
-            z += tl.load(b_ptr + words, mask=real, other=float("-inf")).to(tl.float32)[None, :]
-        else:
-            z += tl.where(real, 0.0, float("-inf"))[None, :]
+        z, real = _logits(
+            x_ptr, w_ptr, b_ptr, targets_ptr, x_rows * stride_xm, columns, stride_wn, V, table_rows,
+            N, BLOCK_K, PRECISION,
+        )  # fmt: skip
         if max_ptr is not None:
             new_max = tl.maximum(row_max, tl.max(z, axis=1))
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            row_sum *= tl.exp2((row_max - shift) * LOG2E)
-            row_sum += tl.sum(tl.exp2((z - shift[:, None]) * LOG2E), axis=1)
+            row_sum *= tl.math.exp2((row_max - shift) * LOG2_E)
+            row_sum += tl.sum(tl.math.exp2((z - shift[:, None]) * LOG2_E), axis=1)
             row_max = new_max
         if total_ptr is not None:
             row_total += tl.sum(tl.where(real[None, :], z, 0.0), axis=1)
@@ -246,26 +258,14 @@ def _join(max_ptr, sum_ptr, row, chunks, BLOCK_C: tl.constexpr):
     maxima = tl.load(max_ptr + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
     sums = tl.load(sum_ptr + row * chunks + chunk, mask=chunk < chunks, other=0.0)
     top = tl.max(maxima, axis=0)
-    return top, tl.log(tl.sum(sums * tl.exp2((maxima - top) * LOG2E), axis=0))
+    return top, tl.log(tl.sum(sums * tl.math.exp2((maxima - top) * LOG2_E), axis=0))
 
 
 @triton.jit
 def _vocab_topk_kernel(
-    max_ptr,
-    sum_ptr,
-    z_ptr,
-    column_ptr,
-    log_prob_ptr,
-    best_ptr,
-    last_z_ptr,
-    stride_om,
-    chunks,
-    last_column,
-    CANDIDATES: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    max_ptr, sum_ptr, z_ptr, column_ptr, log_prob_ptr, best_ptr, last_z_ptr, stride_om, chunks, last_column,
+    CANDIDATES: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row a program. The next best is the best of what comes after the last: higher id, or lower logit."""
     row = tl.program_id(0).to(tl.int64)
     top, log_sum = _join(max_ptr, sum_ptr, row, chunks, BLOCK_C)
@@ -291,25 +291,11 @@ def _vocab_topk_kernel(
 
 @triton.jit(do_not_specialize=["V", "smoothing", "z_loss"])
 def _vocab_loss_kernel(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    labels_ptr,
-    max_ptr,
-    sum_ptr,
+    x_ptr, w_ptr, b_ptr, labels_ptr, max_ptr, sum_ptr,
     total_ptr,  # None: no label smoothing
-    loss_ptr,
-    lse_ptr,
-    stride_xm,
-    stride_wn,
-    V,
-    chunks,
-    smoothing,
-    z_loss,
-    N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    loss_ptr, lse_ptr, stride_xm, stride_wn, V, chunks, smoothing, z_loss,
+    N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The loss and lse of one row a program. NaN for a label outside [0, V)."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
@@ -337,27 +323,14 @@ def _vocab_loss_kernel(
 @triton.jit(do_not_specialize=["T", "V", "words", "first", "smoothing", "z_loss"])
 def _vocab_dz_kernel(
     x_ptr,
-    w_ptr,  # from word `first` on, as are b and db
-    b_ptr,
-    labels_ptr,
-    lse_ptr,
-    g_ptr,
+    w_ptr, b_ptr,  # from word `first` on, as is db
+    labels_ptr, lse_ptr, g_ptr,
     dz_ptr,  # [T, words]
     db_ptr,  # None, or [row tiles, words]
-    stride_xm,
-    stride_wn,
-    T,
-    V,
-    words,
-    first,
-    smoothing,
-    z_loss,
-    N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    stride_xm, stride_wn, T, V, words, first, smoothing, z_loss,
+    N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile of dz, and its sums over the rows."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -367,7 +340,7 @@ def _vocab_dz_kernel(
     if b_ptr is not None:
         z += tl.load(b_ptr + w_rows).to(tl.float32)[None, :]
     lse, label = tl.load(lse_ptr + rows), tl.load(labels_ptr + rows)
-    dz = tl.exp2((z - lse[:, None]) * LOG2E) * (1.0 + 2.0 * z_loss * lse)[:, None] - smoothing / V
+    dz = tl.math.exp2((z - lse[:, None]) * LOG2_E) * (1.0 + 2.0 * z_loss * lse)[:, None] - smoothing / V
     dz -= tl.where(label[:, None] == (first + columns)[None, :], 1.0 - smoothing, 0.0)
     mask = (m < T)[:, None] & real[None, :]
     dz = tl.where(mask, dz * tl.load(g_ptr + rows)[:, None], 0.0)
@@ -412,15 +385,6 @@ def _head(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Hea
     return Head(x, weight, bias)
 
 
-def _check_ids(operation: str, name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if ids.shape != shape:
-        raise ValueError(f"{operation}: {name} is {tuple(ids.shape)}, expected {list(shape)}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{operation}: {name} is {ids.dtype}, allowed are torch.int32 and torch.int64")
-    if ids.device != device:
-        raise ValueError(f"{operation}: {name} is on {ids.device}, x on {device}")
-
-
 def check_loss(reduction: str, label_smoothing: float, z_loss: float) -> None:
     """ValueError for settings that cross entropy does not know."""
     known = "mean", "sum", "none"
@@ -430,12 +394,6 @@ def check_loss(reduction: str, label_smoothing: float, z_loss: float) -> None:
         raise ValueError(f"label_smoothing is {label_smoothing}: allowed is 0 to 1")
     if not z_loss >= 0.0:
         raise ValueError(f"z_loss is {z_loss}: at least 0 is needed")
-
-
-def _check_range(operation: str, name: str, ids: Tensor, V: int) -> None:
-    """IndexError for an id outside [0, V), where asking needs no synchronisation."""
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
-        raise IndexError(f"{operation}: {name} go from {int(ids.min())} to {int(ids.max())}, words from 0 to {V - 1}")
 
 
 @opaque
@@ -459,24 +417,10 @@ def vocab_partials_fwd(
     tuned = pick(CONFIGS, x.device, (itemsize, "few" if T <= FEW else "many")).meta
     nothing = None, None
     _vocab_partials_kernel[(triton.cdiv(T, tuned["BLOCK_M"]), triton.cdiv(words, CHUNK))](
-        *head,
-        targets,
-        *(after or nothing),
-        *(softmax or nothing),
-        totals,
-        *(candidates or nothing),
-        *head.strides,
-        T,
-        words,
-        len(weight),
-        k,
-        N=N,
-        SLOTS=triton.next_power_of_2(k) if k else 0,
-        CHUNK=CHUNK,
-        PRECISION=input_precision(x.dtype, x.device),
-        BLOCK_K=BLOCK_K[itemsize],
-        **tuned,
-    )
+        *head, targets, *(after or nothing), *(softmax or nothing), totals, *(candidates or nothing), *head.strides,
+        T, words, len(weight), k, N=N, SLOTS=triton.next_power_of_2(k) if k else 0, CHUNK=CHUNK,
+        PRECISION=input_precision(x.dtype, x.device), BLOCK_K=BLOCK_K[itemsize], **tuned,
+    )  # fmt: skip
 
 
 @opaque
@@ -503,7 +447,7 @@ def vocab_topk_fwd(head: Head, k: int, targets: Tensor | None) -> tuple[Tensor, 
         _vocab_topk_kernel[(T,)](
             maxima, sums, z, z_columns, log_probs[:, first:], columns[:, first:], last, k, head.chunks, words - 1,
             CANDIDATES=candidates, K=shape[2], BLOCK_C=triton.next_power_of_2(head.chunks),
-            BLOCK=min(triton.next_power_of_2(candidates), 1024), **ROW,
+            BLOCK=min(triton.next_power_of_2(candidates), 1024), **ROW.meta,
         )  # fmt: skip
         after = last, columns[:, first + shape[2] - 1].contiguous()
     return log_probs, columns
@@ -521,7 +465,7 @@ def vocab_cross_entropy_fwd(head: Head, labels: Tensor, smoothing: float, z_loss
         _vocab_loss_kernel[(T,)](
             *head, labels, *softmax, totals, losses, lse, *head.strides, len(head.weight), head.chunks, smoothing,
             z_loss, N=N, BLOCK_C=triton.next_power_of_2(head.chunks), BLOCK_N=min(triton.next_power_of_2(N), 1024),
-            **ROW,
+            **ROW.meta,
         )  # fmt: skip
     return losses, lse
 
@@ -573,10 +517,10 @@ def _losses(
     """The losses of all rows, and of those that have a label x, labels, lse, and which rows they are."""
     operation = "vocab_cross_entropy"
     T = len(_head(operation, x, weight, bias).x)
-    _check_ids(operation, "labels", labels, (T,), x.device)
+    check_ids(operation, "labels", labels, (T,), x.device)
     rows = (labels != ignore_index).nonzero().squeeze(1)  # one host read: how many
     x, labels = (x, labels.contiguous()) if len(rows) == T else (x[rows], labels[rows])
-    _check_range(operation, f"labels other than {ignore_index}", labels, len(weight))
+    check_range(operation, f"labels other than {ignore_index}", labels, len(weight))
     some, lse = vocab_cross_entropy_fwd(Head(x, weight, bias), labels, smoothing, z_loss)
     losses = some if len(rows) == T else some.new_zeros(T).index_copy_(0, rows, some)
     return losses, x, labels, lse, rows
@@ -652,8 +596,8 @@ def vocab_topk(
     x, weight, bias = autocast(x, weight, bias)
     head = _head("vocab_topk", x, weight, bias)
     if targets is not None:
-        _check_ids("vocab_topk", "targets", targets, (targets.numel(),), x.device)
-        _check_range("vocab_topk", "targets", targets, len(weight))
+        check_ids("vocab_topk", "targets", targets, (targets.numel(),), x.device)
+        check_range("vocab_topk", "targets", targets, len(weight))
         targets = targets.contiguous()
     words = len(weight if targets is None else targets)
     if not 0 <= k <= words:

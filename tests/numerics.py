@@ -1,7 +1,20 @@
-"""The one accuracy assertion: what we compute may be at most twice as far from the truth as the reference is."""
+"""The one accuracy assertion: what we compute may be at most twice as far from the truth as the reference is.
 
+And what else the tests of the kernels share: the dtypes, and the memory that a call keeps for its backward.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter multiplies bf16 bits")
+BF16 = partial(pytest.param, marks=[pytest.mark.cuda, needs_gpu])  # parameters of a test with a dot in bf16
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DOT_DTYPES = [torch.float32, torch.float16, BF16(torch.bfloat16)]  # of kernels with a dot
 
 
 def assert_accurate(
@@ -27,3 +40,12 @@ def assert_accurate(
     allowed = 2 * (reference.double() - truth.double()).abs().max().item()
     allowed += ulps * torch.finfo(dtype or ours.dtype).eps * (scale or max(1.0, truth.abs().max().item()))
     assert error <= allowed, f"max error {error:.3e}, allowed {allowed:.3e}"
+
+
+def bytes_kept(call: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
+    """The bytes that autograd keeps for the backward of a call: each tensor once, `parameters` left out."""
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        call()
+    known = {parameter.data_ptr() for parameter in parameters}
+    return sum(tensor.nbytes for place, tensor in kept.items() if place not in known)

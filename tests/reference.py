@@ -1,6 +1,7 @@
 """transformers' models as oracles: the same random weights in its classes and in ours, and inputs of every kind."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,18 @@ def skip_without_pooler(name: str, reference: Any) -> None:
     """transformers 5.0 to 5.12 builds ForMultipleChoice of XLM-R and CamemBERT without the pooler that it reads."""
     if name == "ForMultipleChoice" and reference.base_model.pooler is None:
         pytest.skip(f"transformers {transformers.__version__} builds {type(reference).__name__} without a pooler")
+
+
+def save_head(checkpoint: Path, directory: Path, name: str, **config: Any) -> Path:
+    """A checkpoint of transformers' head `name` on the base model of another, its own weights random and large."""
+    torch.manual_seed(1)
+    model = getattr(transformers, f"XLMRobertaFor{name}").from_pretrained(checkpoint, **config)
+    for key, parameter in model.named_parameters():
+        if key.startswith(("classifier", "qa_outputs")):
+            nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(directory)
+    return directory
 
 
 def double(reference: Any) -> Any:

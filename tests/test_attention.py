@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import BF16, DOT_DTYPES, assert_accurate, bytes_kept
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.numerics import assert_accurate
 from xlmr import eager
 from xlmr.kernels import attention as kernel
 from xlmr.kernels._dropout import LEVELS, draw_seed, keep_levels, keeps
@@ -25,9 +25,6 @@ from xlmr.kernels._launch import config
 from xlmr.kernels.attention import CONFIGS, activation_bytes, attention, attention_bwd, attention_fwd, cost
 from xlmr.varlen import Sequences
 
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter multiplies bf16 bits")
-BF16 = partial(pytest.param, marks=[pytest.mark.cuda, ON_A_GPU])
-DTYPES = [torch.float32, torch.float16, BF16(torch.bfloat16)]
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 RAGGED = (37, 0, 1, 70, 64)
 SHORTER = (37, 0, 1, 70)
@@ -68,7 +65,7 @@ def assert_as_eager(
 
 
 @CAUSAL
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 128])
 def test_ragged_texts(head_dim: int, dtype: torch.dtype, causal: bool, device: torch.device, poisoned: None) -> None:
     assert_as_eager(*qkv(sum(RAGGED), head_dim, dtype, device), packed(*RAGGED), causal)
@@ -86,7 +83,7 @@ LAYOUTS = {
 
 
 @CAUSAL
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, dtype: torch.dtype, causal: bool, device: torch.device, poisoned: None) -> None:
     s = LAYOUTS[layout]
@@ -165,7 +162,7 @@ def test_log_sum_exp(causal: bool, device: torch.device, poisoned: None) -> None
     assert (out[unseeing] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 def test_rows_far_from_zero(dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = qkv(70, 24, dtype, device)
     assert_as_eager(q, k, v + 1000, packed(70))
@@ -173,7 +170,7 @@ def test_rows_far_from_zero(dtype: torch.dtype, device: torch.device) -> None:
     assert_gradients_as_eager((q, k, v + 1000), packed(70), False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 def test_large_scores_do_not_overflow(dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = qkv(70, 24, dtype, device)
     out = assert_as_eager(q * 100, k * 100, v, packed(70), scale=1.0)  # scores to ±100,000
@@ -232,18 +229,16 @@ def test_only_the_gradients_that_are_asked_for(needed: tuple[bool, ...], device:
 
 
 def test_what_is_kept_for_backward(device: torch.device) -> None:
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
     tensors = [t.contiguous().requires_grad_() for t in qkv(40, 24, torch.float16, device, heads=3)]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = attention(*tensors, on(device, packed(33, 7)), 0.2)
-        assert sum(kept.values()) == 40 * activation_bytes(heads=3, head_dim=24, itemsize=2)
-        attention(*tensors, on(device, packed(33, 7)), 0.2, dropout_p=0.5)
-        assert sum(kept.values()) == 40 * (activation_bytes(3, 24, 2) + 2 * 3 * 24 + 4 * 3) + 8  # its own o, lse; seed
+    call = partial(attention, *tensors, on(device, packed(33, 7)), 0.2)
+    activations = 40 * activation_bytes(heads=3, head_dim=24, itemsize=2)
+    assert bytes_kept(call) == activations
+    assert bytes_kept(partial(call, dropout_p=0.5)) == activations + 8  # the seed
+
+
+def test_a_second_backward_is_refused(device: torch.device) -> None:
+    tensors = [t.contiguous().requires_grad_() for t in qkv(40, 24, torch.float16, device, heads=3)]
+    out = attention(*tensors, on(device, packed(33, 7)), 0.2)
     first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first[0].sum().backward()
@@ -351,7 +346,7 @@ def test_activation_checkpointing_replays_dropout(device: torch.device) -> None:
 
 
 @CAUSAL
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 def test_bits_depend_on_the_own_text_alone(dtype: torch.dtype, causal: bool, device: torch.device) -> None:
     """Alone, among short texts, beside a long one (another tile on a GPU), padded with NaN, a few rows of it."""
     text = qkv(70, 24, dtype, device, heads=1)

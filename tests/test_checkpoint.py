@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from processes import python
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -221,6 +221,12 @@ def test_overrides_and_arguments_of_the_class(saved: Path) -> None:
         XLMRobertaModel.from_pretrained(directory, num_label=5)
 
 
+@pytest.mark.parametrize("where", [{"device": "gpu"}, {"device_map": "gpu"}, {"device_map": {"": "gpu"}}])
+def test_a_device_that_does_not_exist_is_refused_by_name(saved: Path, where: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="device is 'gpu': allowed are cpu, cuda, cuda:1"):
+        XLMRobertaModel.from_pretrained(saved / "XLMRobertaModel", **where)
+
+
 def test_what_transformers_is_told_about_loading(saved: Path) -> None:
     """Existing calls keep working: how to load changes nothing here, a device_map of one device is that device."""
     directory = saved / "XLMRobertaModel"
@@ -426,7 +432,6 @@ def test_loading_takes_no_more_memory_than_the_weights(saved: Path, tmp_path: Pa
     """At most 1.2 times; a copy of them, afterwards, shows that the measure can fail. And nothing heavy is imported."""
     sizes = {**SIZES, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 30_000}
     XLMRobertaForMaskedLM(XLMRobertaConfig(**sizes)).save_pretrained(tmp_path, **options)  # 88 MB
-    command = [sys.executable, "-c", MEASURE, str(saved / "XLMRobertaForMaskedLM"), str(tmp_path)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = python(MEASURE, saved / "XLMRobertaForMaskedLM", tmp_path).splitlines()
     assert 0.9 < float(lines[0]) < 1.2 < 1.8 < float(lines[1])
     assert lines[2] == ""

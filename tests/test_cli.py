@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from reference import save_head
 
 import xlmr
 from xlmr import cli, terminal
@@ -90,6 +91,26 @@ def test_embed_reads_one_text_a_line_and_writes_one_vector_a_line(run: Any, fill
     torch.testing.assert_close(torch.tensor([row["embedding"] for row in rows]), want)
 
 
+def test_embed_makes_vectors_as_the_directory_says(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """Pooling and lower case of a sentence-transformers directory; --pooling overrules the first."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    kinds = (("Transformer", ""), ("Pooling", "1_Pooling"))
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    (tmp_path / "1_Pooling").mkdir()
+    for name, content in (
+        ("modules.json", modules),
+        ("1_Pooling/config.json", {"word_embedding_dimension": 32, "pooling_mode_cls_token": True}),
+        ("sentence_bert_config.json", {"max_seq_length": 40, "do_lower_case": True}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+    for options in ({}, {"pooling": "max"}):
+        line = [word for name, value in options.items() for word in (f"--{name}", value)]
+        status, out, err = run("embed", "--json", *line, "LA France", "c", model=tmp_path)
+        assert (status, err) == (0, "")
+        want = xlmr.load(tmp_path, device="cpu", **options).encode(["la france", "c"], normalize=True)
+        np.testing.assert_allclose([json.loads(row)["embedding"] for row in out.splitlines()], want, atol=1e-6)
+
+
 def test_embed_writes_an_array_or_leaves_the_old_one(run: Any, fill: Any, tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "new" / "vectors.bin"
     options = ["--pooling", "cls", "--no-normalize", "--max-length", 6, "--output", path]
@@ -119,12 +140,8 @@ def heads(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes directories of the tiny checkpoint with another head of `count` labels."""
 
     def make(name: str, count: int, labels: Any = None) -> Path:
-        directory = tmp_path_factory.mktemp("head")
         options = {} if labels is None else {"id2label": dict(enumerate(labels))}
-        cls = getattr(transformers, f"XLMRobertaFor{name}")
-        cls.from_pretrained(checkpoint, num_labels=count, **options).save_pretrained(directory)
-        transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(directory)
-        return directory
+        return save_head(checkpoint, tmp_path_factory.mktemp("head"), name, num_labels=count, **options)
 
     return make
 
@@ -309,16 +326,23 @@ def test_wrong_usage_is_status_2(args: list[str], capsys: pytest.CaptureFixture[
     assert "usage: xlmr" in capsys.readouterr().err
 
 
+def test_texts_are_not_said_to_be_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["rerank"])
+    assert capsys.readouterr().err.endswith("required: QUERY\n")
+
+
 def test_an_interrupt_is_status_130(run: Any, monkeypatch: Any) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "pipeline", interrupted)
-    assert run("embed", "a") == (130, "", "")
+    assert run("fill-mask", "<mask>") == (130, "", "")
 
 
 def test_a_closed_pipe_ends_quietly(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "xlmr", "embed", "--json", "--model", str(checkpoint)]
+    options = ["--json", "--pooling", "mean", "--model", str(checkpoint)]
+    command = [sys.executable, "-m", "xlmr", "embed", *options]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()

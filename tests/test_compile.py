@@ -5,13 +5,10 @@ into forward and backward and finds out which arguments each kernel writes; then
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import python
 
 pytest.importorskip("triton")
 
@@ -110,20 +107,14 @@ WRITTEN = {
     "_linear_dz_kernel": {"dz_ptr", "db_ptr"},
     "_dx_kernel": {"dx_ptr"},
     "_dw_kernel": {"dw_ptr"},
+    "_vocab_partials_kernel": {"max_ptr", "sum_ptr", "z_ptr", "column_ptr"},
+    "_vocab_topk_kernel": {"log_prob_ptr", "best_ptr", "last_z_ptr"},
 }
 
 
 @pytest.fixture(scope="module")
 def traced() -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(python(SCRIPT, TRITON_INTERPRET="0"))
 
 
 def test_packed_entry_is_one_graph(traced: Any) -> None:

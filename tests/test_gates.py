@@ -1,17 +1,13 @@
 """The gates of bench/ can fail: each planted fault is reported, and a sound kernel beside it is not."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ROOT, python
 
 pytest.importorskip("triton")
-
-ROOT = Path(__file__).parent.parent
 
 # Kernels that compile, but should not pass; the bucket of a configuration says what is wrong with it.
 COMPILED = """
@@ -130,11 +126,8 @@ print(json.dumps({"rows": rows, "problems": problems}))
 def run(directory: Path, module: str, source: str, script: str) -> list[dict[str, Any]]:
     """The JSON lines that `script` prints; in a process of its own, as a gate decides how kernels are defined."""
     (directory / f"{module}.py").write_text(source, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(directory)])}
-    command = [sys.executable, "-c", script, str(directory / "cache")]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    lines = python(script, directory / "cache", cwd=directory, path=(ROOT, directory)).splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_compile_gate_reports_what_is_planted(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import transformers
 from numerics import assert_accurate
 from reference import RIGHT, B, S, build, double, ids, keep
 
+from xlmr.cache import KeyValueCache
+
 
 def test_decoder_steps_with_a_cache() -> None:
     """Prompt, then one token, then two: as in one pass, and as transformers with its own cache; left padding too."""
@@ -25,6 +27,21 @@ def test_decoder_steps_with_a_cache() -> None:
                 torch.testing.assert_close(mine.logits[real], other.logits[real], atol=1e-5, rtol=1e-5)
         kept = ours(tokens, mask, logits_to_keep=2, use_cache=False).logits
         assert torch.allclose(kept, ours(tokens, mask, use_cache=False).logits[:, -2:], atol=1e-5)
+
+
+def test_a_cache_is_reordered_as_the_references() -> None:
+    ours, theirs, beams = KeyValueCache(), transformers.DynamicCache(), torch.tensor([2, 0, 0, 1])
+    for layer in range(2):
+        keys, values = torch.randn(2, 3, 4, 5, 8).unbind()
+        ours.update(keys, values, layer)
+        theirs.update(keys, values, layer)
+    ours.reorder_cache(beams)
+    theirs.reorder_cache(beams)
+    new = torch.randn(4, 4, 1, 8)
+    for layer in range(len(ours)):
+        for mine, expected in zip(ours.update(new, new, layer), theirs.update(new, new, layer), strict=True):
+            assert torch.equal(mine, expected)
+    assert ours.get_seq_length() == theirs.get_seq_length() == 6
 
 
 def test_cross_attention() -> None:

@@ -180,6 +180,7 @@ def test_refusals_say_what_is_allowed() -> None:
     _, ours = build("ForMaskedLM")
     ids = torch.randint(4, 97, (2, 6))
     for call, words in (
+        ({"input_ids": ids.tolist(), "labels": ids}, "input_ids is a list: give a tensor"),
         ({"input_ids": ids, "labels": torch.zeros(2, 5, dtype=torch.long)}, r"labels has shape \(2, 5\)"),
         ({"input_ids": ids, "labels": torch.full((2, 6), 97)}, "labels holds 97"),
         ({"input_ids": ids, "return_logits": False}, "give labels"),

@@ -1,16 +1,14 @@
 """Where the Triton kernels can run: every answer of `unsupported`, on machines made up for the purpose."""
 
 import contextlib
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 
 from xlmr.kernels._launch import _unsupported, opaque, unsupported
 
@@ -68,7 +66,7 @@ import torch
 from xlmr.kernels._launch import opaque, unsupported
 assert unsupported(torch.device("cpu")) and not torch.cuda.is_initialized()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    python(code, TRITON_INTERPRET="0")
 
 
 @pytest.mark.parametrize(("gpus", "entered"), [(1, []), (2, [GPU])])
@@ -177,11 +175,4 @@ assert len({(name, key) for name, key, *_ in chosen}) > 50
 
 def test_launches_from_memory_are_those_that_triton_chooses() -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    python(SCRIPT, TRITON_INTERPRET="0")

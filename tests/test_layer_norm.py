@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import DTYPES, assert_accurate, bytes_kept
+from test_dropout import dropout_factors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.numerics import assert_accurate
-from tests.test_dropout import dropout_factors
 from xlmr import eager
 from xlmr.kernels import layer_norm
 from xlmr.kernels._dropout import draw_seed
 from xlmr.kernels._norm import MAX_BLOCK_N
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # no dot: the interpreter can do bf16 here
 EPS = 1e-5
 
 
@@ -128,15 +127,8 @@ def test_a_row_does_not_know_its_neighbours(
 def test_the_tile_depends_on_the_width_alone() -> None:
     for table in (*layer_norm.CONFIGS.values(), *layer_norm.BACKWARD_CONFIGS.values()):
         assert all(N in ("wide", dict(config.tiles)["BLOCK_N"]) for N, config in table.items())
-    assert list(map(layer_norm.bucket, (1, 128, 129, 769, 1024, 4096, 4097))) == [
-        128,
-        128,
-        256,
-        1024,
-        1024,
-        4096,
-        "wide",
-    ]
+    widths = {1: 128, 128: 128, 129: 256, 769: 1024, 1024: 1024, 4096: 4096, 4097: "wide"}
+    assert {N: layer_norm.bucket(N) for N in widths} == widths
 
 
 @pytest.mark.parametrize(
@@ -301,12 +293,9 @@ def test_autocast_changes_nothing(operation: Operation, device: torch.device) ->
 def test_what_is_kept(operation: Operation, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """activation_bytes a token, and parameters; without gradients not even mean and rstd are computed."""
     T, N = 19, 96
-    given, kept = leaves(inputs(T, N, torch.float16, device)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        operation(layer_norm, *given)
-    activations = [t for t in kept if T in t.shape]
-    assert sum(t.nbytes for t in activations) == T * layer_norm.activation_bytes(N, 2, residual=operation is add)
-    assert all(any(t is p for p in given[2:]) for t in kept if T not in t.shape)
+    given = leaves(inputs(T, N, torch.float16, device))
+    kept = bytes_kept(lambda: operation(layer_norm, *given), given[2:])
+    assert kept == T * layer_norm.activation_bytes(N, 2, residual=operation is add)
     launched, launch = [], layer_norm.layer_norm_fwd
     monkeypatch.setattr(layer_norm, "layer_norm_fwd", lambda *a, **k: launched.append(launch(*a, **k)) or launched[-1])
     with torch.no_grad():

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import triton
+from numerics import DOT_DTYPES, assert_accurate, bytes_kept, needs_gpu
 from torch import Tensor
 
-from tests.numerics import assert_accurate
 from xlmr import eager
 from xlmr.kernels import _launch
 from xlmr.kernels import _products as products
@@ -16,11 +16,9 @@ from xlmr.kernels import linear as kernel
 from xlmr.kernels._launch import config
 
 INTERPRETED = not torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies bf16 bits")
 needs_descriptors = pytest.mark.skipif(
     INTERPRETED and triton.__version__ < "3.7", reason="its interpreter starts no range at a program's number"
 )
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.cuda, needs_gpu])]
 DESCRIPTORS = [False, pytest.param(True, marks=needs_descriptors)]
 
 
@@ -81,7 +79,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @OPERATIONS
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("width", [8, 96])
 @pytest.mark.parametrize("T", [0, 1, 37, 257])
 def test_accuracy(
@@ -92,7 +90,7 @@ def test_accuracy(
 
 
 @EPILOGUES
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("T", "N", "K"), [(37, 3, 769), (37, 769, 24), (5, 1, 1), (4, 40, 0)])
 def test_any_width(
     T: int, N: int, K: int, dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None
@@ -103,7 +101,7 @@ def test_any_width(
 
 @EPILOGUES
 @pytest.mark.parametrize("descriptors", DESCRIPTORS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("BLOCK_M", "BLOCK_N"), [(64, 16), (128, 256)])
 def test_tiles(
     BLOCK_M: int,
@@ -152,7 +150,7 @@ def test_strided_rows(operation: Operation, device: torch.device) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("width", "operation"), [(48, gelu), (48, qkv), (75, linear)])
 def test_a_row_does_not_know_its_neighbours(
     width: int, dtype: torch.dtype, operation: Operation, device: torch.device, ordered_dot: None
@@ -175,7 +173,7 @@ def test_a_row_does_not_know_its_neighbours(
 
 
 @pytest.mark.parametrize("descriptors", DESCRIPTORS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 def test_tiles_and_descriptors_do_not_change_a_bit(
     dtype: torch.dtype, descriptors: bool, device: torch.device, path: Callable[..., None], ordered_dot: None
 ) -> None:
@@ -297,11 +295,7 @@ def test_cost() -> None:
 @EPILOGUES
 def test_activation_bytes(operation: Operation, device: torch.device) -> None:
     given = [t.requires_grad_() for t in inputs(20, 16, 24, torch.float16, device)]
-    parameters, kept = {t.data_ptr() for t in given[1:]}, []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        operation(kernel, *given)
-    saved = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() not in parameters}
-    assert sum(saved.values()) == 20 * kernel.activation_bytes(24, 2)
+    assert bytes_kept(lambda: operation(kernel, *given), given[1:]) == 20 * kernel.activation_bytes(24, 2)
 
 
 # Gradients
@@ -329,7 +323,7 @@ def upstream(operation: Operation, given: tuple[Tensor, ...]) -> Tensor:
 
 
 @OPERATIONS
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 8, 8), (1, 8, 9), (37, 24, 40), (150, 97, 17)])
 def test_gradients(
     T: int, N: int, K: int, dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None

@@ -178,8 +178,10 @@ def test_the_longest_sequence() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda m: m(), "exactly one of input_ids or inputs_embeds"),
-        (lambda m: m(ids(), inputs_embeds=torch.randn(B, S, 32)), "exactly one"),
+        (lambda m: m(), "neither of input_ids and inputs_embeds is given: exactly one is needed"),
+        (lambda m: m(ids(), inputs_embeds=torch.randn(B, S, 32)), "both of input_ids and inputs_embeds"),
+        (lambda m: m([[5, 7]]), "input_ids is a list: give a tensor.*return_tensors='pt'"),
+        (lambda m: m(ids(), RIGHT.tolist()), "attention_mask is a list: give a tensor"),
         (lambda m: m(torch.tensor([[5, 97]])), r"input_ids holds 97: allowed are 0 … 96"),
         (lambda m: m(torch.tensor([[5, -1]])), r"input_ids holds -1"),
         (lambda m: m(torch.tensor([5, 6])), r"input_ids has shape \(2,\)"),
@@ -195,10 +197,12 @@ def test_the_longest_sequence() -> None:
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0.0, 12.0]), 12), "int32 or int64"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 12, rows=torch.tensor([7, 1])), "must be sorted"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 12, rows=torch.tensor([12])), "rows holds 12"),
+        (lambda m: m.forward_packed(ids()[0], [0, 12], 12), "cu_seqlens is a list: give a tensor"),
         (lambda m: setattr(m, "ops", nn.Linear), "give an xlmr.ops.Ops"),
         (lambda m: m.set_backend("cuda"), "allowed are 'auto', 'eager', 'prepacked', 'triton'"),
         (lambda m: xlmr.XLMRobertaModel({"hidden_size": 8}), r"config is a builtins.dict: give an xlmr"),
         (lambda m: m.resize_token_embeddings(1), "allowed are more than 1"),
+        (lambda m: m.resize_token_embeddings("100"), "new_num_tokens is '100': an integer is needed"),
     ],
 )
 def test_bad_input(call: Callable[[Any], Any], words: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from reference import save_head
 from torch import Tensor
 
 import xlmr
@@ -176,44 +177,16 @@ def test_pipeline_refuses_a_gpu_that_is_not_there(checkpoint: Path, device: Any)
 def test_text_classification_answers_as_the_reference(
     checkpoint: Path, tmp_path: Path, problem: Any, options: Any
 ) -> None:
-    head = transformers.XLMRobertaForSequenceClassification
-    head.from_pretrained(checkpoint, num_labels=3, problem_type=problem).save_pretrained(tmp_path)
-    words = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    words.save_pretrained(tmp_path)
-    theirs = transformers.pipeline("text-classification", str(tmp_path), device="cpu")
-    ours = xlmr.pipeline("text-classification", tmp_path, device="cpu")
+    head = save_head(checkpoint, tmp_path, "SequenceClassification", num_labels=3, problem_type=problem)
+    ours, theirs = both("text-classification", head)
     for inputs in ("La France", ["Paris", "La capitale de la France", "a"]):
-        want, got = theirs(inputs, **options), ours(inputs, **options)
-        for a, b in zip(flat(want), flat(got), strict=True):
-            assert a["label"] == b["label"]
-            assert b["score"] == pytest.approx(a["score"], rel=1e-4, abs=1e-5)
-        assert shape(got) == shape(want)
+        same(ours(inputs, **options), theirs(inputs, **options))
     with pytest.raises(ValueError, match="function_to_apply is 'max': allowed are 'sigmoid', 'softmax', 'none'"):
         ours("a", function_to_apply="max")
 
 
-def flat(answer: Any) -> list[dict[str, Any]]:
-    return [answer] if isinstance(answer, dict) else [row for part in answer for row in flat(part)]
-
-
-def shape(answer: Any) -> Any:
-    return "row" if isinstance(answer, dict) else [shape(part) for part in answer]
-
-
 NLI = {0: "contradiction", 1: "neutral", 2: "entailment"}
 BIO = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
-
-
-def head(checkpoint: Path, directory: Path, name: str, **config: Any) -> Path:
-    """A checkpoint of transformers' head `name` on the tiny model, its own weights random and large."""
-    torch.manual_seed(1)
-    model = getattr(transformers, name).from_pretrained(checkpoint, **config)
-    for key, parameter in model.named_parameters():
-        if key.startswith(("classifier", "qa_outputs")):
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(directory)
-    transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(directory)
-    return directory
 
 
 def both(task: str, directory: Path) -> tuple[Any, Any]:
@@ -229,8 +202,8 @@ def plain(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def nli(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return head(
-        checkpoint, tmp_path_factory.mktemp("nli"), "XLMRobertaForSequenceClassification", num_labels=3, id2label=NLI,
+    return save_head(
+        checkpoint, tmp_path_factory.mktemp("nli"), "SequenceClassification", num_labels=3, id2label=NLI,
         label2id={label: i for i, label in NLI.items()},
     )  # fmt: skip
 
@@ -238,12 +211,12 @@ def nli(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ner(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     config = {"num_labels": 5, "id2label": BIO, "label2id": {label: i for i, label in BIO.items()}}
-    return both("ner", head(checkpoint, tmp_path_factory.mktemp("ner"), "XLMRobertaForTokenClassification", **config))
+    return both("ner", save_head(checkpoint, tmp_path_factory.mktemp("ner"), "TokenClassification", **config))
 
 
 @pytest.fixture(scope="module")
 def qa(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = head(checkpoint, tmp_path_factory.mktemp("qa"), "XLMRobertaForQuestionAnswering")
+    directory = save_head(checkpoint, tmp_path_factory.mktemp("qa"), "QuestionAnswering")
     return xlmr.pipeline("question-answering", directory, device="cpu")
 
 
@@ -390,9 +363,10 @@ def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, ch
         with pytest.raises(TypeError, match="a list of words, or a list of such"):
             ner[0](inputs, is_split_into_words=True)
     zero = xlmr.pipeline("zero-shot-classification", nli, device="cpu")
-    with pytest.raises(
-        ValueError, match=r"holds a XLMRobertaForMaskedLM, token-classification needs .* it lacks class"
-    ):
+    message = (
+        "holds XLMRobertaForMaskedLM, and lacks classifier.* for token-classification give a checkpoint of an xlmr"
+    )
+    with pytest.raises(ValueError, match=message):
         xlmr.pipeline("ner", checkpoint)
     with pytest.raises(ValueError, match="at least one label"):
         zero("a", [])

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from processes import ROOT, run
 from reference import HEADS, RIGHT, assert_same, gradients, inputs, trained
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -159,8 +159,7 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Te
     output = tmp_path_factory.mktemp("parallel") / "gradients.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     worker = Path(__file__).parent / "data_parallel.py"
-    done = subprocess.run([*command, str(worker), str(output)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run(*command, worker, output, path=(ROOT,), timeout=120)
     return torch.load(output)
 
 

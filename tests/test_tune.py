@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import ROOT, python
 
 pytest.importorskip("triton")
 
@@ -25,7 +25,6 @@ from bench.tables import Entry
 from xlmr.kernels import _launch
 from xlmr.kernels._launch import Config, config
 
-ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "sm_120")  # the last has no table
 ENTRIES = tables.entries(tables.FILES, "sm_90")
 ROWS = Entry("layer_norm", "CONFIGS", "sm_90", 128)
@@ -330,9 +329,6 @@ print(gate.fitting(entry, [entry.present, sound, spilling]) == [entry.present, s
 
 
 def test_the_gate_refuses_what_spills(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", REFUSED, str(tmp_path / "gate")]
     kept = tmp_path / "triton"
-    environment = {**os.environ, "PYTHONPATH": ".", "TRITON_CACHE_DIR": str(kept)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["True"], done.stderr
+    assert python(REFUSED, tmp_path / "gate", TRITON_CACHE_DIR=str(kept)) == "True\n"
     assert list(kept.rglob("*.cubin")), "what fits is launched next: to compile it again, one by one, takes longest"

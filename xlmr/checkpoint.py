@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .files import DTYPES, own_keywords, read_json, resolve, to_dtype, write_atomically
+from .files import DTYPES, own_keywords, resolve, to_dtype
 from .weights import read_weights, write_weights
-
-__all__ = ["load_model", "own_keywords", "place_on", "read_json", "resolve", "save_model", "write_atomically"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +58,9 @@ def load_model(
     `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return
     value (model, info) in its stead, where info has transformers' missing_keys, unexpected_keys, mismatched_keys and
     error_msgs.
+
+    backend, unpad: as of the constructor, see XLMRobertaPreTrainedModel.  revision, cache_dir, token, local_files_only,
+    subfolder: the hub's, see files.resolve.
 
     On the CPU a parameter in the checkpoint's dtype is the mapped file, copied on write: files may be replaced, but not
     changed in place, while the model lives. OSError: no such checkpoint. RuntimeError: weights of another shape.
@@ -119,7 +120,22 @@ def place_on(device: Any, device_map: Any) -> torch.device:
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     place = device_map if device is None else device
-    return torch.device("cpu" if place is None else place)
+    return to_device("cpu" if place is None else place)
+
+
+def to_device(device: int | str | torch.device) -> torch.device:
+    """What a device, its name, or a GPU's number (−1 is the CPU) means; ValueError for what PyTorch has not."""
+    if isinstance(device, int):
+        device = "cpu" if device < 0 else f"cuda:{device}"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device is {device!r}: allowed are cpu, cuda, cuda:1, … and PyTorch's other devices"
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}: PyTorch sees no GPU here; give cpu")
+    return found
 
 
 def _configuration(cls: Any, config: Any, source: dict[str, Any], overrides: dict[str, Any]) -> Any:

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from . import __version__, demo, pretrain
 from .convert import convert
 from .demo import show
 from .demo.evaluate import Sentence, read
-from .encode import POOLINGS, embed
-from .encoder import load
+from .encode import POOLINGS
+from .encoder import Encoder, load
 from .files import write_atomically
 from .kernels._launch import unsupported
 from .ops import BACKENDS
@@ -83,7 +82,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         return sub
 
     for sub in (*_of_words(command), *_of_tasks(command)):
-        sub.add_argument("texts", nargs="*", metavar="TEXT", help="by default standard input, one text a line")
+        about = "by default standard input, one text a line"
+        sub.add_argument("texts", nargs="*", default=[], metavar="TEXT", help=about)
         _add_model(sub)
     for sub in _of_models(command):
         _add_model(sub)
@@ -107,7 +107,8 @@ def _of_words(command: Command) -> Parsers:
     words = "let only this word, and others so given, compete"
     fill.add_argument("--target", action="append", metavar="WORD", help=words)
     vectors = command("embed", _embed, "Turn each text into a vector.")
-    vectors.add_argument("--pooling", choices=POOLINGS, default="mean", help="mean of all tokens, or the first one's")
+    pooling = "how the tokens' vectors become one (default: as the directory says, else their mean)"
+    vectors.add_argument("--pooling", choices=POOLINGS, help=pooling)
     vectors.add_argument("--no-normalize", action="store_true", help="keep the lengths of the vectors")
     limit = "truncate to N tokens (default: the model's limit)"
     vectors.add_argument("--max-length", type=int, metavar="N", help=limit)
@@ -182,7 +183,12 @@ def _embed(args: argparse.Namespace) -> None:
     if args.output and args.output.is_dir():
         raise ValueError(f"--output {args.output} is a directory: give the name of a file")
     texts = _texts(args)
-    found = _vectors(_pipeline("feature-extraction", args), texts, args)
+    found = _encoder(args, pooling=args.pooling).encode(
+        texts,
+        normalize=not args.no_normalize,
+        max_length=args.max_length,
+        show_progress_bar=sys.stderr.isatty(),
+    )
     if args.output:
         write_atomically(args.output.parent, {args.output.name: lambda path: _save_array(path, found)})
         print(f"{args.output}: {len(texts)} vectors of {found.shape[1]} numbers", file=sys.stderr)
@@ -196,21 +202,9 @@ def _embed(args: argparse.Namespace) -> None:
         )
 
 
-def _vectors(pipe: Pipeline, texts: list[str], args: argparse.Namespace) -> Tensor:
-    return embed(
-        pipe.model,
-        pipe.tokenizer,
-        texts,
-        pooling=args.pooling,
-        normalize=not args.no_normalize,
-        max_length=args.max_length,
-        progress=sys.stderr.isatty(),
-    )
-
-
-def _save_array(path: Path, vectors: Tensor) -> None:
+def _save_array(path: Path, vectors: np.ndarray) -> None:
     with path.open("wb") as file:  # given a name instead, NumPy would append .npy to it
-        np.save(file, vectors.numpy())
+        np.save(file, vectors)
 
 
 def _classify(args: argparse.Namespace) -> None:
@@ -251,8 +245,7 @@ def _qa(args: argparse.Namespace) -> None:
 
 def _rerank(args: argparse.Namespace) -> None:
     texts = _texts(args)
-    encoder = load(args.model or demo.CHECKPOINT, device=args.device, dtype=args.dtype, backend=args.backend)
-    scores = encoder.rerank(args.query, texts, normalize=args.normalize).tolist()
+    scores = _encoder(args).rerank(args.query, texts, normalize=args.normalize).tolist()
     ranked = sorted(zip(scores, texts, strict=True), key=lambda row: -row[0])
     if args.json:
         for score, text in ranked:
@@ -378,6 +371,11 @@ def _convert(args: argparse.Namespace) -> None:
         print_json({"path": str(args.target), "weights": done.weights, "bytes": done.size})
     else:
         print(f"{args.target}: {done.weights} weights, {done.size:,} bytes")
+
+
+def _encoder(args: argparse.Namespace, **options: Any) -> Encoder:
+    where = args.model or demo.CHECKPOINT
+    return load(where, device=args.device, dtype=args.dtype, backend=args.backend, **options)
 
 
 def _pipeline(task: str, args: argparse.Namespace) -> Pipeline:

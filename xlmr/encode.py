@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checkpoint import to_device
 from .pretrained import XLMRobertaPreTrainedModel
 from .tokenizer import XLMRobertaTokenizer
 
@@ -120,20 +121,10 @@ def check_length(max_length: int | None, longest: int, least: int = 2) -> int:
 
 
 def choose_device(device: int | str | torch.device | None) -> torch.device:
-    """By default a GPU where there is one; a number is a GPU's, −1 the CPU. ValueError for what PyTorch has not."""
+    """By default a GPU where there is one; else as checkpoint.to_device."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(device, int):
-        device = "cpu" if device < 0 else f"cuda:{device}"
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(
-            f"device is {device!r}: allowed are cpu, cuda, cuda:1, … and PyTorch's other devices"
-        ) from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}: PyTorch sees no GPU here; give cpu")
-    return found
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return to_device(device)
 
 
 def first_logits(model: Any, packed: Packed) -> Tensor:

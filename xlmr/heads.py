@@ -382,7 +382,7 @@ class XLMRobertaForMultipleChoice(XLMRobertaHead):
     ) -> MultipleChoiceOutput | tuple[Any, ...]:
         """Ids [B, C, S] (or vectors [B, C, S, N]) → logits [B, C]; `labels` [B]."""
         given = input_ids if input_ids is not None else inputs_embeds
-        if given is None or given.dim() < 3:
+        if not isinstance(given, Tensor) or given.dim() < 3:
             raise ValueError(
                 "give input_ids [batch, choices, sequence] or inputs_embeds [batch, choices, sequence, hidden]"
             )

@@ -17,6 +17,10 @@ from .varlen import tracing
 
 INTEGERS = (torch.int64, torch.int32)
 TOKENIZER = "; use the tokenizer that belongs to this checkpoint"
+TENSORS = (  # the arguments of a model that are tensors, or left out
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "encoder_hidden_states",
+    "encoder_attention_mask",
+)  # fmt: skip
 
 
 class Arguments(NamedTuple):
@@ -38,6 +42,7 @@ class Arguments(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """[batch, sequence], as far as the arguments tell."""
         given = self.inputs_embeds if self.input_ids is None else self.input_ids
+        check_tensors(input_ids=given)
         return () if given is None else tuple(given.shape[:2])
 
 
@@ -49,6 +54,7 @@ class Inputs:
 
     def __init__(self, config: XLMRobertaConfig, given: Arguments):
         input_ids, inputs_embeds, cache = given.input_ids, given.inputs_embeds, given.past_key_values
+        check_tensors(**{name: getattr(given, name) for name in TENSORS})
         self.config = config
         self.given = check_inputs(config, input_ids, inputs_embeds)
         check_settings(config, self.given.shape[1], given.encoder_hidden_states)
@@ -79,10 +85,19 @@ class Inputs:
         return Collected(*([] if asked else None for asked in (hidden_states, attentions, attentions)))
 
 
+def check_tensors(**given: Any) -> None:
+    """Refuses what is neither a tensor nor None: lists, as a tokenizer gives them by default, and arrays."""
+    for name, value in given.items():
+        if not isinstance(value, (Tensor, type(None))):
+            kind = type(value).__name__
+            raise TypeError(f"{name} is a {kind}: give a tensor, as tokenizer(…, return_tensors='pt') does")
+
+
 def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """The one of the two that was given: ids [B, S] below vocab_size, or vectors [B, S, N]."""
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"{given} of input_ids and inputs_embeds is given: exactly one is needed")
     if input_ids is not None:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [batch, sequence]")
@@ -179,6 +194,7 @@ def check_packed(
 ) -> None:
     """Refuses ids that are not [T], boundaries that do not cut them into sequences of at most `max_seqlen`, and `rows`
     that are not sorted rows of them."""
+    check_tensors(input_ids=input_ids, cu_seqlens=cu_seqlens, rows=rows)
     if rows is not None:
         if rows.dim() != 1 or rows.dtype not in INTEGERS:
             raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be torch.long [rows]")
@@ -190,7 +206,7 @@ def check_packed(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: a packed batch is [tokens]")
     check_range("input_ids", input_ids, config.vocab_size, "vocab_size", TOKENIZER)
     check_length(config, max_seqlen)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
         given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")
     if not _recorded():

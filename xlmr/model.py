@@ -265,7 +265,13 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
-        """Ids [B, S] (or `inputs_embeds` [B, S, N]) → BaseModelOutput. Tokens whose attention_mask is 0 give zeros."""
+        """Ids [B, S] (or `inputs_embeds` [B, S, N]) → BaseModelOutput. Tokens whose attention_mask is 0 give zeros.
+
+        attention_mask: [B, S], or one of those that varlen.plan takes. token_type_ids, position_ids: integers [B, S],
+        by default 0, and counted from config.position_offset on. encoder_hidden_states [B, K, N] and their mask are for
+        cross attention, past_key_values and use_cache for decoding, of a decoder. TypeError, ValueError and IndexError
+        for what does not fit: see xlmr.inputs.
+        """
         asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
         cached = past_key_values, use_cache
         inputs = Arguments(
@@ -348,4 +354,4 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
     def hand_to_new_layers(self) -> None:
         """Gives the model's ops to layers that were added after it was built."""
         if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in self.encoder.layer):
-            self.ops_changed()
+            self._hand_down(self._ops, self._why)

@@ -94,8 +94,8 @@ def prepacked() -> Ops:
 def resolve(backend: str | Ops, device: torch.device) -> tuple[Ops, str]:
     """The Ops that `backend` (one of BACKENDS, or itself an Ops) means for parameters on `device`, and why, in words.
 
-    "auto" takes the kernels on a GPU that can run them, else eager. "prepacked" raises RuntimeError elsewhere than on a
-    CPU with oneDNN. "triton" raises RuntimeError where they cannot, except that a
+    "auto" takes the kernels on a GPU that can run them, else eager. ValueError for another name, RuntimeError where a
+    path cannot run: "prepacked" elsewhere than on a CPU with oneDNN, "triton" where the kernels cannot, except that a
     model on its way to a GPU (on the meta device, or on the CPU of a machine that has one) waits for it; every call
     before that is refused: nothing falls back silently.
     """
@@ -108,7 +108,7 @@ def resolve(backend: str | Ops, device: torch.device) -> tuple[Ops, str]:
     if backend == "prepacked":
         if why := unpackable(device):
             raise RuntimeError(f"backend 'prepacked' cannot run: {why}; use 'auto' or 'eager'")
-        return prepacked(), "eager with packed weights, as asked"
+        return prepacked(), "eager with packed weights"
     if backend == "auto" and device.type in ("cpu", "meta"):
         return EAGER, f"eager on {device.type}: the kernels are for GPUs"
     from .kernels._launch import unsupported

@@ -33,7 +33,7 @@ from .training_text import Lines, LineTokenizer, Position, read_batches, read_on
 logger = logging.getLogger(__name__)
 
 LOG, CURVE, STATE = "log.jsonl", "loss.png", "training.pt"
-Path_ = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 
 def _setting(default: Any, about: str) -> Any:
@@ -235,7 +235,7 @@ def _step_of(checkpoint: Path) -> str:
     return checkpoint.name.removeprefix("checkpoint-")
 
 
-def _load_tokenizer(where: Path_ | None) -> XLMRobertaTokenizer:
+def _load_tokenizer(where: StrPath | None) -> XLMRobertaTokenizer:
     if where is None:
         raise ValueError("no tokenizer: give --tokenizer DIR|NAME|FILE (sentencepiece model), or --init")
     if Path(where).is_file():
@@ -243,7 +243,7 @@ def _load_tokenizer(where: Path_ | None) -> XLMRobertaTokenizer:
     return XLMRobertaTokenizer.from_pretrained(where)
 
 
-def _load_config(where: XLMRobertaConfig | Path_ | None) -> XLMRobertaConfig:
+def _load_config(where: XLMRobertaConfig | StrPath | None) -> XLMRobertaConfig:
     if isinstance(where, XLMRobertaConfig):
         return where
     if where is None:
@@ -254,7 +254,7 @@ def _load_config(where: XLMRobertaConfig | Path_ | None) -> XLMRobertaConfig:
 
 
 def _load_model(
-    init: Path_ | None, config: XLMRobertaConfig | Path_ | None, tokenizer: XLMRobertaTokenizer
+    init: StrPath | None, config: XLMRobertaConfig | StrPath | None, tokenizer: XLMRobertaTokenizer
 ) -> XLMRobertaForMaskedLM:
     """The model to go on training, else a new one: on the CPU, so that the seed gives the same weights everywhere."""
     if init is not None:
@@ -279,13 +279,13 @@ def _check_vocabulary(config: XLMRobertaConfig, tokenizer: XLMRobertaTokenizer) 
 
 
 def pretrain(
-    texts: Sequence[Path_],
-    output: Path_,
+    texts: Sequence[StrPath],
+    output: StrPath,
     *,
-    config: XLMRobertaConfig | Path_ | None = None,
-    tokenizer: XLMRobertaTokenizer | Path_ | None = None,
-    init: Path_ | None = None,
-    held_out: Path_ | None = None,
+    config: XLMRobertaConfig | StrPath | None = None,
+    tokenizer: XLMRobertaTokenizer | StrPath | None = None,
+    init: StrPath | None = None,
+    held_out: StrPath | None = None,
     recipe: Recipe | None = None,
     save_every: int = 1000,
     log_every: int = 50,

@@ -6,6 +6,7 @@ The names are those of transformers' PreTrainedModel, so that PEFT, trainers and
 import logging
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from . import checkpoint
 from .block import Block
 from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
+from .files import own_keywords
 from .ops import Ops, resolve
 from .outputs import ModelOutput
 
@@ -41,19 +43,17 @@ def check_config(config: Any, cls: type) -> None:
 class XLMRobertaPreTrainedModel(Block):
     """Base class of XLMRobertaModel and the heads.
 
-    backend: "auto" (resolved from the device of the parameters, again whenever they move), "eager" or "triton"; or give
-    `ops`, any xlmr.ops.Ops, which then stays. `model.ops` may be set at any moment. unpad: whether tokens whose mask is
-    0 are left out of the computation (their outputs are zeros) where no answer depends on them.
+    backend: "auto" (resolved from the device of the parameters, again whenever they move), "eager", "prepacked" (eager
+    with packed weights, on a CPU: xlmr.prepacked) or "triton"; or give `ops`, any xlmr.ops.Ops, which then stays.
+    `model.ops` may be set at any moment. unpad: whether tokens whose mask is 0 are left out of the computation (their
+    outputs are zeros) where no answer depends on them.
     """
 
     config_class = XLMRobertaConfig
     base_model_prefix = "roberta"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = [
-        "XLMRobertaEmbeddings",
-        "XLMRobertaLayer",
-    ]  # Accelerate's FSDP wraps these
+    _no_split_modules: ClassVar[list[str]] = ["XLMRobertaEmbeddings", "XLMRobertaLayer"]  # wrapped by FSDP
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(
@@ -92,7 +92,7 @@ class XLMRobertaPreTrainedModel(Block):
         self._hand_down(ops, "the ops given")
 
     def set_backend(self, backend: str) -> None:
-        """Takes the path "auto", "eager" or "triton"; RuntimeError where it cannot run."""
+        """Takes another path, one of xlmr.ops.BACKENDS; RuntimeError where it cannot run."""
         resolve(backend, self.device)
         self._backend = backend
         self._choose_path()
@@ -117,10 +117,6 @@ class XLMRobertaPreTrainedModel(Block):
         if why != self._why:
             logger.info("%s: %s", type(self).__name__, why)
         self._hand_down(ops, why)
-
-    def ops_changed(self) -> None:
-        """Hands this model's ops to blocks that have others."""
-        self._hand_down(self._ops, self._why)
 
     def _hand_down(self, ops: Ops, why: str) -> None:
         for module in self.modules():
@@ -152,7 +148,7 @@ class XLMRobertaPreTrainedModel(Block):
         """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model. Nothing where another process
         is the main one."""
         if is_main_process:
-            checkpoint.save_model(self, save_directory, state_dict=state_dict, **checkpoint.own_keywords(kwargs))
+            checkpoint.save_model(self, save_directory, state_dict=state_dict, **own_keywords(kwargs))
 
     def init_weights(self) -> None:
         """The reference's name for post_init."""
@@ -233,8 +229,9 @@ class XLMRobertaPreTrainedModel(Block):
         follow, ties stay. Returns the word embeddings."""
         old = self.get_input_embeddings()
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
-        if not isinstance(pad_to_multiple_of, int | None):
-            raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}: an integer is needed")
+        for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if not isinstance(value, Integral | None):
+                raise ValueError(f"{name} is {value!r}: an integer is needed")
         if pad_to_multiple_of:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         padding_idx = old.padding_idx

@@ -68,8 +68,8 @@ class Pipeline(ABC):
         missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
         if missing:
             raise ValueError(
-                f"{where} holds a {' or '.join(config.architectures or ['base model'])}, {cls.task} needs the weights "
-                f"of an xlmr.{kind.__name__}: it lacks {', '.join(missing[:4])}"
+                f"{where} holds {' or '.join(config.architectures or ['a base model'])}, and lacks "
+                f"{', '.join(missing[:4])}: for {cls.task} give a checkpoint of an xlmr.{kind.__name__}"
             )
         return model
 

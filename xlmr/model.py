@@ -31,6 +31,7 @@ from .block import (
     untouched,
 )
 from .cache import KeyValueCache
+from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
 from .inputs import Arguments, Inputs, check_packed
@@ -244,9 +245,10 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
 
     def __init__(self, config: XLMRobertaConfig, add_pooling_layer: bool = True, **path: Any):
         super().__init__(config, **path)
-        self.embeddings = XLMRobertaEmbeddings(config)
-        self.encoder = XLMRobertaEncoder(config)
-        self.pooler: Any = XLMRobertaPooler(config) if add_pooling_layer else None
+        with values_follow(LOADING.get()):
+            self.embeddings = XLMRobertaEmbeddings(config)
+            self.encoder = XLMRobertaEncoder(config)
+            self.pooler: Any = XLMRobertaPooler(config) if add_pooling_layer else None
         self.post_init()
 
     def forward(

@@ -173,7 +173,7 @@ class XLMRobertaLayer(SequenceBlock):
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         """[T, N] → [T, N], or [R, N] for the rows that `state.rows` names."""
-        x = run(self.attention, x, state)
+        x = run(self.attention, x, state, ("attention_mask",))
         if state.cross is not None:
             x = run(self.crossattention, x, state)
         if not (plain(self.intermediate) and plain(self.output)):
@@ -201,14 +201,14 @@ class XLMRobertaEncoder(SequenceBlock):
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         states = state.collected.hidden_states if state.collected else None
-        every = replace(state, rows=None)
+        every, positional = replace(state, rows=None), ("attention_mask", "encoder_hidden_states")
         x = self.keep(x, states, state.layout)
         for i, layer in enumerate(self.layer):
             wanted = state if i == len(self.layer) - 1 else every
             if self.checkpointing is not None and self.training and i % self.checkpoint_every == 0:
-                x = checkpoint(run_again, layer, x, wanted, **self.checkpointing)
+                x = checkpoint(run_again, layer, x, wanted, positional, **self.checkpointing)
             else:
-                x = run(layer, x, wanted)
+                x = run(layer, x, wanted, positional)
             x = self.keep(x, states, state.layout)
         return x if len(self.layer) or state.rows is None else x[state.rows]
 

@@ -37,7 +37,7 @@ LOADING: ContextVar[bool] = ContextVar("loading", default=False)
 
 def load_model(
     cls: Any,
-    name_or_dir: str | os.PathLike[str],
+    name_or_dir: str | os.PathLike[str] | None,
     *model_args: Any,
     config: Any = None,
     dtype: str | torch.dtype | None = "auto",
@@ -51,6 +51,10 @@ def load_model(
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
     ignore_mismatched_sizes: bool = False,
     output_loading_info: bool = False,
     **overrides: Any,
@@ -58,9 +62,11 @@ def load_model(
     """A model of class `cls`, in eval mode, from a checkpoint directory or hub name.
 
     model_args: positional arguments of the constructor of `cls`, after the configuration.  config: used instead of the
-    checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the
-    configuration's, else that of the first weight; `torch_dtype` is its old name.  device: the CPU by default.
-    device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.  overrides: fields of the
+    checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the configuration's, else that of
+    the first weight; `torch_dtype` is its old name.  device: the CPU by default.  device_map: transformers' name for
+    it; "auto" is the first GPU, or else the CPU.  use_safetensors, variant: as weights.read_weights takes them.
+    key_mapping: regular expressions and what replaces them in the weights' names.  state_dict: weights that are copied
+    instead of any files being read; name_or_dir may be None then, if there is a config.  overrides: fields of the
     configuration, or keywords of the constructor of `cls`; those that files.own_keywords drops are taken too.
 
     Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
@@ -85,8 +91,13 @@ def load_model(
     accepted = inspect.signature(cls.__init__).parameters
     arguments = {name: overrides.pop(name) for name in list(overrides) if name in accepted}
     config = _configuration(cls, name_or_dir if config is None else config, source, overrides)
-    config.name_or_path = name_or_dir
-    weights = read_weights(functools.partial(resolve, name_or_dir, **source), os.fspath(name_or_dir))
+    config.name_or_path = where = os.fspath(name_or_dir or "")
+    if state_dict is None:
+        weights = read_weights(functools.partial(resolve, where, **source), where, use_safetensors, variant)
+    else:
+        weights = {name: weight.detach().clone() for name, weight in state_dict.items()}
+    for pattern, replacement in (key_mapping or {}).items():
+        weights = {re.sub(pattern, replacement, name): weight for name, weight in weights.items()}
     config.dtype = _choose_dtype(torch_dtype if dtype in (None, "auto") else dtype, config, weights)
     model = _build(cls, config, *model_args, **arguments)
     model.unpad = unpad
@@ -96,7 +107,7 @@ def load_model(
     for module in model.modules():
         module.__dict__[INITIALISED] = True
     if not output_loading_info:
-        _report(cls.__name__, os.fspath(name_or_dir), info)
+        _report(cls.__name__, where, info)
     model.to(place, config.dtype).eval()  # what was loaded is there: this tells the model, and moves the rest
     return (model, info) if output_loading_info else model
 

@@ -138,7 +138,7 @@ class XLMRobertaPreTrainedModel(Block):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> Any:
         """A model in eval mode from a checkpoint directory or hub name; see xlmr.checkpoint.load_model for the keywords
         (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""

@@ -104,6 +104,24 @@ def test_hooks_see_the_padded_shape_and_leaves_see_rows() -> None:
     assert tuple(shapes["leaf"]) == (sum(LENGTHS), 32)
 
 
+def test_hooks_see_the_references_positional_arguments() -> None:
+    """A layer gets mask and encoder states by position, its attention the mask: hooks and replacements count on it."""
+    for path, count in (
+        ("encoder.layer.1", 3),
+        ("encoder.layer.1.attention", 2),
+        ("encoder.layer.1.attention.self", 1),
+    ):
+        seen = []
+        reference, ours = build("Model")
+        reference.set_attn_implementation("eager")  # whose mask is additive, as ours
+        for model in (reference, ours):
+            model.get_submodule(path).register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args))
+            model(ids(None), RIGHT)
+        assert [len(args) for args in seen] == [count] * 2
+        if count > 1:
+            torch.testing.assert_close(*(args[1].expand(B, 1, S, S) for args in seen))
+
+
 def test_global_hooks_are_called() -> None:
     _, ours = build("Model")
     called = set()

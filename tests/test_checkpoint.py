@@ -244,9 +244,30 @@ def test_what_transformers_is_told_about_loading(saved: Path) -> None:
         XLMRobertaModel.from_pretrained(directory, device_map={"embeddings": 0, "encoder": "cpu"})
     with pytest.raises(ValueError, match="device and device_map"):
         XLMRobertaModel.from_pretrained(directory, device_map="cpu", device="cpu")
-    for name, value in (("variant", "fp16"), ("quantization_config", {"load_in_4bit": True}), ("from_tf", True)):
+    for name, value in (("quantization_config", {"load_in_4bit": True}), ("from_tf", True)):
         with pytest.raises(TypeError, match=f"{name} is .*: this is not offered here"):
             XLMRobertaModel.from_pretrained(directory, **{name: value})
+
+
+def test_which_weights_are_read(saved: Path, tmp_path: Path) -> None:
+    """A variant, one format alone, names rewritten, a state dict instead of files: as transformers does it."""
+    theirs = transformers.XLMRobertaForMaskedLM.from_pretrained(saved / "XLMRobertaForMaskedLM")
+    theirs.save_pretrained(tmp_path, variant="small", max_shard_size="5KB")
+    load_both("XLMRobertaForMaskedLM", tmp_path, variant="small")
+    for options in ({}, {"variant": "small", "use_safetensors": False}):
+        with pytest.raises(FileNotFoundError, match="there are no weights in"):
+            XLMRobertaForMaskedLM.from_pretrained(tmp_path, **options)
+    torch.save(theirs.half().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"looked for model.safetensors, model.safetensors.index.json$"):
+        XLMRobertaForMaskedLM.from_pretrained(tmp_path, use_safetensors=True)
+    other = variant(
+        saved / "XLMRobertaModel", tmp_path / "b", renamed(("layer.", "block."), ("embeddings.", "emb.")), {}
+    )
+    load_both("XLMRobertaModel", other, key_mapping={r"\.block\.": ".layer.", "^emb": "embeddings"})
+    state = theirs.state_dict()
+    model = XLMRobertaForMaskedLM.from_pretrained(None, config=theirs.config, state_dict=state, dtype=torch.float16)
+    assert torch.equal(model.lm_head.dense.weight, state["lm_head.dense.weight"])
+    assert model.lm_head.dense.weight.data_ptr() != state["lm_head.dense.weight"].data_ptr()
 
 
 def test_what_transformers_is_told_about_saving(tmp_path: Path) -> None:

@@ -150,6 +150,12 @@ def test_labels_that_disagree(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
 
 
+class OwnConfig(XLMRobertaConfig):
+    def __init__(self, crf: bool = False, **rest: Any):
+        super().__init__(**rest)
+        self.crf = crf
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path / "config.json", RELEASED)
     read = XLMRobertaConfig.from_pretrained
@@ -160,6 +166,11 @@ def test_overrides(tmp_path: Path) -> None:
     assert XLMRobertaConfig.from_dict({"max_length": 20}).max_length == 510  # a setting of text generation is dropped
     with pytest.raises(TypeError, match="'num_layers' is no field of XLMRobertaConfig; is 'num_labels' meant"):
         read(path, num_layers=3)
+    with pytest.raises(TypeError, match="'rest' is no field of OwnConfig"):
+        OwnConfig.from_pretrained(path, rest=2)
+    own = OwnConfig.from_pretrained(path, crf=True)
+    own.save_pretrained(tmp_path / "own")
+    assert own.crf is OwnConfig.from_pretrained(tmp_path / "own").crf is True
     values = {"nested": {"a": []}}
     XLMRobertaConfig(**values).nested["a"].append(1)
     assert values == {"nested": {"a": []}}

@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -64,6 +65,12 @@ def test_embed_pools_the_last_layer(loaded: Any, checkpoint: Path, pooling: str,
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
         unit = xlmr.embed(*loaded, TEXTS, **options)
         torch.testing.assert_close(unit, torch.nn.functional.normalize(want), atol=2e-5, rtol=1e-4)
+
+
+def test_embed_takes_any_iterable_of_texts(loaded: Any) -> None:
+    want = xlmr.embed(*loaded, TEXTS)
+    for texts in (np.array(TEXTS), iter(TEXTS), dict.fromkeys(TEXTS)):
+        assert torch.equal(xlmr.embed(*loaded, texts), want)
 
 
 def test_embed_gives_fp32_that_training_may_use(loaded: Any, checkpoint: Path) -> None:

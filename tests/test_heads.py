@@ -156,6 +156,14 @@ def test_problem_type(num_labels: int, labels: Tensor, kind: str) -> None:
     assert torch.allclose(*(m(**given, labels=labels).loss for m in declared), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["MaskedLM", "TokenClassification"])
+def test_labels_may_be_flat_and_bytes(name: str) -> None:
+    reference, ours = build(f"For{name}")
+    given = inputs(name, None)
+    labels = given.pop("labels").clamp(min=0).view(-1).to(torch.uint8)
+    assert torch.allclose(ours(**given, labels=labels).loss, reference(**given, labels=labels).loss, rtol=1e-5)
+
+
 def test_topk_packed_is_the_softmax_of_the_padded_logits() -> None:
     _, ours = build("ForMaskedLM")
     mask = masks()["right"]

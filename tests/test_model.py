@@ -87,6 +87,8 @@ def test_a_mask_for_each_query() -> None:
         expected = reference(tokens, bias).last_hidden_state
         for mask in (sees, bias, sees[:, 0], torch.zeros(B, 1, S, S).masked_fill(~sees, -torch.inf)):
             same(ours(tokens, mask).last_hidden_state, expected)
+        for dtype in (torch.float16, torch.bfloat16):  # narrower than the model
+            same(ours(tokens, bias.clamp(torch.finfo(dtype).min).to(dtype)).last_hidden_state, expected)
         slopes = torch.randn(B, 4, S, S)
         same(ours(tokens, slopes).last_hidden_state, reference(tokens, slopes).last_hidden_state)
 

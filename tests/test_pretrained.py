@@ -121,6 +121,43 @@ def test_a_head_written_elsewhere_loads(tmp_path: Any) -> None:
     assert model(input_ids=ids(), attention_mask=RIGHT).shape == (B, 1)
 
 
+class Tagger(xlmr.XLMRobertaPreTrainedModel):
+    """A head as users write them: recurrent, normalised, with a loss that weighs classes."""
+
+    def __init__(self, config: Any, labels: int = 2):
+        super().__init__(config)
+        self.roberta = xlmr.XLMRobertaModel(config, add_pooling_layer=False)
+        self.lstm = nn.LSTM(config.hidden_size, labels, bidirectional=True)
+        self.norm = nn.BatchNorm1d(labels)
+        self.transitions = nn.Parameter(torch.full((labels, labels), 0.5))
+        self.loss = nn.CrossEntropyLoss(weight=torch.arange(1.0, 1 + labels))
+        self.post_init()
+
+
+def test_what_the_checkpoint_of_a_head_written_elsewhere_lacks_keeps_its_first_values(tmp_path: Any) -> None:
+    _, base = build("Model")
+    base.save_pretrained(tmp_path)
+    model, info = Tagger.from_pretrained(tmp_path, 300, dtype=torch.bfloat16, output_loading_info=True)
+    assert {"transitions", "norm.running_var", "loss.weight", "lstm.weight_hh_l0"} < info["missing_keys"]
+    assert {t.dtype for t in model.state_dict().values()} == {torch.bfloat16, torch.int64}
+    assert model.lstm.weight_ih_l0.std() > 0.01
+    assert torch.equal(model.transitions, torch.full((300, 300), 0.5, dtype=torch.bfloat16))
+    assert torch.equal(model.norm.running_var, torch.ones(300, dtype=torch.bfloat16))
+    assert torch.equal(model.loss.weight[:3], torch.tensor([1.0, 2, 3], dtype=torch.bfloat16))
+
+
+def test_a_head_written_elsewhere_comes_back_with_its_buffers(tmp_path: Any) -> None:
+    _, base = build("Model")
+    model = Tagger(base.config).eval()
+    model.norm.num_batches_tracked += 3
+    model.norm.running_mean += 0.25
+    model.save_pretrained(tmp_path)
+    again, info = Tagger.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
 @pytest.mark.parametrize("outer", [transformers, xlmr])
 @pytest.mark.parametrize("inner", [transformers, xlmr])
 def test_a_loaded_encoder_is_not_initialised_again_by_the_model_around_it(

@@ -257,6 +257,15 @@ def test_pad_is_transformers(ours: Any, theirs: Any, side: str, padding: Any, mu
         assert all(isinstance(value, torch.Tensor) for value in ours_tensors.values())
 
 
+@pytest.mark.parametrize("options", [{}, {"truncation": True, "max_length": 5, "return_tensors": "pt"}])
+def test_targets_become_labels(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+    texts, targets = ["la casa", "der Hund"], ["the house stands", "the dog"]
+    for call in ({"text": texts, "text_target": targets}, {"text_target": texts, "text_pair_target": targets}):
+        found, expected = (tokenizer(**call, padding=True, **options) for tokenizer in (ours, theirs))
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[key], expected[key]) for key in found)
+
+
 def test_transformers_collators_work(ours: Any) -> None:
     rows = [ours(text) for text in ("la casa", "der Hund schläft im Haus")]
     batch = transformers.DataCollatorWithPadding(ours)(rows)
@@ -300,6 +309,10 @@ def test_tensors(ours: Any) -> None:
     assert ours("", add_special_tokens=False, return_tensors="pt").input_ids.dtype == torch.int64
     array = ours(texts, padding=True, return_tensors="np")["input_ids"]
     assert (type(array), array.dtype) == (np.ndarray, np.int64)
+    ragged = ours(texts, return_tensors="np", return_offsets_mapping=True)
+    assert {key: (value.dtype, value.shape) for key, value in ragged.items()} == dict.fromkeys(ragged, (object, (2,)))
+    assert ragged.input_ids[1].dtype == np.int64
+    assert ragged.offset_mapping[1].shape == (len(ragged.input_ids[1]), 2)
     assert ours([])["input_ids"] == []
     with pytest.raises(ValueError, match=r"input_ids makes no rectangular tensor.*padding=True"):
         ours(texts, return_tensors="pt")
@@ -444,7 +457,7 @@ WRONG_CALLS: list[tuple[tuple, dict[str, Any], type[Exception], str]] = [
     (("a", ["b"]), {}, TypeError, r"text_pair is \['b'\] \(list\); beside a single text"),
     ((["a"], "b"), {}, TypeError, "beside a batch it must be a list of as many texts"),
     ((["a"], ["b", "c"]), {}, ValueError, "1 texts and 2 in text_pair"),
-    (("a",), {"text_target": "b"}, TypeError, "text_target"),
+    (("a",), {"text_targets": "b"}, TypeError, "text_targets"),
     (("a",), {"no_such_option": 1}, TypeError, "no_such_option"),
     (("a",), {"padding": "most"}, ValueError, r"padding is 'most'; allowed: 'longest', 'max_length'"),
     (("a",), {"truncation": 1}, ValueError, "truncation is 1; allowed: 'longest_first'"),

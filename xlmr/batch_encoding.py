@@ -204,7 +204,7 @@ class BatchEncoding(UserDict[str, Any]):
     def convert_to_tensors(self, tensor_type: str | None = None, prepend_batch_axis: bool = False) -> BatchEncoding:
         """Turn every value into a torch tensor ("pt") or NumPy array ("np"), in place; None leaves them as they are.
 
-        ValueError if the rows of a value differ in length.
+        Of rows that differ in length NumPy makes an array of arrays, torch nothing: ValueError.
         """
         if tensor_type is not None:
             convert = _converter(tensor_type)
@@ -232,7 +232,7 @@ def _converter(tensor_type: Any) -> Callable[[str, Any], Any]:
     elif name == "np":
         import numpy
 
-        make, kind, integers = numpy.asarray, numpy.ndarray, numpy.int64
+        make, kind, integers = _array, numpy.ndarray, numpy.int64
     else:
         raise ValueError(f"return_tensors is {tensor_type!r}; allowed: 'pt' for torch, 'np' for NumPy, None for lists")
 
@@ -248,6 +248,15 @@ def _converter(tensor_type: Any) -> Callable[[str, Any], Any]:
             ) from error
 
     return convert
+
+
+def _array(value: Any, dtype: Any = None) -> Any:
+    """A NumPy array; of rows that differ in length an array of arrays."""
+    import numpy
+
+    if isinstance(value, list) and len({len(row) for row in value if isinstance(row, list)}) > 1:
+        value, dtype = [numpy.asarray(row) for row in value], object
+    return numpy.asarray(value, dtype)
 
 
 def _is_filled(value: Any) -> bool:

@@ -251,23 +251,25 @@ def run_rows(block: Any, layout: Layout, *tensors: Tensor) -> Tensor:
     return block(*(layout.pad(t) for t in tensors)).flatten(0, 1)
 
 
-def run(block: Any, x: Tensor, state: Pass) -> Tensor:
-    """A block in which rows see each other, or whatever stands in its place, on rows [T, N]."""
+def run(block: Any, x: Tensor, state: Pass, positional: tuple[str, ...] = ()) -> Tensor:
+    """A block in which rows see each other, or whatever stands in its place, on rows [T, N]; `positional` are the
+    arguments that the reference gives it by position."""
     if plain(block):
         return block.rows(x, state)
-    mask = state.mask(state.layout, state.causal, x.dtype)
-    out = block(state.layout.pad(x), attention_mask=mask, **state.arguments(x.dtype))
+    given = {"attention_mask": state.mask(state.layout, state.causal, x.dtype), **state.arguments(x.dtype)}
+    first = [given.pop(name, None) for name in positional]
+    out = block(state.layout.pad(x), *first, **given)
     return (out if isinstance(out, Tensor) else out[0]).flatten(0, 1)
 
 
-def run_again(block: Any, x: Tensor, state: Pass) -> Tensor:
+def run_again(block: Any, x: Tensor, state: Pass, positional: tuple[str, ...] = ()) -> Tensor:
     """`run`, also where activation checkpointing repeats it in the backward pass: it collects as it did, elsewhere."""
     if state.collected is None or COLLECTED.get() is state.collected:
-        return run(block, x, state)
+        return run(block, x, state, positional)
     state = replace(state, collected=state.collected.like())
     token = COLLECTED.set(state.collected)
     try:
-        return run(block, x, state)
+        return run(block, x, state, positional)
     finally:
         COLLECTED.reset(token)
 

@@ -1,9 +1,12 @@
 """Loading and saving models.
 
 Loading maps the weight files into memory, builds the model on the meta device, checks names, shapes and dtypes of one
-against the other, and only then assigns: a parameter that needs no conversion is the mapped file itself.
+against the other, and only then assigns: a parameter that needs no conversion is the mapped file itself. Of a class
+that is written elsewhere the base model alone is on the meta device: what else it builds keeps its first values where
+the files have none.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -11,7 +14,8 @@ import logging
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,14 @@ from .weights import read_weights, write_weights
 logger = logging.getLogger(__name__)
 
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers too: neither library initialises it a second time
+# Set while load_model builds a model: whether the values of its base model follow.
+LOADING: ContextVar[bool] = ContextVar("loading", default=False)
 
 
 def load_model(
     cls: Any,
-    name_or_dir: str | os.PathLike[str],
-    *,
+    name_or_dir: str | os.PathLike[str] | None,
+    *model_args: Any,
     config: Any = None,
     dtype: str | torch.dtype | None = "auto",
     torch_dtype: str | torch.dtype | None = None,
@@ -43,15 +49,22 @@ def load_model(
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
     ignore_mismatched_sizes: bool = False,
     output_loading_info: bool = False,
     **overrides: Any,
 ) -> Any:
     """A model of class `cls`, in eval mode, from a checkpoint directory or hub name.
 
-    config: used instead of the checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the
-    configuration's, else that of the first weight; `torch_dtype` is its old name.  device: the CPU by default.
-    device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.  overrides: fields of the
+    model_args: positional arguments of the constructor of `cls`, after the configuration.  config: used instead of the
+    checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the configuration's, else that of
+    the first weight; `torch_dtype` is its old name.  device: the CPU by default.  device_map: transformers' name for
+    it; "auto" is the first GPU, or else the CPU.  use_safetensors, variant: as weights.read_weights takes them.
+    key_mapping: regular expressions and what replaces them in the weights' names.  state_dict: weights that are copied
+    instead of any files being read; name_or_dir may be None then, if there is a config.  overrides: fields of the
     configuration, or keywords of the constructor of `cls`; those that files.own_keywords drops are taken too.
 
     Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
@@ -79,11 +92,15 @@ def load_model(
     accepted = inspect.signature(cls.__init__).parameters
     arguments = {name: overrides.pop(name) for name in list(overrides) if name in accepted}
     config = _configuration(cls, name_or_dir if config is None else config, source, overrides)
-    config.name_or_path = name_or_dir
-    weights = read_weights(functools.partial(resolve, name_or_dir, **source), os.fspath(name_or_dir))
+    config.name_or_path = where = os.fspath(name_or_dir or "")
+    if state_dict is None:
+        weights = read_weights(functools.partial(resolve, where, **source), where, use_safetensors, variant)
+    else:
+        weights = {name: weight.detach().clone() for name, weight in state_dict.items()}
+    for pattern, replacement in (key_mapping or {}).items():
+        weights = {re.sub(pattern, replacement, name): weight for name, weight in weights.items()}
     config.dtype = _choose_dtype(torch_dtype if dtype in (None, "auto") else dtype, config, weights)
-    with torch.device("meta"), _NoNormal():
-        model = cls(config, **arguments)
+    model = _build(cls, config, *model_args, **arguments)
     model.unpad = unpad
     if "ops" not in arguments:
         model.set_backend(backend)
@@ -91,9 +108,29 @@ def load_model(
     for module in model.modules():
         module.__dict__[INITIALISED] = True
     if not output_loading_info:
-        _report(cls.__name__, os.fspath(name_or_dir), info)
-    model.to(place).eval()  # nothing moves: this tells the model where its parameters now are
+        _report(cls.__name__, where, info)
+    model.to(place, config.dtype).eval()  # what was loaded is there: this tells the model, and moves the rest
     return (model, info) if output_loading_info else model
+
+
+def _build(cls: Any, config: Any, *args: Any, **arguments: Any) -> Any:
+    """A `cls` without values. One that is written elsewhere may build anything: only its base model waits for them."""
+    token = LOADING.set(True)
+    try:
+        with values_follow(cls.__module__.startswith("xlmr.")):
+            return cls(config, *args, **arguments)
+    finally:
+        LOADING.reset(token)
+
+
+@contextlib.contextmanager
+def values_follow(expected: bool) -> Iterator[None]:
+    """Modules built inside lie on the meta device if their values are `expected` from a checkpoint."""
+    with contextlib.ExitStack() as stack:
+        if expected:
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(_NoNormal())
+        yield
 
 
 class _NoNormal(TorchFunctionMode):
@@ -158,11 +195,12 @@ def _choose_dtype(dtype: Any, config: Any, weights: Mapping[str, Tensor]) -> tor
 
 
 def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore_mismatched: bool) -> dict[str, Any]:
-    """Give every parameter of `model`, which is on the meta device, its values; returns what did not fit.
+    """Give every parameter and buffer of `model` its values, those on the meta device first ones where there are none;
+    returns what did not fit.
 
     `weights` is emptied, so that each can be freed once it is converted.
     """
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     found, unexpected = _match(weights, wanted, model.base_model_prefix, model.config.kind.prefix)
     weights.clear()
     stored = sum(weight.numel() for weight in found.values())
@@ -174,13 +212,15 @@ def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore
     ties = _tie(model, found)
     lacking = wanted.keys() - found.keys() - {name for name, *_ in mismatched}
     missing = {name for name in lacking if ties.get(name, name) in lacking}
-    if sum(wanted[name].numel() for name in missing - ties.keys()) > stored:  # before memory is taken for them
+    empty = [wanted[name] for name in missing - ties.keys() if wanted[name].is_meta]
+    if sum(weight.numel() for weight in empty) > stored:  # before memory is taken for them
         reason = f"it lacks {_listed(missing)}" + (f", and holds {_listed(unexpected, 3)}" if unexpected else "")
         raise ValueError(f"the checkpoint holds less than half of {type(model).__name__}: {reason}")
     _initialise(model, wanted.keys() - found.keys() - ties.keys(), device)
     places: set[int] = set()
     for name in list(found):
-        values = found.pop(name).to(device, model.config.dtype).contiguous()
+        dtype = model.config.dtype if wanted[name].is_floating_point() else wanted[name].dtype
+        values = found.pop(name).to(device, dtype).contiguous()
         if values.data_ptr() in places:  # a pickle may hold one storage twice
             values = values.clone()
         places.add(values.data_ptr())
@@ -193,20 +233,20 @@ def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore
 def _match(
     weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str, stored_prefix: str
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """The weights under the model's names, and the names in the files for which it has no parameter. The base model's
+    """The weights under the model's names, and the names in the files for which it has no tensor. The base model's
     names begin with `prefix` in a head, with `stored_prefix` (or "xlm-roberta") or nothing in files."""
     begin = re.compile(rf"^(xlm-roberta|{stored_prefix})\.")
     found: dict[str, Tensor] = {}
     unexpected = set()
     for key, weight in weights.items():
-        body = begin.sub("", key).replace("LayerNorm.gamma", "LayerNorm.weight")
-        body = body.replace("LayerNorm.beta", "LayerNorm.bias")
-        name = next((name for name in (body, f"{prefix}.{body}") if name in wanted), None)
+        whole = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        body = begin.sub("", whole)
+        name = next((name for name in (whole, body, f"{prefix}.{body}") if name in wanted), None)
         if name is None:
             unexpected.add(key)
         elif name in found:
             raise ValueError(f"the checkpoint holds {name} twice, once as {key}")
-        elif str(weight.dtype).removeprefix("torch.") not in DTYPES:
+        elif wanted[name].is_floating_point() and str(weight.dtype).removeprefix("torch.") not in DTYPES:
             raise ValueError(f"{key} is {weight.dtype}; only {', '.join(DTYPES)} are read, and no quantised weights")
         else:
             found[name] = weight
@@ -243,22 +283,27 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _initialise(model: Any, names: Iterable[str], device: torch.device) -> None:
-    """Initialise the modules that own `names`; their other parameters get the values that were found afterwards."""
+    """Initialise the modules that own `names` and are not yet; their other parameters get the values that were found
+    afterwards."""
     owners = {name.rpartition(".")[0] for name in names}
     for path, module in model.named_modules():
-        if path in owners:
+        if path in owners and not module.__dict__.get(INITIALISED):
             for name, parameter in module.named_parameters(recurse=False):
-                _set(module, name, torch.zeros(parameter.shape, dtype=model.config.dtype, device=device))
+                if parameter.is_meta:
+                    _set(module, name, torch.zeros(parameter.shape, dtype=model.config.dtype, device=device))
             model._init_weights(module)
 
 
 def _set(model: Any, name: str, values: Tensor) -> None:
-    """Make `values` a parameter in place of the one called `name`; a Parameter stays itself, and so is shared."""
+    """Put `values` in place of the parameter or buffer `name`; a Parameter stays itself, and so is shared."""
     path, _, leaf = name.rpartition(".")
-    parameters = model.get_submodule(path)._parameters
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = values
+        return
     if not isinstance(values, torch.nn.Parameter):
-        values = torch.nn.Parameter(values, requires_grad=parameters[leaf].requires_grad)
-    parameters[leaf] = values
+        values = torch.nn.Parameter(values, requires_grad=module._parameters[leaf].requires_grad)
+    module._parameters[leaf] = values
 
 
 def _report(model: str, where: str, info: dict[str, Any]) -> None:

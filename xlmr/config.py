@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
 import logging
 import math
@@ -178,6 +179,8 @@ class XLMRobertaConfig:
         """Build from a dictionary of fields, then `overrides`; TypeError for one that is neither a field nor in it."""
         values = {name: value for name, value in values.items() if name != "max_length"}  # of text generation, in 4.x
         known = {own.name for own in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
+        given = inspect.signature(cls).parameters.values()  # a subclass written elsewhere may add some
+        known |= {parameter.name for parameter in given if parameter.kind is not parameter.VAR_KEYWORD}
         for name in overrides:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)

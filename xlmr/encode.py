@@ -60,7 +60,7 @@ def batches(lengths: Sequence[int], batch_tokens: int, batch_size: int | None = 
 def embed(
     model: XLMRobertaPreTrainedModel,
     tokenizer: XLMRobertaTokenizer,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     pooling: str | Sequence[str] = "mean",
     normalize: bool = True,
@@ -81,7 +81,7 @@ def embed(
     base: Any = model.base_model
     check_eval(model)
     longest = check_length(max_length, min(base.config.max_length, tokenizer.model_max_length))
-    ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"] if texts else []
+    ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
     out = torch.empty(len(ids), len(modes) * base.config.hidden_size, dtype=at_least_fp32(base.dtype))
     loop: Iterable[list[int]] = list(batches([len(one) for one in ids], batch_tokens))
     if progress:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, untouched
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
-from .inputs import Arguments, as_targets, check_labels, check_positions
+from .inputs import Arguments, as_targets, check_positions, class_labels
 from .model import XLMRobertaModel
 from .outputs import (
     CausalLMOutput,
@@ -145,7 +145,7 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
         x, layout, head, ours = encoded.x, encoded.layout, self.lm_head, plain(self.lm_head)
         if labels is None:
             return None, head.padded(x, layout) if ours else head(layout.pad(x))
-        labels, rows = layout.unpad(labels.to(x.device)).long(), None
+        labels, rows = layout.unpad(labels.to(x.device)), None
         settings: dict[str, Any] = {} if items is None else {"reduction": "sum"}
         if ours and not return_logits:
             loss = head.loss(x, labels[labels != IGNORED] if encoded.picked else labels, **settings)
@@ -184,7 +184,7 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
         labelled rows alone, and logits is None."""
         asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross)
-        check_labels(labels, inputs.shape, self.config.vocab_size)
+        labels = class_labels(labels, inputs.shape, self.config.vocab_size)
         if labels is None and not return_logits:
             raise ValueError(NOTHING_TO_RETURN)
         ours, wanted = untouched(self.lm_head), None
@@ -260,7 +260,7 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         inputs = Arguments(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross, *cached
         )
-        check_labels(labels, inputs.shape, self.config.vocab_size)
+        labels = class_labels(labels, inputs.shape, self.config.vocab_size)
         if labels is None and not return_logits:
             raise ValueError(NOTHING_TO_RETURN)
         following = None if labels is None else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
@@ -346,8 +346,7 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
             config.problem_type = "regression" if self.num_labels == 1 else several
         if config.problem_type == "single_label_classification":
             labels = labels.squeeze(-1) if labels.dim() > 1 else labels
-            check_labels(labels, logits.shape[:1], self.num_labels)
-            return F.cross_entropy(logits, labels.long())
+            return F.cross_entropy(logits, class_labels(labels, logits.shape[:1], self.num_labels))
         if config.problem_type == "regression":
             logits, labels = (logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else (logits, labels)
             targets = as_targets(labels, logits)
@@ -389,11 +388,11 @@ class XLMRobertaForMultipleChoice(XLMRobertaHead):
         asked = output_attentions, output_hidden_states
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
         flat: dict[str, Any] = {k: v.flatten(0, 1) for k, v in inputs._asdict().items() if isinstance(v, Tensor)}
-        check_labels(labels, given.shape[:1], given.shape[1])
+        labels = class_labels(labels, given.shape[:1], given.shape[1])
         encoded, shared = self.encode(inputs._replace(**flat), wanted=Layout.first_rows, reads_first=True)
         pooled = encoded.fields["pooler_output"] if "pooler_output" in encoded.fields else self.roberta.pool(encoded)
         logits = self.linear(self.classifier, self.dropped(pooled)).view(-1, given.shape[1])
-        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device).long())
+        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
         return self.returned(MultipleChoiceOutput(loss, logits, **shared), return_dict)
 
 
@@ -424,14 +423,14 @@ class XLMRobertaForTokenClassification(XLMRobertaHead):
         """`labels` [B, S], −100 where there is none."""
         asked = output_attentions, output_hidden_states
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
-        check_labels(labels, inputs.shape, self.num_labels)
+        labels = class_labels(labels, inputs.shape, self.num_labels)
         by_token = isinstance(self.classifier, nn.Linear)  # another classifier (an LSTM, say) may mix positions
         encoded, shared = self.encode(inputs, labels=labels, every_position=not by_token)
         x, layout = self.dropped(encoded.x), encoded.layout
         logits = layout.pad(self.linear(self.classifier, x)) if by_token else self.classifier(layout.pad(x))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(layout.unpad(logits), layout.unpad(labels.to(logits.device)).long())
+            loss = F.cross_entropy(layout.unpad(logits), layout.unpad(labels.to(logits.device)))
         return self.returned(TokenClassifierOutput(loss, logits, **shared), return_dict)
 
 

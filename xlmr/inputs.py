@@ -5,6 +5,7 @@ sequence longer than the limit). What a kernel would follow out of its memory, t
 asserts by itself. Every error says what was given, what is allowed and what to do.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -216,15 +217,18 @@ def check_packed(
         _require(right, what, cu_seqlens)
 
 
-def check_labels(labels: Tensor | None, shape: tuple[int, ...], classes: int) -> None:
-    """Refuses labels that are not of `shape`, or not −100 (none) or a class below `classes`."""
+def class_labels(labels: Tensor | None, shape: tuple[int, ...], classes: int) -> Any:
+    """`labels`, which may be flat, as int64 of `shape`, or None; refuses those of another shape, and those that are not
+    −100 (none) or a class below `classes`."""
     if labels is None:
-        return
-    if labels.shape != shape:
+        return None
+    if labels.shape not in (shape, (math.prod(shape),)):
         raise ValueError(f"labels has shape {tuple(labels.shape)}: it must be {tuple(shape)}")
+    labels = labels.long() if labels.dtype == torch.uint8 else labels  # the one dtype beside int64 that torch scores
     check_range(
         "labels", labels.masked_fill(labels == -100, 0), classes, "the number of classes", "; −100 stands for none"
     )
+    return labels.view(shape).long()
 
 
 def as_targets(labels: Tensor, logits: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from .block import (
     untouched,
 )
 from .cache import KeyValueCache
+from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
 from .inputs import Arguments, Inputs, check_packed
@@ -172,7 +173,7 @@ class XLMRobertaLayer(SequenceBlock):
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         """[T, N] → [T, N], or [R, N] for the rows that `state.rows` names."""
-        x = run(self.attention, x, state)
+        x = run(self.attention, x, state, ("attention_mask",))
         if state.cross is not None:
             x = run(self.crossattention, x, state)
         if not (plain(self.intermediate) and plain(self.output)):
@@ -200,14 +201,14 @@ class XLMRobertaEncoder(SequenceBlock):
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         states = state.collected.hidden_states if state.collected else None
-        every = replace(state, rows=None)
+        every, positional = replace(state, rows=None), ("attention_mask", "encoder_hidden_states")
         x = self.keep(x, states, state.layout)
         for i, layer in enumerate(self.layer):
             wanted = state if i == len(self.layer) - 1 else every
             if self.checkpointing is not None and self.training and i % self.checkpoint_every == 0:
-                x = checkpoint(run_again, layer, x, wanted, **self.checkpointing)
+                x = checkpoint(run_again, layer, x, wanted, positional, **self.checkpointing)
             else:
-                x = run(layer, x, wanted)
+                x = run(layer, x, wanted, positional)
             x = self.keep(x, states, state.layout)
         return x if len(self.layer) or state.rows is None else x[state.rows]
 
@@ -244,9 +245,10 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
 
     def __init__(self, config: XLMRobertaConfig, add_pooling_layer: bool = True, **path: Any):
         super().__init__(config, **path)
-        self.embeddings = XLMRobertaEmbeddings(config)
-        self.encoder = XLMRobertaEncoder(config)
-        self.pooler: Any = XLMRobertaPooler(config) if add_pooling_layer else None
+        with values_follow(LOADING.get()):
+            self.embeddings = XLMRobertaEmbeddings(config)
+            self.encoder = XLMRobertaEncoder(config)
+            self.pooler: Any = XLMRobertaPooler(config) if add_pooling_layer else None
         self.post_init()
 
     def forward(

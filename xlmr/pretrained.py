@@ -69,9 +69,9 @@ class XLMRobertaPreTrainedModel(Block):
     def post_init(self) -> None:
         """Initialises what is not yet, ties the weights and hands the ops to every block: the end of a constructor."""
         for module in self.modules():
-            if not module.__dict__.get(INITIALISED):
+            if not module.__dict__.get(INITIALISED) and not any(p.is_meta for p in module.parameters(recurse=False)):
                 self._init_weights(module)
-                module.__dict__[INITIALISED] = not any(p.is_meta for p in module.parameters(recurse=False))
+                module.__dict__[INITIALISED] = True
         self.tie_weights()
         self._choose_path()
 
@@ -133,10 +133,12 @@ class XLMRobertaPreTrainedModel(Block):
     # Loading, saving, initialisation
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
         """A model in eval mode from a checkpoint directory or hub name; see xlmr.checkpoint.load_model for the keywords
         (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""
-        return checkpoint.load_model(cls, pretrained_model_name_or_path, **kwargs)
+        return checkpoint.load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,31 @@ class Segmenter:
             starts = itertools.accumulate((piece[0] == SPACE for piece in pieces), initial=number - 1)
             words += itertools.islice(starts, 1, None)
         return tokens, spans, words
+
+
+def with_targets(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `text_target` and `text_pair_target` to the call of a tokenizer."""
+
+    @functools.wraps(call)
+    def call_twice(
+        self: Any,
+        text: Any = None,
+        text_pair: Any = None,
+        *args: Any,
+        text_target: Any = None,
+        text_pair_target: Any = None,
+        **options: Any,
+    ) -> Any:
+        if text_target is None:
+            return call(self, text, text_pair, *args, **options)
+        targets = call(self, text_target, text_pair_target, *args, **options)
+        if text is None:
+            return targets
+        encoding = call(self, text, text_pair, *args, **options)
+        encoding["labels"] = targets["input_ids"]
+        return encoding
+
+    return call_twice
 
 
 def read_texts(text: Any, text_pair: Any, words: bool) -> tuple[Values, bool]:

@@ -21,7 +21,7 @@ from .added_tokens import AddedToken, tokens_by_id
 from .arguments import as_lists, check_side, choice, describe, integer
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from .files import own_keywords, refuse_unknown, write_atomically
-from .texts import Segmenter, read_texts
+from .texts import Segmenter, read_texts, with_targets
 from .token_layout import TRUNCATION, Padding, TokenLayout, Values, kept_spans, pad_row, row_length, special_count
 from .tokenizer_files import LARGEST_LIMIT, NO_LIMIT, VOCAB_FILE, read_checkpoint, read_model, write_checkpoint
 from .vocabulary import Vocabulary
@@ -166,6 +166,7 @@ class XLMRobertaTokenizer(Vocabulary):
 
     # Texts to ids
 
+    @with_targets
     def __call__(
         self,
         text: Any,
@@ -209,6 +210,9 @@ class XLMRobertaTokenizer(Vocabulary):
             return_token_type_ids, return_attention_mask: by default what `model_input_names` says.
             split_special_tokens: cut special tokens written in a text like any other word; by default the attribute.
             verbose: tell, once, if a row is longer than `model_max_length`.
+
+        `text_target` and `text_pair_target` are further texts, whose ids the result holds as labels; alone they are
+        tokenised like any texts.
 
         Returns a `BatchEncoding` with the rows of input_ids, attention_mask and what else is asked for; of one text,
         and without tensors, the row itself. TypeError or ValueError for anything else than the above.

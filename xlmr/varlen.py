@@ -217,10 +217,12 @@ def _reduce(mask: Tensor, batch: int, seqlen: int, keys: int) -> tuple[Tensor | 
         )
     if not mask.is_floating_point():
         mask = additive(mask != 0, torch.float32)
+    lowest = torch.finfo(mask.dtype).min
+    mask = mask.to(torch.promote_types(mask.dtype, torch.float32))  # which holds the bounds of any dtype of scores
     if tracing():
         return None, mask
     row = mask[:, :1, :1]
-    binary = (row == 0) | (row <= torch.finfo(mask.dtype).min / 2)
+    binary = (row == 0) | (row <= lowest / 2)
     if bool(((mask == row) & binary).all()):
         return (row[:, 0, 0] == 0).expand(batch, -1), None
     return None, mask

@@ -28,16 +28,22 @@ SHARD = re.compile(r"(pytorch_)?model-(.+-)?\d{5}-of-\d{5}\.(safetensors|bin)")
 # Reading
 
 
-def read_weights(find: Callable[[str], Path | None], where: str) -> dict[str, Tensor]:
+def read_weights(
+    find: Callable[[str], Path | None], where: str, use_safetensors: bool | None = None, variant: str | None = None
+) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its name in the files; `find` gives the path of a file, or None if there is none.
 
+    use_safetensors: whether safetensors alone are read, or pickles alone; None takes either.  variant: such as "fp16",
+    which stands in the names of the files then, before what follows their last dot.
     FileNotFoundError if there are no weights or a shard is missing, ValueError for damaged or hostile files.
     """
-    for name in WEIGHTS:
+    names = [name for name in WEIGHTS if use_safetensors in (None, "safetensors" in name)]
+    names = [".".join([*name.split(".")[:-1], variant, name.split(".")[-1]]) for name in names] if variant else names
+    for name in names:
         path = find(name)
         if path is not None:
             return _read_shards(find, path) if name.endswith(".json") else _read_file(path)
-    raise FileNotFoundError(f"there are no weights in {where}; looked for {', '.join(WEIGHTS)}")
+    raise FileNotFoundError(f"there are no weights in {where}; looked for {', '.join(names)}")
 
 
 def _read_shards(find: Callable[[str], Path | None], index: Path) -> dict[str, Tensor]:

@@ -104,6 +104,15 @@ class Pass:
     rows: Tensor | None = None
     collected: Collected | None = None
 
+    def kept(self, x: Tensor) -> Tensor:
+        """The rows x, which are added, padded, to the hidden states where these were asked for: the rows returned come
+        from there, so that gradients pass through what the caller sees."""
+        states = self.collected.hidden_states if self.collected else None
+        if states is None:
+            return x
+        states.append(self.layout.pad(x))
+        return self.layout.unpad(states[-1])
+
     def mask(self, layout: Layout, causal: bool, dtype: torch.dtype) -> Tensor | None:
         """The additive mask [B, 1 | H, Q | 1, K] that the reference would hand to a layer."""
         if layout.dense is not None:

@@ -1,5 +1,7 @@
 """Keys and values of past tokens, for decoding one token at a time with XLMRobertaForCausalLM."""
 
+from typing import Any
+
 from torch import Tensor, cat
 
 
@@ -28,3 +30,11 @@ class KeyValueCache:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+
+def extended(k: Tensor, v: Tensor, cache: Any, layer_idx: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Adds a layer's keys and values [B·S, H, D] to a cache, ours or one of transformers'; returns all that it holds of
+    the layer, [B·(past + S), H, D]."""
+    k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (k, v))
+    k, v = getattr(cache, "self_attention_cache", cache).update(k, v, layer_idx)
+    return k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)

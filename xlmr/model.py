@@ -30,7 +30,7 @@ from .block import (
     run_rows,
     untouched,
 )
-from .cache import KeyValueCache
+from .cache import KeyValueCache, extended
 from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
@@ -65,7 +65,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
         q, k, v = self.project(x, source, state.rows)
         q, k, v = (t.unflatten(-1, (-1, self.attention_head_size)) for t in (q, k, v))
         if state.cache is not None and not self.is_cross_attention:
-            k, v = self.remember(k, v, state.cache, layout.batch)
+            k, v = extended(k, v, state.cache, self.layer_idx, layout.batch)
         sequences = layout.sequences if state.rows is None else layout.sequences.with_queries(state.rows)
         if layout.dense is None:
             causal = state.causal and not self.is_cross_attention
@@ -83,12 +83,6 @@ class XLMRobertaSelfAttention(AttentionBlock):
             return q if rows is None else q[rows], k, v
         x = x if rows is None else x[rows]
         return self.linear(query, x), self.linear(key, source), self.linear(value, source)
-
-    def remember(self, k: Tensor, v: Tensor, cache: Any, batch: int) -> tuple[Tensor, Tensor]:
-        """Adds keys and values [B·S, H, D] to the cache; returns all it holds, [B·(past + S), H, D]."""
-        k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (k, v))
-        k, v = getattr(cache, "self_attention_cache", cache).update(k, v, self.layer_idx)
-        return k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
 
     def attend_densely(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, batch: int, collected: Collected | None
@@ -200,25 +194,16 @@ class XLMRobertaEncoder(SequenceBlock):
         self.checkpoint_every = 1
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
-        states = state.collected.hidden_states if state.collected else None
         every, positional = replace(state, rows=None), ("attention_mask", "encoder_hidden_states")
-        x = self.keep(x, states, state.layout)
+        x = state.kept(x)
         for i, layer in enumerate(self.layer):
             wanted = state if i == len(self.layer) - 1 else every
             if self.checkpointing is not None and self.training and i % self.checkpoint_every == 0:
                 x = checkpoint(run_again, layer, x, wanted, positional, **self.checkpointing)
             else:
                 x = run(layer, x, wanted, positional)
-            x = self.keep(x, states, state.layout)
+            x = state.kept(x)
         return x if len(self.layer) or state.rows is None else x[state.rows]
-
-    @staticmethod
-    def keep(x: Tensor, states: list[Tensor] | None, layout: Layout) -> Tensor:
-        """Adds the rows x, padded, to `states`; the rows returned come from there, so gradients pass through it."""
-        if states is None:
-            return x
-        states.append(layout.pad(x))
-        return layout.unpad(states[-1])
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         """[B, S, N] → its output as `last_hidden_state`."""

@@ -39,10 +39,6 @@ from .forward import ROOFS, ROOT, Found, Wrong, add_utilisation, measure, peak_m
 from .providers import PROVIDERS
 from .shapes import BASE, cases, lengths
 
-COLUMNS = (
-    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mib",
-    "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
-)  # fmt: skip
 TOKENIZING, RUNTIMES = "tokenize 10,000", "other runtimes"
 Job = tuple[str, Callable[[], Found]]
 
@@ -92,8 +88,7 @@ def jobs(rounds: int, chosen: Iterable[str] | None) -> list[Job]:
     """All that can be measured here, by title, the most telling first."""
     gpu = torch.cuda.is_available()
     found: list[Job] = [(case.title, functools.partial(measure, case, rounds, chosen)) for case in cases(gpu)]
-    headlines = sum(case.group == "headline" for case in cases(gpu))
-    found.insert(headlines, (TOKENIZING, lambda: Found(tokenizing(max(9, rounds)))))
+    found.insert(2, (TOKENIZING, lambda: Found(tokenizing(max(9, rounds)))))  # after the headline of one dtype
     return found if gpu else [*found, (RUNTIMES, lambda: runtimes(max(3, rounds // 2)))]
 
 
@@ -180,7 +175,7 @@ def main() -> int:
         raise SystemExit(f"--cases {args.cases.pattern!r} finds no title: --list shows them")
     path = args.out or harness.RESULTS / f"model_{providers.device().type.replace('cuda', 'gpu')}.json"
     results, right = run(todo, path, args.minutes, args.resume)
-    print(json.dumps(results) if args.json else harness.table(results["rows"], COLUMNS))
+    print(json.dumps(results) if args.json else harness.table(results["rows"], harness.MODEL_COLUMNS))
     harness.log(f"written to {path}")
     left = {title for title, _ in todo} - {*results["done"]}
     return 1 if not right else harness.UNFINISHED if left else 0

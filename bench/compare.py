@@ -1,21 +1,24 @@
 """What became slower between two runs, beyond their noise: `python -m bench.compare A B`.
 
-A and B are CSV files of the kernel benchmarks, JSON files of bench_model, or directories of bench.round. All is reckoned
-in logarithms of times, for what disturbs a time multiplies it.
+A and B are CSV files of the kernel benchmarks, JSON files of bench_model, or directories of bench.round. All is
+reckoned in logarithms of times, for what disturbs a time multiplies it.
 
-A figure of ours changed by x = log(B / A) of its medians, minus the drift of the machine, which is the same of the other
-libraries that ran in turn with it: a busy machine slows all alike. What x is when no code changed spreads, by
+A figure of ours changed by x = log(B / A) of its medians, minus the drift of the machine, which is the same of the
+other libraries that ran in turn with it: a busy machine slows all alike. What x is when no code changed spreads, by
 
 - noise within the runs, as the quantiles of the four times show it. Of single calls, not of their median: the calls of
   one sitting share their disturbances, however many they are;
 - where no other library ran in turn with ours, how much the drift of all others in the two runs spreads;
-- what differs between two processes and no quantile shows, as the layout of memory: the spread of x over all our figures.
+- what differs between two processes and no quantile shows, as the layout of memory: the spread of x over our figures.
 
-Spreads are robust (1.4826 median absolute deviations), so that up to half of the figures may change without hiding it.
-x is a regression where it is so many spreads above 0 that a comparison has a false alarm with the probability --alpha,
-all its tests together (Bonferroni, as if x were normal). That is strict for a single figure; but what slows an operation
+Spreads are robust (1.4826 median absolute deviations): up to half of the figures may change without hiding it. x is a
+regression where it is so many spreads above 0 that a comparison, all its tests together, has a false alarm with the
+probability --alpha (Bonferroni, as if x were normal). That is strict for a single figure; but what slows an operation
 slows it at most points, so the median of its figures is tested too, whose error is smaller: 1.2533 spreads over the
 root of their number, and PROCESS. Exit 1 on a regression.
+
+Four rounds of one machine with two CPU cores, on which other programs ran too, gave: a single figure has to be 15 % slower (the median; 9 to 45 % from the calmest
+to the noisiest tenth), an operation of 24 figures 4 to 6 %.
 """
 
 import argparse

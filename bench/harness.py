@@ -36,6 +36,16 @@ COLUMNS = (
     "commit", "torch", "triton", "driver", "clocks",
 )  # fmt: skip
 
+# What tables show, of COLUMNS and of what bench_model measures.
+KERNEL_COLUMNS = (
+    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value", "kernel_provider",
+    "y_value_50", "y_value_20", "y_value_80", "roof", "fraction_of_roof",
+)  # fmt: skip
+MODEL_COLUMNS = (
+    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mib",
+    "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -280,7 +290,7 @@ def roofs(dtype: torch.dtype) -> tuple[float, float]:
     return measured_roofs(dtype)
 
 
-def measured_roofs(dtype: torch.dtype) -> tuple[float, float]:
+def measured_roofs(dtype: torch.dtype, rounds: int = 10) -> tuple[float, float]:
     """(flop/s, bytes/s) of this machine, measured: the faster of torch's and our eager product of two large matrices,
     and a copy, each at its best."""
     gpu = torch.cuda.is_available()
@@ -289,7 +299,7 @@ def measured_roofs(dtype: torch.dtype) -> tuple[float, float]:
     source = torch.empty((1 << 30) if gpu else (1 << 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     ways = {"mm": lambda: a @ b, "linear": lambda: eager.linear(a, b, None), "copy": lambda: target.copy_(source)}
-    times = {name: min(seconds) for name, seconds in interleaved(ways, rounds=10).items()}
+    times = {name: min(seconds) for name, seconds in interleaved(ways, rounds).items()}
     return 2 * n**3 / min(times["mm"], times["linear"]), 2 * source.numel() / times["copy"]
 
 

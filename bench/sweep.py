@@ -22,10 +22,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOKENS = (1024, 4096, 16384, 65536) if GPU else (64, 512, 2048)
 WIDTHS = (384, 768, 1024, 2560)  # of MiniLM, XLM-R base, large and XL
 WIDTH, ROWS = 768, (16384 if GPU else 512)  # what stands still while the other is swept
-COLUMNS = (
-    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value", "kernel_provider",
-    "y_value_50", "y_value_20", "y_value_80", "roof", "fraction_of_roof",
-)  # fmt: skip
 
 Cases = Callable[[str], Iterable[harness.Case]]
 
@@ -100,6 +96,6 @@ def main(name: str, description: str | None, cases: Cases) -> int:
             rows += measured
     if not rows:
         raise SystemExit(f"nothing was measured: --cases {args.cases.pattern!r} finds no shape, or no provider runs")
-    print("\n".join(map(json.dumps, rows)) if args.json else harness.table(rows, COLUMNS))
+    print("\n".join(map(json.dumps, rows)) if args.json else harness.table(rows, harness.KERNEL_COLUMNS))
     harness.log(f"appended to {args.out}")
     return 0

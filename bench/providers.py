@@ -61,6 +61,7 @@ def prepare(case: Case) -> Setting:
     return Setting(case, ids, mask, reference(case))
 
 
+@torch.inference_mode(False)  # what is kept may be used outside of it
 def reference(case: Case) -> Any:
     """transformers' model with random weights that depend on the seed alone; those of the encoder are shared."""
     model = encoder(case.dtype, tuple(case.sizes.items()))

@@ -1,10 +1,11 @@
 """Whole models with equal weights, interleaved, correctness first: `python -m bench.bench_model`.
 
 XLM-R-base and -large shapes with random weights: 32 texts at about 40 % fill and one text of 32 tokens first, the
-tokenizers, then real mixes of lengths, fixed lengths from 32 to 8,192 tokens, single texts, and every head; each
-against transformers in its ways (providers.py). What a machine lacks, or would take too long for, is listed with the
-reason. Writes bench/results/model_cpu.json or model_gpu.json after every case and prints the table. `--cpu` leaves a
-GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors: bench_encode.py.
+tokenizers, then single texts, fixed lengths from 32 to 8,192 tokens, real mixes of lengths, and every head
+(shapes.py); each against transformers in its ways (providers.py). What a machine lacks, or would take too long for, is
+listed with the reason. Writes bench/results/model_cpu.json or model_gpu.json after every case and prints the table.
+`--cpu` leaves a GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors:
+bench_encode.py.
 
 Exit 1 where a provider of ours was wrong, 75 where something is left for another time (--resume).
 

@@ -1,8 +1,8 @@
 """All that this machine can measure, in one command: `python -m bench.round --out DIR --minutes 9`.
 
-The parts run one after the other in processes of their own, the most telling first, each with the time that is left;
-what a part measured is on disk when it ends, and a part that is done is not run again: a round that was interrupted, or
-ran out of time, goes on. At the end DIR/report.html shows everything, pictures included, in one file.
+The parts run one after the other in processes of their own, the most telling first, each with its share of the time
+that is left; what a part measured is on disk when it ends, and a part that is done is not run again: a round that was
+interrupted, or ran out of time, goes on. At the end DIR/report.html shows everything, pictures included, in one file.
 """
 
 import argparse

@@ -213,6 +213,14 @@ def test_a_round_goes_on_and_ends_in_a_page(tmp_path: Path) -> None:
     assert "failed (exit 3)" in page
 
 
+def test_the_parts_left_divide_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(bench_round, "run", lambda part, out, seconds: given.append(seconds) or "done")
+    weights = {"slow": 60, "quick": 15, "last": 25}
+    bench_round.measure([bench_round.Part(name, (), weight) for name, weight in weights.items()], tmp_path, 2)
+    assert given == pytest.approx([72, 45, 120], abs=1)  # what a part does not need is the others'
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_padded_attention_pays_for_padding_alone(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of equal lengths are a rectangle as they lie: no copy and no mask, which would flatter the others."""

@@ -24,7 +24,7 @@ from . import harness, report
 
 # Those that take longest last; their weights on a CPU: the seconds that each takes on two cores.
 KERNELS = {"attention": 15, "layer_norm": 15, "embedding": 20, "linear": 60, "vocab_softmax": 75}
-LEAST_SECONDS = 10  # a part that has less is left for another time
+LEAST_SECONDS = 10  # a part gets no less; where less is left, it is left for another time
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def measure(todo: Sequence[Part], out: Path, minutes: float) -> dict[str, str]:
     left = [part for part in todo if state.get(part.name) != "done"]
     for i, part in enumerate(bar := tqdm(left, unit="part")):
         bar.set_description(part.name)
-        seconds = (end - time.monotonic()) * part.weight / sum(other.weight for other in left[i:])
+        rest = end - time.monotonic()
+        share = rest * part.weight / sum(other.weight for other in left[i:])
+        seconds = min(rest, max(share, LEAST_SECONDS))
         state[part.name] = run(part, out, seconds) if seconds >= LEAST_SECONDS else "out of time"
         harness.write(state_file, state)
     return {part.name: state[part.name] for part in todo}

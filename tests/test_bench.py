@@ -216,9 +216,9 @@ def test_a_round_goes_on_and_ends_in_a_page(tmp_path: Path) -> None:
 def test_the_parts_left_divide_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     monkeypatch.setattr(bench_round, "run", lambda part, out, seconds: given.append(seconds) or "done")
-    weights = {"slow": 60, "quick": 15, "last": 25}
+    weights = {"slow": 60, "quick": 15, "small": 1, "last": 24}
     bench_round.measure([bench_round.Part(name, (), weight) for name, weight in weights.items()], tmp_path, 2)
-    assert given == pytest.approx([72, 45, 120], abs=1)  # what a part does not need is the others'
+    assert given == pytest.approx([72, 45, 10, 120], abs=1)  # what a part does not need is the others'
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -21,8 +21,8 @@ root of their number, and PROCESS. Exit 1 on a regression.
 What that detects, of slow-downs planted into four rounds of a machine with two CPU cores, whose speed differed by up
 to 16 %: an operation of 24 figures that is 4 to 6 % slower, a softmax over the vocabulary, of 6 that jump from process
 to process, only at 13 to 40 %; of single figures half at 17 to 23 %, the calmest tenth at 9 to 11 %. Of the 1,100
-figures in the six pairs of rounds one of unchanged code was called slower, by 18 %: measure a single figure again before
-you believe it.
+figures in the six pairs of rounds one of unchanged code was called slower, by 18 %: measure such a one again before you
+believe it.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""Benchmarks: measured, never asserted. `python -m bench.bench_model --help`."""
+"""Benchmarks: measured, never asserted. README.md lists the commands."""

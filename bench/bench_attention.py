@@ -21,9 +21,10 @@ from . import sweep
 from .harness import Case
 from .shapes import lengths
 
-HEADS, HEAD_DIM = 12, 64
+HEADS = {384: (12, 32), 768: (12, 64), 1024: (16, 64), 2560: (32, 80)}  # number and size in the models of each width
 TOKENS = 16384 if sweep.GPU else 1024  # of the padded batch
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192) if sweep.GPU else (128, 512)
+LENGTH = 512 if sweep.GPU else 128  # what stands still while the width is swept
 FILL = 0.4  # of the batches of mixed lengths
 
 
@@ -72,7 +73,9 @@ if sweep.GPU:
     }
 
 
-def case(dtype: str, longest: int, mixed: bool) -> Case:
+def case(dtype: str, longest: int, mixed: bool, N: int = sweep.WIDTH, swept: str = "S") -> Case:
+    """One point of a sweep over "S", the longest sequence, or over "N", the model's width."""
+    heads, head_dim = HEADS[N]
     texts = max(1, TOKENS // longest)
     lens = lengths(texts, longest, FILL) if mixed else [longest] * texts
     ends = torch.tensor([0, *lens], device=sweep.DEVICE).cumsum(0)
@@ -80,19 +83,23 @@ def case(dtype: str, longest: int, mixed: bool) -> Case:
     randn = sweep.tensors(dtype)
 
     def inputs() -> tuple[Any, ...]:
-        return *randn(3, sum(lens), HEADS, HEAD_DIM).unbind(), sequences, HEAD_DIM**-0.5
+        return *randn(3, sum(lens), heads, head_dim).unbind(), sequences, head_dim**-0.5
 
     def costs(backward: bool) -> tuple[int, int]:
-        return cost(lens, lens, HEADS, HEAD_DIM, sweep.DTYPES[dtype].itemsize, backward=backward)
+        return cost(lens, lens, heads, head_dim, sweep.DTYPES[dtype].itemsize, backward=backward)
 
+    x = ("S", "longest sequence", longest) if swept == "S" else ("N", "hidden units", N)
+    rest = {"N": N} if swept == "S" else {"S": longest}
     return Case(
-        "attention", "attention", "S", "longest sequence", longest, inputs, sweep.providers("attention", WAYS), costs,
-        wanted=(0, 1, 2), settings={"dtype": dtype, "lengths": "mixed" if mixed else "equal", "tokens": sum(lens)},
+        "attention", "attention", *x, inputs, sweep.providers("attention", WAYS), costs, wanted=(0, 1, 2),
+        settings={"dtype": dtype, "lengths": "mixed" if mixed else "equal", "tokens": sum(lens), **rest,
+                  "heads": heads, "head_dim": head_dim},
     )  # fmt: skip
 
 
 def cases(dtype: str) -> Iterable[Case]:
-    return (case(dtype, longest, mixed) for mixed in (False, True) for longest in LENGTHS)
+    over_lengths = [case(dtype, longest, mixed) for mixed in (False, True) for longest in LENGTHS]
+    return over_lengths + [case(dtype, LENGTH, False, N, swept="N") for N in sweep.WIDTHS]
 
 
 if __name__ == "__main__":

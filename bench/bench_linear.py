@@ -29,6 +29,8 @@ def torch_qkv_one_product(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     return F.linear(x, torch.cat(parameters[:3]), torch.cat(parameters[3:])).chunk(3, dim=-1)
 
 
+# Tokens, and rows of the sweep over widths: on a CPU so many that weights of 26 million elements take no minute.
+LOADS = (sweep.TOKENS, sweep.ROWS) if sweep.GPU else ((64, 256, 1024), 64)
 # operation: torch's ways, and (outputs, inputs) of a layer of N hidden units
 WAYS = {
     "qkv_projection": ({"torch": torch_qkv, "torch, one product": torch_qkv_one_product}, (1, 1)),
@@ -56,7 +58,7 @@ def case(operation: str, dtype: str, point: sweep.Point) -> Case:
 
 
 def cases(dtype: str) -> Iterable[Case]:
-    return (case(operation, dtype, point) for operation in WAYS for point in sweep.points())
+    return (case(operation, dtype, point) for operation in WAYS for point in sweep.points(*LOADS))
 
 
 if __name__ == "__main__":

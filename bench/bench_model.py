@@ -1,10 +1,11 @@
 """Whole models with equal weights, interleaved, correctness first: `python -m bench.bench_model`.
 
 XLM-R-base and -large shapes with random weights: 32 texts at about 40 % fill and one text of 32 tokens first, the
-tokenizers, then real mixes of lengths, fixed lengths from 32 to 8,192 tokens, single texts, and every head; each
-against transformers in its ways (providers.py). What a machine lacks, or would take too long for, is listed with the
-reason. Writes bench/results/model_cpu.json or model_gpu.json after every case and prints the table. `--cpu` leaves a
-GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors: bench_encode.py.
+tokenizers, then single texts, fixed lengths from 32 to 8,192 tokens, real mixes of lengths, and every head
+(shapes.py); each against transformers in its ways (providers.py). What a machine lacks, or would take too long for, is
+listed with the reason. Writes bench/results/model_cpu.json or model_gpu.json after every case and prints the table.
+`--cpu` leaves a GPU out, `--train` measures training steps: see bench_training.py. From texts to vectors:
+bench_encode.py.
 
 Exit 1 where a provider of ours was wrong, 75 where something is left for another time (--resume).
 
@@ -39,10 +40,6 @@ from .forward import ROOFS, ROOT, Found, Wrong, add_utilisation, measure, peak_m
 from .providers import PROVIDERS
 from .shapes import BASE, cases, lengths
 
-COLUMNS = (
-    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mib",
-    "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
-)  # fmt: skip
 TOKENIZING, RUNTIMES = "tokenize 10,000", "other runtimes"
 Job = tuple[str, Callable[[], Found]]
 
@@ -92,8 +89,7 @@ def jobs(rounds: int, chosen: Iterable[str] | None) -> list[Job]:
     """All that can be measured here, by title, the most telling first."""
     gpu = torch.cuda.is_available()
     found: list[Job] = [(case.title, functools.partial(measure, case, rounds, chosen)) for case in cases(gpu)]
-    headlines = sum(case.group == "headline" for case in cases(gpu))
-    found.insert(headlines, (TOKENIZING, lambda: Found(tokenizing(max(9, rounds)))))
+    found.insert(2, (TOKENIZING, lambda: Found(tokenizing(max(9, rounds)))))  # after the headline of one dtype
     return found if gpu else [*found, (RUNTIMES, lambda: runtimes(max(3, rounds // 2)))]
 
 
@@ -180,7 +176,7 @@ def main() -> int:
         raise SystemExit(f"--cases {args.cases.pattern!r} finds no title: --list shows them")
     path = args.out or harness.RESULTS / f"model_{providers.device().type.replace('cuda', 'gpu')}.json"
     results, right = run(todo, path, args.minutes, args.resume)
-    print(json.dumps(results) if args.json else harness.table(results["rows"], COLUMNS))
+    print(json.dumps(results) if args.json else harness.table(results["rows"], harness.MODEL_COLUMNS))
     harness.log(f"written to {path}")
     left = {title for title, _ in todo} - {*results["done"]}
     return 1 if not right else harness.UNFINISHED if left else 0

@@ -14,9 +14,13 @@ from xlmr.kernels.vocab_softmax import cost
 from . import sweep
 from .harness import Case
 
-WORDS, TOP = 250002, 5
-# Rows and widths; on a CPU each pass through the vocabulary takes a second.
-SHAPES = [*((T, 768) for T in (64, 1024, 4096)), *((1024, N) for N in (384, 1024, 2560))] if sweep.GPU else [(32, 768)]
+WORDS, FEW, TOP = 250002, 8192, 5
+# Points and words: a CPU sweeps over a vocabulary of a few chunks, and passes once through all words, which takes long.
+SHAPES = (
+    [(point, WORDS) for point in sweep.points((64, 1024, 4096), 1024)]
+    if sweep.GPU
+    else [(point, FEW) for point in sweep.points((32, 128, 512), 64)] + [(sweep.over_tokens(32), WORDS)]
+)
 
 
 def torch_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -46,21 +50,21 @@ if sweep.GPU and sweep.installed("cut_cross_entropy"):
     LOSSES["cut cross entropy"] = cut_cross_entropy
 
 
-def case(operation: str, dtype: str, rows: int, N: int) -> Case:
-    loss = operation == "vocab_cross_entropy"
+def case(operation: str, dtype: str, point: sweep.Point, words: int) -> Case:
+    T, N, loss = point.T, point.N, operation == "vocab_cross_entropy"
     randn = sweep.tensors(dtype)
 
     def inputs() -> tuple[Any, ...]:
-        last = torch.randint(WORDS, (rows,), device=sweep.DEVICE) if loss else TOP
-        return randn(rows, N), randn(WORDS, N) / N**0.5, randn(WORDS), last
+        last = torch.randint(words, (T,), device=sweep.DEVICE) if loss else TOP
+        return randn(T, N), randn(words, N) / N**0.5, randn(words), last
 
     def costs(backward: bool) -> tuple[int, int]:
-        return cost(rows, N, WORDS, sweep.DTYPES[dtype].itemsize, 0 if loss else TOP, backward)
+        return cost(T, N, words, sweep.DTYPES[dtype].itemsize, 0 if loss else TOP, backward)
 
     ways = LOSSES if loss else {"torch": torch_topk}
     return Case(
-        "vocab_softmax", operation, "T", "rows", rows, inputs, sweep.providers(operation, ways), costs,
-        wanted=(0, 1, 2) if loss else (), settings={"dtype": dtype, "N": N, "V": WORDS},
+        "vocab_softmax", operation, *point.x, inputs, sweep.providers(operation, ways), costs,
+        wanted=(0, 1, 2) if loss else (), settings={"dtype": dtype, **point.rest, "V": words},
     )  # fmt: skip
 
 

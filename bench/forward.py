@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # Of the largest and of the root mean square difference, in standard deviations of the output.
 LIMITS = {"fp32": (1e-3, 1e-4), "bf16": (0.5, 0.05)}
 LONGEST_CALL = 10.0  # seconds that one call may take
-CASE_SECONDS = 20.0  # that the measured calls of one case may take, if three of each provider take less
+CASE_SECONDS = 12.0  # that the measured calls of one case may take, if three of each provider take less
 
 ROOFS: dict[str, float] = {}  # flop/s of the machine's matrix product by dtype, the best measured in this run
 
@@ -32,7 +32,7 @@ class Wrong(Exception):
 
 @dataclass
 class Found:
-    """Rows of COLUMNS, and who was not run: case, provider, reason."""
+    """Rows of MODEL_COLUMNS, and who was not run: case, provider, reason."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     not_run: list[dict[str, str]] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Found:
 
 @torch.inference_mode()
 def measure(case: Case, rounds: int, chosen: Iterable[str] | None = None) -> Found:
-    """A row a provider of a case; the ratio is the time of transformers (sdpa) over its own."""
+    """A row of MODEL_COLUMNS for each provider of a case; the ratio is the time of transformers (sdpa) over its own."""
     found, seconds = Found(), predicted(case)
     if seconds > LONGEST_CALL:
         found.leave_out(case.title, f"a call would take about {seconds:.0f} s", "all")
@@ -67,7 +67,7 @@ def measure(case: Case, rounds: int, chosen: Iterable[str] | None = None) -> Fou
 
 def roof(dtype: str) -> float:
     """Measured anew before every case: one that somebody disturbed would flatter every model."""
-    ROOFS[dtype] = max(ROOFS.get(dtype, 0.0), harness.measured_roofs(DTYPES[dtype])[0])
+    ROOFS[dtype] = max(ROOFS.get(dtype, 0.0), harness.measured_roofs(DTYPES[dtype], rounds=3)[0])
     return ROOFS[dtype]
 
 
@@ -93,7 +93,7 @@ def wanted(case: Case, chosen: Iterable[str] | None, found: Found) -> list[str]:
     if case.providers is None:
         return list(PROVIDERS)
     others = [name for name in PROVIDERS if name not in case.providers]
-    found.leave_out(case.title, "not in this case by default, to save time: see --providers", *others)
+    found.leave_out(case.title, "not in this case by default, to save time: see --providers", "; ".join(others))
     return list(case.providers)
 
 

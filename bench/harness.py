@@ -36,6 +36,16 @@ COLUMNS = (
     "commit", "torch", "triton", "driver", "clocks",
 )  # fmt: skip
 
+# What tables show, of COLUMNS and of what bench_model measures.
+KERNEL_COLUMNS = (
+    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value", "kernel_provider",
+    "y_value_50", "y_value_20", "y_value_80", "roof", "fraction_of_roof",
+)  # fmt: skip
+MODEL_COLUMNS = (
+    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mib",
+    "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -127,7 +137,7 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
     """Rows of COLUMNS: every provider of a case in every mode that gradients allow. A provider that is wrong, by the
     rule of the tests, is reported and not timed; one that cannot run says why. Of this package's own either is an
     error: RuntimeError."""
-    dtype = next(t.dtype for t in case.inputs() if isinstance(t, Tensor) and t.is_floating_point())
+    dtype = next(t.dtype for t in _inputs(case) if isinstance(t, Tensor) and t.is_floating_point())
     for mode in modes if case.wanted else ("forward",):
         calls, checks = {}, {}
         for name, provider in case.providers.items():
@@ -145,7 +155,8 @@ def measure(case: Case, modes: Sequence[str] = MODES, seconds: float = 1.0) -> I
                 log(message)
                 continue
             calls[name] = timed(provider, case, mode)
-        for name, times in interleaved(calls, _rounds(calls, seconds), lead=LEAD).items():
+        rounds, warm_up = _rounds(calls, seconds)
+        for name, times in interleaved(calls, rounds, warm_up, lead=LEAD).items():
             yield _row(case, mode, name, quantiles(times), checks[name], roofs(dtype))
 
 
@@ -188,20 +199,30 @@ def _row(
 
 def check(case: Case, provider: Callable[..., Any], mode: str) -> Check:
     """Whether a provider is right by the rule of the tests: at most twice as far from float64 as the eager twin."""
-    return compare(case.operation, _results(provider, _inputs(case), case.wanted, mode), *_judged(case, mode))
+    return _check(case, provider, mode != "forward")
+
+
+@functools.lru_cache(maxsize=64)  # the same for "backward" and "full"
+def _check(case: Case, provider: Callable[..., Any], backward: bool) -> Check:
+    found = _results(provider, _inputs(case), case.wanted, backward)
+    return compare(case.operation, found, *_judged(case, backward))
 
 
 @functools.lru_cache(maxsize=1)  # the same for every provider
-def _judged(case: Case, mode: str) -> tuple[Any, Any]:
+def _judged(case: Case, backward: bool) -> tuple[Any, Any]:
     """What the eager twin computes, in the case's dtype and in float64."""
     judge, inputs = next(iter(case.providers.values())), _inputs(case)
-    return tuple(_results(judge, given, case.wanted, mode) for given in (inputs, _double(inputs)))
+    return tuple(_results(judge, given, case.wanted, backward) for given in (inputs, _double(inputs)))
 
 
-def _inputs(case: Case) -> tuple[Any, ...]:
+def _made(case: Case) -> tuple[Any, ...]:
+    """New inputs, always the same."""
     torch.manual_seed(0)
     made = case.inputs()
     return tuple(t.requires_grad_(True) if i in case.wanted else t for i, t in enumerate(made))
+
+
+_inputs = functools.lru_cache(maxsize=1)(_made)  # a large weight takes longer to draw than to multiply with
 
 
 def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -218,9 +239,9 @@ def _upstream(out: Any) -> list[Tensor]:
     return [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
 
 
-def _results(provider: Callable[..., Any], inputs: tuple[Any, ...], wanted: tuple[int, ...], mode: str) -> Any:
-    """What a provider computes: its outputs, and but for the mode "forward" the gradients too."""
-    if mode == "forward":
+def _results(provider: Callable[..., Any], inputs: tuple[Any, ...], wanted: tuple[int, ...], backward: bool) -> Any:
+    """What a provider computes: its outputs, or their gradients."""
+    if not backward:
         with torch.no_grad():
             return provider(*inputs)
     out = provider(*inputs)
@@ -229,9 +250,9 @@ def _results(provider: Callable[..., Any], inputs: tuple[Any, ...], wanted: tupl
 
 def timed(provider: Callable[..., Any], case: Case, mode: str) -> Callable[[], Any]:
     """A call of `provider`, each on the next of several copies of the inputs: so many that none is in a GPU's cache."""
-    size = sum(t.nbytes for t in case.inputs() if isinstance(t, Tensor))
+    size = sum(t.nbytes for t in _inputs(case) if isinstance(t, Tensor))
     count = min(32, 1 + 4 * _cache_bytes() // max(size, 1))
-    copies = [_inputs(case) for _ in range(count)]
+    copies = [_inputs(case), *(_made(case) for _ in range(count - 1))]
     turn = iter(range(1 << 62))
 
     def arguments() -> tuple[Any, ...]:
@@ -256,10 +277,11 @@ def timed(provider: Callable[..., Any], case: Case, mode: str) -> Callable[[], A
     return backward
 
 
-def _rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> int:
-    """So many rounds that they take about `seconds`, at least five."""
+def _rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> tuple[int, int]:
+    """So many rounds that they take about `seconds`, at least five; and how many before: where one takes that long, the
+    two of this trial have warmed up enough."""
     once = sum(t[-1] for t in interleaved(calls, 1, warm_up=1).values())
-    return max(5, min(200, int(seconds / max(once, 1e-6))))
+    return max(5, min(200, int(seconds / max(once, 1e-6)))), 2 if once < seconds else 0
 
 
 @functools.cache
@@ -268,7 +290,7 @@ def roofs(dtype: torch.dtype) -> tuple[float, float]:
     return measured_roofs(dtype)
 
 
-def measured_roofs(dtype: torch.dtype) -> tuple[float, float]:
+def measured_roofs(dtype: torch.dtype, rounds: int = 10) -> tuple[float, float]:
     """(flop/s, bytes/s) of this machine, measured: the faster of torch's and our eager product of two large matrices,
     and a copy, each at its best."""
     gpu = torch.cuda.is_available()
@@ -277,7 +299,7 @@ def measured_roofs(dtype: torch.dtype) -> tuple[float, float]:
     source = torch.empty((1 << 30) if gpu else (1 << 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     ways = {"mm": lambda: a @ b, "linear": lambda: eager.linear(a, b, None), "copy": lambda: target.copy_(source)}
-    times = {name: min(seconds) for name, seconds in interleaved(ways, rounds=10).items()}
+    times = {name: min(seconds) for name, seconds in interleaved(ways, rounds).items()}
     return 2 * n**3 / min(times["mm"], times["linear"]), 2 * source.numel() / times["copy"]
 
 

@@ -46,7 +46,7 @@ def sweeps(rows: Iterable[Mapping[str, Any]], directory: Path) -> list[Path]:
     return paths
 
 
-SHOWN = ("dtype", "lengths")
+SHOWN = ("dtype", "lengths", "V")  # of a panel's settings
 
 
 def _panels(name: str, panels: Mapping[tuple[str, ...], list[Mapping[str, Any]]], path: Path) -> Path:

@@ -58,17 +58,30 @@ def prepare(case: Case) -> Setting:
     ids, mask = (t.to(device()) for t in batch(case.lens, vocabulary=case.settings["vocab_size"]))
     if case.head == "ForMultipleChoice":
         ids, mask = (t.unflatten(0, (-1, 2)) for t in (ids, mask))
-    return Setting(case, ids, mask, reference(case.head, case.dtype, tuple(case.settings.items())))
+    return Setting(case, ids, mask, reference(case))
 
 
-@functools.lru_cache(maxsize=1)  # the cases that share one come one after the other
-def reference(head: str, dtype: str, settings: tuple[tuple[str, Any], ...]) -> Any:
-    """transformers' model with random weights that depend on the seed alone."""
+@torch.inference_mode(False)  # what is kept may be used outside of it
+def reference(case: Case) -> Any:
+    """transformers' model with random weights that depend on the seed alone; those of the encoder are shared."""
+    model = encoder(case.dtype, tuple(case.sizes.items()))
+    if case.head == "Model":
+        return model
+    torch.manual_seed(0)
+    weights = {f"roberta.{name}": tensor for name, tensor in model.state_dict().items()}
+    config = transformers.XLMRobertaConfig(**case.settings, attn_implementation="sdpa")
+    kind = getattr(transformers, f"XLMRoberta{case.head}")
+    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=DTYPES[case.dtype]).eval().to(device())
+
+
+@functools.lru_cache(maxsize=1)  # drawing 250,002 rows takes seconds; the cases that share them follow one another
+def encoder(dtype: str, sizes: tuple[tuple[str, Any], ...]) -> Any:
+    """transformers' XLMRobertaModel."""
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
-    config = transformers.XLMRobertaConfig(**dict(settings), attn_implementation="sdpa")
-    model = getattr(transformers, f"XLMRoberta{head}")(config, **_bare(head))
-    return model.eval().to(device(), DTYPES[dtype])
+    transformers.logging.disable_progress_bar()
+    config = transformers.XLMRobertaConfig(**dict(sizes), attn_implementation="sdpa")
+    return transformers.XLMRobertaModel(config, **_bare("Model")).eval().to(device(), DTYPES[dtype])
 
 
 def _bare(head: str) -> dict[str, Any]:

@@ -17,16 +17,8 @@ td:first-child, th { text-align: left }
 svg { max-width: 100%; height: auto }
 h2 { margin-top: 2em }
 """
-MODEL_COLUMNS = (
-    "case", "dtype", "provider", "median_ms", "q20_ms", "q80_ms", "ratio", "max_difference", "peak_mib",
-    "tokens_per_s", "padding", "mfu", "host_share", "cold_s",
-)  # fmt: skip
 TUNING_COLUMNS = ("entry", "present", "best", "present_ms", "best_ms", "ratio", "better")
 KERNEL_NUMBERS = ("y_value_50", "y_value_20", "y_value_80", "fraction_of_roof")
-KERNEL_COLUMNS = (
-    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value", "kernel_provider",
-    *KERNEL_NUMBERS, "roof",
-)  # fmt: skip
 
 
 def write(directory: Path, state: Mapping[str, str]) -> Path:
@@ -55,7 +47,7 @@ def _models(file: Path, pictures: Path) -> list[str]:
         return []
     found = json.loads(file.read_text(encoding="utf-8"))
     figures = "".join(map(_picture, plots.throughput(found["rows"], pictures)))
-    sections = [_section("Models", figures + _table(found["rows"], MODEL_COLUMNS))]
+    sections = [_section("Models", figures + _table(found["rows"], harness.MODEL_COLUMNS))]
     if found.get("not_run"):
         reasons = _table(found["not_run"], ("case", "provider", "reason"))
         title = f"{len(found['not_run'])} that were not run, and why"
@@ -85,7 +77,7 @@ def _kernels(file: Path, pictures: Path) -> list[str]:
             )
     numbers = [{**row, **{name: float(row[name]) for name in KERNEL_NUMBERS}} for row in rows]
     figures = "".join(map(_picture, drawn))
-    return [_section("Kernels", figures + _table(numbers, KERNEL_COLUMNS))]
+    return [_section("Kernels", figures + _table(numbers, harness.KERNEL_COLUMNS))]
 
 
 def _profile(file: Path) -> str:

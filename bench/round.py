@@ -1,8 +1,8 @@
 """All that this machine can measure, in one command: `python -m bench.round --out DIR --minutes 9`.
 
-The parts run one after the other in processes of their own, the most telling first, each with the time that is left;
-what a part measured is on disk when it ends, and a part that is done is not run again: a round that was interrupted, or
-ran out of time, goes on. At the end DIR/report.html shows everything, pictures included, in one file.
+The parts run one after the other in processes of their own, the most telling first, each with its share of the time
+that is left; what a part measured is on disk when it ends, and a part that is done is not run again: a round that was
+interrupted, or ran out of time, goes on. At the end DIR/report.html shows everything, pictures included, in one file.
 """
 
 import argparse
@@ -22,43 +22,44 @@ from tqdm import tqdm
 
 from . import harness, report
 
-KERNELS = ("attention", "layer_norm", "embedding", "linear", "vocab_softmax")  # those that take longest last
-LEAST_SECONDS = 10  # a part that has less is left for another time
+# Those that take longest last; their weights on a CPU: the seconds that each takes on two cores.
+KERNELS = {"attention": 15, "layer_norm": 15, "embedding": 20, "linear": 60, "vocab_softmax": 75}
+LEAST_SECONDS = 10  # a part gets no less; where less is left, it is left for another time
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a round: its command, what share of the time then left it may take, and whether the command is told, as
-    --minutes, to begin nothing new after three quarters of that."""
+    """A part of a round: its command, its weight when the time left is divided among the parts left, and whether the
+    command is told, as --minutes, to begin nothing new after nine tenths of its time. What a part does not need is the
+    others'."""
 
     name: str
     command: tuple[str, ...]
-    share: float
+    weight: float
     timed: bool = False
 
 
 def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
     """In the order in which they run; `tune` is for a GPU."""
     python = (sys.executable, "-m")
-    csv = str(out / "kernels.csv")
+    csv, seconds = str(out / "kernels.csv"), "0.3" if gpu else "0.1"
     found = []
     if gpu:
-        found.append(Part("tests on the GPU", (*python, "bench.gpu_tests", "--out", str(out / "logs")), 0.3))
+        found.append(Part("tests on the GPU", (*python, "bench.gpu_tests", "--out", str(out / "logs")), 160))
     if gpu and tune:  # what follows is measured with what it found
         tuning = (*python, "bench.tune", "--write", "--out", str(out / "tune.json"))
-        found.append(Part("tuning", tuning, 0.5, timed=True))
+        found.append(Part("tuning", tuning, 350, timed=True))
     models = (*python, "bench.bench_model", "--rounds", "5", "--resume", "--out", str(out / "models.json"))
-    found.append(Part("models", models, 0.4, timed=True))
-    for i, kernel in enumerate(KERNELS):
-        seconds = "0.3" if gpu else "0.1"
-        command = (*python, f"bench.bench_{kernel}", "--out", csv, "--seconds", seconds)
-        found.append(Part(f"kernel {kernel}", command, 1 / (len(KERNELS) + 1 - i)))
-    profile = (*python, "bench.profile", "--out", str(out / "profile"), "--layers", "12" if gpu else "4")
-    found.append(Part("profile", (*profile, "--profiler", "torch"), 0.5))
+    found.append(Part("models", models, 150 if gpu else 260, timed=True))
     training = (*python, "bench.bench_model", "--train", "--out", str(out / "training.json"))
-    found.append(Part("training", (*training, *(() if gpu else ("--layers", "4", "--vocab", "50002"))), 0.7))
+    found.append(Part("training", (*training, *(() if gpu else ("--layers", "4", "--vocab", "50002"))), 65))
+    for kernel, weight in KERNELS.items():
+        command = (*python, f"bench.bench_{kernel}", "--out", csv, "--seconds", seconds)
+        found.append(Part(f"kernel {kernel}", command, 35 if gpu else weight))
+    profile = (*python, "bench.profile", "--out", str(out / "profile"), "--layers", "12" if gpu else "4")
+    found.append(Part("profile", (*profile, "--profiler", "torch"), 30))
     if gpu:
-        found.append(Part("profile with Proton", (*profile, "--profiler", "proton"), 1.0))
+        found.append(Part("profile with Proton", (*profile, "--profiler", "proton"), 30))
     return found
 
 
@@ -66,7 +67,7 @@ def run(part: Part, out: Path, seconds: float) -> str:
     """Runs a part, its messages into DIR/logs; "done", "out of time" or "failed (exit …)"."""
     log = out / "logs" / f"{part.name.replace(' ', '-')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [*part.command, *(["--minutes", str(0.75 * seconds / 60)] if part.timed else [])]
+    command = [*part.command, *(["--minutes", str(0.9 * seconds / 60)] if part.timed else [])]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
         try:
@@ -86,9 +87,11 @@ def measure(todo: Sequence[Part], out: Path, minutes: float) -> dict[str, str]:
     state: dict[str, str] = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else {}
     end = time.monotonic() + 60 * minutes
     left = [part for part in todo if state.get(part.name) != "done"]
-    for part in (bar := tqdm(left, unit="part")):
+    for i, part in enumerate(bar := tqdm(left, unit="part")):
         bar.set_description(part.name)
-        seconds = (end - time.monotonic()) * (1.0 if part is left[-1] else part.share)
+        rest = end - time.monotonic()
+        share = rest * part.weight / sum(other.weight for other in left[i:])
+        seconds = min(rest, max(share, LEAST_SECONDS))
         state[part.name] = run(part, out, seconds) if seconds >= LEAST_SECONDS else "out of time"
         harness.write(state_file, state)
     return {part.name: state[part.name] for part in todo}

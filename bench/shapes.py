@@ -59,12 +59,16 @@ class Case:
         return f"{self.name}, {self.dtype}"
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The model's config."""
+    def sizes(self) -> dict[str, Any]:
+        """The encoder's config."""
         sizes = SIZES[self.size]
         long = {"max_position_embeddings": LONG} if max(self.lens) > sizes["max_position_embeddings"] - 2 else {}
-        decoder = {"is_decoder": True, "use_cache": False} if self.head == "ForCausalLM" else {}
-        return {**sizes, **long, **decoder}
+        return {**sizes, **long}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model's config."""
+        return {**self.sizes, **({"is_decoder": True, "use_cache": False} if self.head == "ForCausalLM" else {})}
 
     @property
     def padding(self) -> float:
@@ -77,7 +81,7 @@ class Case:
 
     def work(self, lens: Sequence[int]) -> tuple[int, int]:
         """Flops of a forward of such texts: of the products with weights, and of attention's two products."""
-        own = self.settings
+        own = self.sizes
         N, M, layers = own["hidden_size"], own["intermediate_size"], own["num_hidden_layers"]
         scores = sum(n * n for n in lens) // (2 if self.head == "ForCausalLM" else 1)
         vocabulary = 2 * sum(lens) * N * (N + own["vocab_size"]) if self.head in ("ForMaskedLM", "ForCausalLM") else 0
@@ -113,21 +117,21 @@ def batch(lens: Sequence[int], vocabulary: int = BASE["vocab_size"]) -> tuple[Te
 
 def cases(gpu: bool) -> list[Case]:
     """What a GPU, or a CPU, measures; the most telling first."""
-    headline = tuple(lengths(32, 128, 0.4))
-    fill = sum(headline) / (len(headline) * max(headline))
-    first = [
-        Case(text, lens, dtype, "headline", providers=None if gpu else ON_CPU)
-        for dtype in DTYPES
-        for text, lens in ((f"32 texts, {fill:.0%} fill", headline), ("1 text of 32", (32,)))
-    ]
-    return first + (_gpu_cases() if gpu else _cpu_cases())
+    return _gpu_cases() if gpu else _cpu_cases()
+
+
+def _headline(dtype: str, providers: tuple[str, ...] | None = None) -> list[Case]:
+    lens = tuple(lengths(32, 128, 0.4))
+    fill = sum(lens) / (len(lens) * max(lens))
+    texts = {f"32 texts, {fill:.0%} fill": lens, "1 text of 32": (32,)}
+    return [Case(text, lens, dtype, "headline", providers=providers) for text, lens in texts.items()]
 
 
 def _gpu_cases() -> list[Case]:
     """Batches of about 16,384 tokens, and single texts."""
     every = tuple(2**i for i in range(5, 14))
     counts = {"queries": 1024, "sentences": 512, "passages": 128}
-    found = []
+    found = [case for dtype in DTYPES for case in _headline(dtype)]
     for dtype in DTYPES:
         for size in SIZES:
             found += [_mix(kind, count, dtype, size) for kind, count in counts.items()]
@@ -138,16 +142,20 @@ def _gpu_cases() -> list[Case]:
 
 
 def _cpu_cases() -> list[Case]:
-    """Batches of about 1,024 to 2,048 tokens; all providers in one of them, for some take a minute to prepare."""
-    counts = {"queries": 64, "passages": 8}
-    found = [_mix("sentences", 32, "bf16", "base")]
-    found += [_mix(kind, count, "bf16", "base", ON_CPU) for kind, count in counts.items()]
-    found += [_fixed(max(1, 2048 // S), S, "bf16", "base", ON_CPU) for S in (32, 128, 512, 2048, 8192)]
-    found += _heads(8, 64, "bf16", ON_CPU)
-    found += [_single(128, "bf16", "base", ON_CPU), _single(512, "bf16", "base", ON_CPU)]
-    found += [_mix(kind, count, "fp32", "base", ON_CPU) for kind, count in {"sentences": 32, **counts}.items()]
-    found += [_single(32, "bf16", "large", ON_CPU), _mix("sentences", 32, "bf16", "large", ON_CPU)]
-    return found + [_fixed(1, S, "bf16", "large", ON_CPU) for S in (512, 8192)]
+    """Batches of about 1,024 tokens, some of every kind first, for a round ends before the last; all providers in one
+    of them, for some take a minute to prepare."""
+    mixes = {"passages": 8, "queries": 64}
+    found = _headline("bf16", ON_CPU)
+    found += [_single(S, "bf16", "base", ON_CPU) for S in (128, 512)]
+    found += [_fixed(max(1, 1024 // S), S, "bf16", "base", ON_CPU) for S in (512, 128, 32)]
+    found += [_mix(kind, count, "bf16", "base", ON_CPU) for kind, count in mixes.items()]
+    found += [_mix("sentences", 32, "bf16", "base"), *_heads(8, 64, "bf16", ON_CPU)]
+    found += [_fixed(1, 2048, "bf16", "base", ON_CPU)]
+    found += [_single(32, "bf16", "large", ON_CPU), _fixed(1, 512, "bf16", "large", ON_CPU)]
+    found += _headline("fp32", ON_CPU)
+    found += [_mix(kind, count, "fp32", "base", ON_CPU) for kind, count in {"sentences": 32, **mixes}.items()]
+    found.append(_mix("sentences", 32, "bf16", "large", ON_CPU))
+    return found + [_fixed(1, 8192, "bf16", size, ON_CPU) for size in SIZES]
 
 
 def _mix(kind: str, texts: int, dtype: str, size: str, providers: tuple[str, ...] | None = None) -> Case:

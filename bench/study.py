@@ -20,7 +20,7 @@ import xlmr
 from xlmr.kernels import _launch
 from xlmr.ops import EAGER, Ops, triton
 
-from . import bench_attention, bench_vocab_softmax, forward, harness, plots, providers, shapes
+from . import bench_attention, bench_vocab_softmax, forward, harness, plots, providers, shapes, sweep
 from .shapes import BASE, PAIR, lengths
 
 HERE = Path(__file__).parent / "studies"
@@ -51,7 +51,9 @@ def vocabulary() -> dict[str, Any]:
     rows = (256, 1024, 4096, 8192) if GPU else (64, 256, 1024)
     times: dict[str, dict[float, float]] = {}
     memory: dict[str, dict[float, float]] = {}
-    for case in (bench_vocab_softmax.case("vocab_cross_entropy", DTYPE, T, BASE["hidden_size"]) for T in rows):
+    for T in rows:
+        point = sweep.Point("T", "labelled rows", T, BASE["hidden_size"])
+        case = bench_vocab_softmax.case("vocab_cross_entropy", DTYPE, point, BASE["vocab_size"])
         ways = {"xlmr eager": case.providers["xlmr eager"], "torch, logits in memory": case.providers["torch"]}
         ways |= {"xlmr triton": case.providers["xlmr triton"]} if GPU else {}
         agreeing(case, ways)

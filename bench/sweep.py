@@ -20,12 +20,8 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOKENS = (1024, 4096, 16384, 65536) if GPU else (64, 512, 2048)
-WIDTHS = (384, 768, 1024, 2560) if GPU else (384, 768)
+WIDTHS = (384, 768, 1024, 2560)  # of MiniLM, XLM-R base, large and XL
 WIDTH, ROWS = 768, (16384 if GPU else 512)  # what stands still while the other is swept
-COLUMNS = (
-    "kernel_name", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value", "kernel_provider",
-    "y_value_50", "y_value_20", "y_value_80", "roof", "fraction_of_roof",
-)  # fmt: skip
 
 Cases = Callable[[str], Iterable[harness.Case]]
 
@@ -49,9 +45,13 @@ class Point:
         return {"N": self.N} if self.x_name == "T" else {"T": self.T}
 
 
-def points(tokens: Iterable[int] = TOKENS, widths: Iterable[int] = WIDTHS) -> list[Point]:
-    over_tokens = [Point("T", "tokens", T, WIDTH) for T in tokens]
-    return over_tokens + [Point("N", "hidden units", ROWS, N) for N in widths]
+def over_tokens(T: int) -> Point:
+    return Point("T", "tokens", T, WIDTH)
+
+
+def points(tokens: Iterable[int] = TOKENS, rows: int = ROWS) -> list[Point]:
+    """A sweep over tokens at one width, and one over WIDTHS of so many rows."""
+    return [over_tokens(T) for T in tokens] + [Point("N", "hidden units", rows, N) for N in WIDTHS]
 
 
 def providers(operation: str, torch_ways: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
@@ -96,6 +96,6 @@ def main(name: str, description: str | None, cases: Cases) -> int:
             rows += measured
     if not rows:
         raise SystemExit(f"nothing was measured: --cases {args.cases.pattern!r} finds no shape, or no provider runs")
-    print("\n".join(map(json.dumps, rows)) if args.json else harness.table(rows, COLUMNS))
+    print("\n".join(map(json.dumps, rows)) if args.json else harness.table(rows, harness.KERNEL_COLUMNS))
     harness.log(f"appended to {args.out}")
     return 0

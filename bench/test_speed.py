@@ -1,6 +1,7 @@
 """The kernel benchmarks as pytest-benchmark's: `pytest bench --benchmark-only`, grouped by shape.
 
-On a CPU the cases of up to 8 GFLOP, in under three minutes on two cores; bench_<kernel> measures all of them.
+On a CPU in fp32 the cases of up to 7 GFLOP, all but the whole vocabulary, in about a minute on two cores;
+bench_<kernel> measures everything.
 """
 
 import pytest
@@ -10,10 +11,10 @@ from . import bench_attention, bench_embedding, bench_layer_norm, bench_linear, 
 
 FILES = (bench_attention, bench_embedding, bench_layer_norm, bench_linear, bench_vocab_softmax)
 GPU = torch.cuda.is_available()
-CASES = [case for file in FILES for case in file.cases("bf16" if GPU else "fp32") if GPU or case.cost(False)[0] <= 8e9]
+CASES = [case for file in FILES for case in file.cases("bf16" if GPU else "fp32") if GPU or case.cost(False)[0] <= 7e9]
 
 
-@pytest.mark.benchmark(max_time=0.2)
+@pytest.mark.benchmark(max_time=0.03, min_rounds=3)
 @pytest.mark.parametrize(
     ("case", "provider", "mode"),
     [

@@ -312,7 +312,7 @@ def test_a_round_tunes_on_a_gpu_where_it_is_asked_to(tmp_path: Path) -> None:
     assert names(gpu=True, tune=True) == ["tests on the GPU", "tuning", *usual, "profile with Proton"]
     say = (sys.executable, "-c", "import sys; print(*sys.argv[1:])")
     assert bench_round.run(bench_round.Part("told", say, 1.0, timed=True), tmp_path, 120) == "done"
-    assert (tmp_path / "logs/told.txt").read_text() == "--minutes 1.5\n"
+    assert (tmp_path / "logs/told.txt").read_text() == "--minutes 1.8\n"
 
 
 REFUSED = """

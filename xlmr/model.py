@@ -34,7 +34,7 @@ from .cache import KeyValueCache
 from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
-from .inputs import Arguments, Inputs, check_packed
+from .inputs import Arguments, Inputs, Tables, check_packed
 from .ops import dense_attention
 from .outputs import BaseModelOutput
 from .pretrained import XLMRobertaPreTrainedModel
@@ -280,6 +280,11 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         output = BaseModelOutput(hidden, pooled, **encoded.fields)
         return self.returned(output, return_dict)
 
+    @property
+    def tables(self) -> Tables:
+        """What the inputs are checked against and numbered by."""
+        return Tables.of(self.embeddings, self.config)
+
     def pool(self, encoded: Encoded) -> Tensor:
         """The pooler's vectors, [B, N]."""
         if plain(self.pooler):
@@ -295,7 +300,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
                 raise ValueError("gradient checkpointing computes layers twice, which a cache would remember: leave "
                                  "out past_key_values, or call gradient_checkpointing_disable()")  # fmt: skip
             inputs = inputs._replace(use_cache=False)
-        given = Inputs(self.config, inputs)
+        given = Inputs(self.config, self.tables, inputs)
         collected = given.collected()
         token = COLLECTED.set(collected)
         try:
@@ -335,9 +340,10 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """
         if not (untouched(self.embeddings) and untouched(self.encoder)):
             raise RuntimeError("forward_packed needs blocks that nobody replaced or hooked: call the model padded")
-        check_packed(self.config, input_ids, cu_seqlens, max_seqlen, rows)
+        tables = self.tables
+        check_packed(tables, input_ids, cu_seqlens, max_seqlen, rows)
         if position_ids is None:
-            position_ids = packed_positions(input_ids, cu_seqlens, self.config.position_offset - 1)
+            position_ids = packed_positions(input_ids, cu_seqlens, tables.offset - 1)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         self.hand_to_new_layers()

@@ -137,6 +137,12 @@ def test_a_masked_query_stays_finite_in_half_precision() -> None:
 # Positions, limits and bad input
 
 
+def test_shapes_on_the_meta_device() -> None:
+    for name in ("Model", "ForMaskedLM", "ForSequenceClassification"):
+        theirs, ours = ([t.shape for t in m.to("meta")(ids(None).to("meta")).to_tuple()] for m in build(name))
+        assert ours == theirs
+
+
 @pytest.mark.parametrize("pad", [5, 96, None])
 def test_a_configuration_changed_later_moves_no_position(pad: int | None) -> None:
     """As in the reference: `config.pad_token_id = tokenizer.pad_token_id` does nothing, tables count as they are."""

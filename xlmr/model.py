@@ -308,7 +308,8 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             whole = EVERY_POSITION.get() or needs.pop("every_position", False) or not (self.unpad and ours)
             self.hand_to_new_layers()
             state = given.begin(every_position=whole, **needs)
-            if ours and not state.causal and collected.nothing and state.layout.dense is None and wanted is not None:
+            picks = ours and not state.causal and collected.nothing and state.layout.dense is None
+            if picks and wanted is not None and not given.given.is_meta:
                 state.rows = wanted(state.layout)
             x = run(self.encoder, self.embed(given, state.layout), state)
         finally:

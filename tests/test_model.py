@@ -138,6 +138,28 @@ def test_a_masked_query_stays_finite_in_half_precision() -> None:
 # Positions, limits and bad input
 
 
+def test_shapes_on_the_meta_device() -> None:
+    for name in ("Model", "ForMaskedLM", "ForSequenceClassification"):
+        theirs, ours = ([t.shape for t in m.to("meta")(ids(None).to("meta")).to_tuple()] for m in build(name))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("pad", [5, 96, None])
+def test_a_configuration_changed_later_moves_no_position(pad: int | None) -> None:
+    """As in the reference: `config.pad_token_id = tokenizer.pad_token_id` does nothing, tables count as they are."""
+    models = build("Model")
+    given = {"input_ids": ids(), "attention_mask": RIGHT, "token_type_ids": torch.full((B, S), 3)}
+    with torch.no_grad():
+        for model in models:
+            model.config.pad_token_id = pad
+            model.embeddings.token_type_embeddings.weight = nn.Parameter(torch.arange(4.0)[:, None].repeat(1, 32))
+        reference, ours = (model(**given).last_hidden_state for model in models)
+        same(ours, reference, RIGHT)
+        first = {key: given[key][0, : LENGTHS[0]] for key in ("input_ids", "token_type_ids")}
+        packed = models[1].forward_packed(**first, cu_seqlens=torch.tensor([0, LENGTHS[0]]), max_seqlen=LENGTHS[0])
+        torch.testing.assert_close(packed, reference[0, : LENGTHS[0]], atol=3e-6, rtol=1e-5)
+
+
 def test_positions_types_and_embeds() -> None:
     reference, ours = build("Model")
     tokens, mask = ids(), masks()["holes"]

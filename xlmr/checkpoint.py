@@ -2,8 +2,8 @@
 
 Loading maps the weight files into memory, builds the model on the meta device, checks names, shapes and dtypes of one
 against the other, and only then assigns: a parameter that needs no conversion is the mapped file itself. Of a class
-that is written elsewhere the base model alone is on the meta device: what else it builds keeps its first values where
-the files have none.
+that is written elsewhere only our base model, and our LM head, are on the meta device: what else it builds keeps its
+first values where the files have none.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from .weights import read_weights, write_weights
 logger = logging.getLogger(__name__)
 
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers too: neither library initialises it a second time
-# Set while load_model builds a model: whether the values of its base model follow.
+# Set while load_model builds a model: the values of its base model and LM head follow.
 LOADING: ContextVar[bool] = ContextVar("loading", default=False)
 
 
@@ -114,7 +114,8 @@ def load_model(
 
 
 def _build(cls: Any, config: Any, *args: Any, **arguments: Any) -> Any:
-    """A `cls` without values. One that is written elsewhere may build anything: only its base model waits for them."""
+    """A `cls` without values. One that is written elsewhere may build anything: only what is ours in it waits for
+    them."""
     token = LOADING.set(True)
     try:
         with values_follow(cls.__module__.startswith("xlmr.")):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .block import Block, plain, plain_embedding, plain_norm, rate
 from .config import XLMRobertaConfig
-from .inputs import positions_and_types
+from .inputs import Tables, positions_and_types
 
 
 class XLMRobertaEmbeddings(Block):
@@ -19,7 +19,8 @@ class XLMRobertaEmbeddings(Block):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.position_padding_idx = config.position_offset - 1 if config.position_offset else None
+        self.position_offset = config.position_offset
+        self.position_padding_idx = self.position_offset - 1 if self.position_offset else None
         self.position_embeddings = nn.Embedding(
             config.max_position_embeddings, config.hidden_size, padding_idx=self.position_padding_idx
         )
@@ -50,8 +51,9 @@ class XLMRobertaEmbeddings(Block):
         past_key_values_length: int = 0,
     ) -> Tensor:
         """Ids [B, S] or vectors [B, S, N] → [B, S, N]; each leaf that is not plain is called on [B, S]."""
+        tables = Tables.of(self, self.config)
         positions, types = positions_and_types(
-            self.config, input_ids, inputs_embeds, token_type_ids, position_ids, past_key_values_length
+            tables, input_ids, inputs_embeds, token_type_ids, position_ids, past_key_values_length
         )
         if self.leaves_plain():
             ids, embeds = (None if t is None else t.flatten(0, 1) for t in (input_ids, inputs_embeds))

@@ -80,7 +80,7 @@ def embed(
     modes = check_pooling(pooling)
     base: Any = model.base_model
     check_eval(model)
-    longest = check_length(max_length, min(base.config.max_length, tokenizer.model_max_length))
+    longest = check_length(max_length, min(base.tables.longest, tokenizer.model_max_length))
     ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
     out = torch.empty(len(ids), len(modes) * base.config.hidden_size, dtype=at_least_fp32(base.dtype))
     loop: Iterable[list[int]] = list(batches([len(one) for one in ids], batch_tokens))

@@ -47,7 +47,8 @@ def generate(
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: allowed are > 0, ≥ 0 and (0, 1]")
     if max_new_tokens is None:
         max_new_tokens = 20 if max_length is None else max_length - input_ids.shape[1]
-    check_length(config, int((input_ids != config.pad_token_id).sum(1).max()) + max_new_tokens)
+    tables = self.roberta.tables
+    check_length(tables, int((input_ids != tables.offset - 1).sum(1).max()) + max_new_tokens)
     eos = config.eos_token_id if eos_token_id is None else eos_token_id
     ends = torch.tensor([] if eos is None else eos, device=input_ids.device, dtype=input_ids.dtype).view(-1)
     pad = config.pad_token_id if pad_token_id is None else pad_token_id
@@ -80,8 +81,9 @@ def prepare_inputs_for_generation(
 ) -> dict[str, Any]:
     """The arguments of the next forward: of `input_ids` [B, S] only the tokens that the cache does not hold yet."""
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    real = (input_ids != self.config.pad_token_id).long()  # positions skip pads, with a cache as without
-    positions = real.cumsum(1) * real + self.config.pad_token_id
+    pad = self.roberta.tables.offset - 1
+    real = (input_ids != pad).long()  # positions skip pads, with a cache as without
+    positions = real.cumsum(1) * real + pad
     return {
         "input_ids": input_ids[:, past:],
         "position_ids": positions[:, past:],

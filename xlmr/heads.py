@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, untouched
+from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
 from .inputs import Arguments, as_targets, check_positions, class_labels
@@ -113,7 +114,8 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
 
     def __init__(self, config: XLMRobertaConfig, **path: Any):
         super().__init__(config, **path)
-        self.lm_head = XLMRobertaLMHead(config)
+        with values_follow(LOADING.get()):  # the decoder is as large as the word embeddings, to which it is tied
+            self.lm_head = XLMRobertaLMHead(config)
         self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
         self.post_init()
 

@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .block import Collected, Pass, begin
 from .cache import KeyValueCache
@@ -47,17 +47,48 @@ class Arguments(NamedTuple):
         return () if given is None else tuple(given.shape[:2])
 
 
+class Tables(NamedTuple):
+    """How many rows the embedding tables have now, and the position of the first token: the configuration may have been
+    changed since the model was built, which in the reference moves no position either."""
+
+    words: int
+    positions: int
+    types: int
+    offset: int
+
+    @classmethod
+    def of(cls, embeddings: Any, config: XLMRobertaConfig) -> "Tables":
+        """Those of a model's `embeddings`; where something else stands in their place, those of its configuration."""
+
+        def rows(name: str, declared: int) -> int:
+            table = getattr(embeddings, name, None)
+            weight = table._parameters.get("weight") if isinstance(table, nn.Embedding) else None
+            return declared if weight is None or weight.dim() != 2 else weight.shape[0]  # FSDP flattens its shards
+
+        return cls(
+            rows("word_embeddings", config.vocab_size),
+            rows("position_embeddings", config.max_position_embeddings),
+            rows("token_type_embeddings", config.type_vocab_size),
+            embeddings.position_offset if hasattr(embeddings, "position_offset") else config.position_offset,
+        )
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence in tokens."""
+        return self.positions - self.offset
+
+
 class Inputs:
     """The arguments of one forward of the base model, checked, with what was left out filled in.
 
     `to_embed`: ids [B, S] or None, token types and positions [B, S], word vectors [B, S, N] or None.
     """
 
-    def __init__(self, config: XLMRobertaConfig, given: Arguments):
+    def __init__(self, config: XLMRobertaConfig, tables: Tables, given: Arguments):
         input_ids, inputs_embeds, cache = given.input_ids, given.inputs_embeds, given.past_key_values
         check_tensors(**{name: getattr(given, name) for name in TENSORS})
         self.config = config
-        self.given = check_inputs(config, input_ids, inputs_embeds)
+        self.given = check_inputs(tables, config.hidden_size, input_ids, inputs_embeds)
         check_settings(config, self.given.shape[1], given.encoder_hidden_states)
         self.masks = given.attention_mask, given.encoder_attention_mask
         self.encoder_hidden_states = given.encoder_hidden_states if config.is_decoder else None
@@ -65,7 +96,7 @@ class Inputs:
         self.cache = KeyValueCache() if self.use_cache and cache is None else cache
         past = self.cache.get_seq_length() if self.cache is not None else 0
         positions, types = positions_and_types(
-            config, input_ids, inputs_embeds, given.token_type_ids, given.position_ids, past
+            tables, input_ids, inputs_embeds, given.token_type_ids, given.position_ids, past
         )
         self.to_embed = {
             "input_ids": input_ids, "token_type_ids": types, "position_ids": positions, "inputs_embeds": inputs_embeds,
@@ -94,20 +125,20 @@ def check_tensors(**given: Any) -> None:
             raise TypeError(f"{name} is a {kind}: give a tensor, as tokenizer(…, return_tensors='pt') does")
 
 
-def check_inputs(config: XLMRobertaConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """The one of the two that was given: ids [B, S] below vocab_size, or vectors [B, S, N]."""
+def check_inputs(tables: Tables, hidden: int, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of the two that was given: ids [B, S] below vocab_size, or vectors [B, S, N] of `hidden` numbers."""
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"{given} of input_ids and inputs_embeds is given: exactly one is needed")
     if input_ids is not None:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be [batch, sequence]")
-        check_range("input_ids", input_ids, config.vocab_size, "vocab_size", TOKENIZER)
+        check_range("input_ids", input_ids, tables.words, "vocab_size", TOKENIZER)
         return input_ids
     assert inputs_embeds is not None
-    if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != hidden:
         shape = tuple(inputs_embeds.shape)
-        raise ValueError(f"inputs_embeds has shape {shape}: it must be [batch, sequence, {config.hidden_size}]")
+        raise ValueError(f"inputs_embeds has shape {shape}: it must be [batch, sequence, {hidden}]")
     return inputs_embeds
 
 
@@ -150,7 +181,7 @@ def _require(right: Tensor, what: str, values: Tensor) -> None:
 
 
 def positions_and_types(
-    config: XLMRobertaConfig,
+    tables: Tables,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     token_type_ids: Tensor | None,
@@ -158,41 +189,39 @@ def positions_and_types(
     past: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Positions and token types of a batch, [B, S] each, checked. By default types are 0 and positions offset,
-    offset + 1, … (config.position_offset), whatever the attention mask; pad tokens among the ids are skipped and have
+    offset + 1, … (tables.offset), whatever the attention mask; pad tokens among the ids are skipped and have
     the position before the first, except in a model that counts them: there offset − 1 is −1, the id of no token."""
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
-    shape, device, pad = given.shape[:2], given.device, config.position_offset - 1
+    shape, device, pad = given.shape[:2], given.device, tables.offset - 1
     if position_ids is None and input_ids is not None:
         real = (input_ids != pad).long()
         position_ids = (real.cumsum(1) + past) * real + pad
-        if shape[1] + past > config.max_length:  # only then, since it synchronises: pad tokens take no position
-            check_length(config, int(position_ids.max()) - pad)
+        if shape[1] + past > tables.longest:  # only then, since it synchronises: pad tokens take no position
+            check_length(tables, int(position_ids.max()) - pad)
     elif position_ids is None:
-        first = config.position_offset if config.kind.positions_follow_pad else past  # after a cache too, as there
+        first = tables.offset or past  # where positions follow pad, it is the first after a cache too, as there
         position_ids = torch.arange(first, first + shape[1], device=device)
-        check_length(config, first + shape[1] - config.position_offset)
+        check_length(tables, first + shape[1] - tables.offset)
     else:
-        check_range("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
+        check_range("position_ids", position_ids, tables.positions, "max_position_embeddings")
     if token_type_ids is None:
         token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    check_range("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
+    check_range("token_type_ids", token_type_ids, tables.types, "type_vocab_size")
     return position_ids.expand(shape), token_type_ids.expand(shape)
 
 
-def check_length(config: XLMRobertaConfig, length: int) -> None:
+def check_length(tables: Tables, length: int) -> None:
     """Refuses a sequence that has more tokens than there are positions."""
-    if length > config.max_length:
+    if length > tables.longest:
         raise ValueError(
-            f"a sequence has {length} tokens: this model takes at most {config.max_length} (max_position_embeddings "
-            f"{config.max_position_embeddings} − {config.position_offset}); cut it with "
-            f"tokenizer(…, truncation=True, max_length={config.max_length})"
+            f"a sequence has {length} tokens: this model takes at most {tables.longest} (max_position_embeddings "
+            f"{tables.positions} − {tables.offset}); cut it with "
+            f"tokenizer(…, truncation=True, max_length={tables.longest})"
         )
 
 
-def check_packed(
-    config: XLMRobertaConfig, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None
-) -> None:
+def check_packed(tables: Tables, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> None:
     """Refuses ids that are not [T], boundaries that do not cut them into sequences of at most `max_seqlen`, and `rows`
     that are not sorted rows of them."""
     check_tensors(input_ids=input_ids, cu_seqlens=cu_seqlens, rows=rows)
@@ -205,8 +234,8 @@ def check_packed(
         check_range("rows", rows, input_ids.numel(), "the number of tokens")
     if input_ids.dim() != 1:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: a packed batch is [tokens]")
-    check_range("input_ids", input_ids, config.vocab_size, "vocab_size", TOKENIZER)
-    check_length(config, max_seqlen)
+    check_range("input_ids", input_ids, tables.words, "vocab_size", TOKENIZER)
+    check_length(tables, max_seqlen)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
         given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")

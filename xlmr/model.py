@@ -34,7 +34,7 @@ from .cache import KeyValueCache, extended
 from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
-from .inputs import Arguments, Inputs, check_packed
+from .inputs import Arguments, Inputs, Tables, check_packed
 from .ops import dense_attention
 from .outputs import BaseModelOutput
 from .pretrained import XLMRobertaPreTrainedModel
@@ -271,6 +271,11 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         output = BaseModelOutput(hidden, pooled, **encoded.fields)
         return self.returned(output, return_dict)
 
+    @property
+    def tables(self) -> Tables:
+        """What the inputs are checked against and numbered by."""
+        return Tables.of(self.embeddings, self.config)
+
     def pool(self, encoded: Encoded) -> Tensor:
         """The pooler's vectors, [B, N]."""
         if plain(self.pooler):
@@ -286,7 +291,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
                 raise ValueError("gradient checkpointing computes layers twice, which a cache would remember: leave "
                                  "out past_key_values, or call gradient_checkpointing_disable()")  # fmt: skip
             inputs = inputs._replace(use_cache=False)
-        given = Inputs(self.config, inputs)
+        given = Inputs(self.config, self.tables, inputs)
         collected = given.collected()
         token = COLLECTED.set(collected)
         try:
@@ -294,7 +299,8 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             whole = EVERY_POSITION.get() or needs.pop("every_position", False) or not (self.unpad and ours)
             self.hand_to_new_layers()
             state = given.begin(every_position=whole, **needs)
-            if ours and not state.causal and collected.nothing and state.layout.dense is None and wanted is not None:
+            picks = ours and not state.causal and collected.nothing and state.layout.dense is None
+            if picks and wanted is not None and not given.given.is_meta:
                 state.rows = wanted(state.layout)
             x = run(self.encoder, self.embed(given, state.layout), state)
         finally:
@@ -326,9 +332,10 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """
         if not (untouched(self.embeddings) and untouched(self.encoder)):
             raise RuntimeError("forward_packed needs blocks that nobody replaced or hooked: call the model padded")
-        check_packed(self.config, input_ids, cu_seqlens, max_seqlen, rows)
+        tables = self.tables
+        check_packed(tables, input_ids, cu_seqlens, max_seqlen, rows)
         if position_ids is None:
-            position_ids = packed_positions(input_ids, cu_seqlens, self.config.position_offset - 1)
+            position_ids = packed_positions(input_ids, cu_seqlens, tables.offset - 1)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         self.hand_to_new_layers()

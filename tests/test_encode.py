@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import xlmr
-from xlmr.encode import batches, pack
+from xlmr.encode import batches, pack, tokens_at_once
 
 TEXTS = ["The capital of France", "", "法国的首都是巴黎。", "Paris " * 40, "is", "عاصمة فرنسا هي باريس."]
 
@@ -28,6 +28,21 @@ def test_batches_hold_every_index_once_within_the_limits(lengths: list[int], tok
     for batch, following in pairwise(found):  # no batch could have taken the next one's first
         total = sum(lengths[i] for i in batch) + lengths[following[0]]
         assert total > tokens or len(batch) == size
+
+
+def test_a_cpu_takes_fewer_tokens_at_once(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tokens_at_once(None, torch.device("meta")) == 8192
+    assert tokens_at_once(5000, torch.device("cpu")) == 5000
+    model, tokenizer = loaded
+    seen, forward = [], xlmr.XLMRobertaModel.forward_packed
+
+    def watched(self: Any, input_ids: Tensor, *others: Any, **keywords: Any) -> Tensor:
+        seen.append(len(input_ids))
+        return forward(self, input_ids, *others, **keywords)
+
+    monkeypatch.setattr(xlmr.XLMRobertaModel, "forward_packed", watched)
+    xlmr.encode.embed(model, tokenizer, ["Paris " * 40] * 60)
+    assert len(seen) > 1 and max(seen) <= 2048
 
 
 def test_pack_lays_sequences_end_to_end() -> None:

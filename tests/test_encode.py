@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,10 +31,25 @@ def test_batches_hold_every_index_once_within_the_limits(lengths: list[int], tok
         assert total > tokens or len(batch) == size
 
 
-def test_a_cpu_takes_fewer_tokens_at_once(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tokens_at_once(None, torch.device("meta")) == 8192
-    assert tokens_at_once(5000, torch.device("cpu")) == 5000
+@pytest.mark.parametrize(
+    ("device", "width", "dtype", "want"),
+    [
+        ("meta", 1024, torch.float32, 8192),
+        ("cpu", 64, torch.float32, 8192),
+        ("cpu", 384, torch.float32, 3640),
+        ("cpu", 768, torch.bfloat16, 3640),
+    ],
+)
+def test_tokens_at_once(device: str, width: int, dtype: torch.dtype, want: int) -> None:
+    config = SimpleNamespace(hidden_size=width)
+    model = SimpleNamespace(device=torch.device(device), config=config, dtype=dtype)
+    assert tokens_at_once(None, model) == want
+    assert tokens_at_once(5000, model) == 5000
+
+
+def test_a_batch_on_a_cpu_is_bounded_in_bytes(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = loaded
+    row = 3 * model.config.hidden_size * 4
     seen, forward = [], xlmr.XLMRobertaModel.forward_packed
 
     def watched(self: Any, input_ids: Tensor, *others: Any, **keywords: Any) -> Tensor:
@@ -41,9 +57,10 @@ def test_a_cpu_takes_fewer_tokens_at_once(loaded: Any, monkeypatch: pytest.Monke
         return forward(self, input_ids, *others, **keywords)
 
     monkeypatch.setattr(xlmr.XLMRobertaModel, "forward_packed", watched)
-    xlmr.encode.embed(model, tokenizer, ["Paris " * 40] * 60)
+    monkeypatch.setattr("xlmr.encode.CPU_BATCH_BYTES", 100 * row)
+    xlmr.encode.embed(model, tokenizer, ["Paris " * 40] * 5)
     assert len(seen) > 1
-    assert max(seen) <= 2048
+    assert max(seen) <= 100
 
 
 def test_pack_lays_sequences_end_to_end() -> None:

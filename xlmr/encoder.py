@@ -110,7 +110,7 @@ class Encoder:
 
         prompt_name, prompt: a prompt of the directory by name, or the text itself, put before each text; by default the
             directory's default prompt.
-        batch_tokens: tokens computed at once; by default 8,192, on a CPU 2,048.
+        batch_tokens: tokens computed at once; by default 8,192, fewer on a CPU (xlmr.encode.tokens_at_once).
         max_length: tokens a text is truncated to, its prompt and the special tokens included.
         normalize: whether vectors have unit length; None: what the directory says.
         truncate_dim: how many numbers of each vector to keep.
@@ -320,7 +320,7 @@ class Encoder:
         modes, tokenizer = self.recipe.pooling, self.tokenizer
         unused = {tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
         found: dict[str, list[Any]] = {key: [None] * len(ids) for key in wanted}
-        for batch in batches([len(one) for one in ids], tokens_at_once(batch_tokens, self.model.device)):
+        for batch in batches([len(one) for one in ids], tokens_at_once(batch_tokens, self.model)):
             texts = [ids[i] for i in batch]
             packed = pack(texts, self.model.device)
             rows = rows_read(packed, modes) if wanted == ["dense_vecs"] and not skip else None
@@ -340,7 +340,7 @@ class Encoder:
     def _score(self, ids: list[list[int]], batch_tokens: int | None, advance: Callable[[int], Any]) -> Tensor:
         """The logits of pairs, fp32 or more [n], on the CPU."""
         out = torch.empty(len(ids), dtype=at_least_fp32(self.model.dtype))
-        for batch in batches([len(one) for one in ids], tokens_at_once(batch_tokens, self.model.device)):
+        for batch in batches([len(one) for one in ids], tokens_at_once(batch_tokens, self.model)):
             packed = pack([ids[i] for i in batch], self.model.device)
             out[batch] = first_logits(self.model, packed)[:, 0].to(out)
             advance(len(batch))

@@ -149,7 +149,7 @@ class Pipeline(ABC):
 
     def _batches(self, sequences: Sequence[list[int]], batch_size: int | None) -> Iterator[tuple[list[int], Packed]]:
         """`sequences`, lists of token ids, batch by batch: their indices, and themselves packed on the device."""
-        found = batches([len(ids) for ids in sequences], tokens_at_once(None, self.device), batch_size)
+        found = batches([len(ids) for ids in sequences], tokens_at_once(None, self.model), batch_size)
         packed = ((batch, pack([sequences[i] for i in batch], self.device)) for batch in found)
         if len(sequences) < LONG_LIST:
             yield from packed

@@ -147,7 +147,7 @@ def accelerated(library: Callable[..., Any], directory: Path) -> Any:
     return xlmr.accelerate(library(str(directory), device="cpu"))
 
 
-def encode(directory: Path, dtype: str, count: int, batch_tokens: int) -> Case:
+def encode(directory: Path, dtype: str, count: int, batch_tokens: int | None) -> Case:
     corpus = texts(count)
     theirs, ours = SentenceTransformer(str(directory), device="cpu"), xlmr.load(directory, device="cpu")
     both = accelerated(SentenceTransformer, directory)
@@ -161,7 +161,7 @@ def encode(directory: Path, dtype: str, count: int, batch_tokens: int) -> Case:
     return calls, worst_error
 
 
-def rerank(directory: Path, dtype: str, count: int, batch_tokens: int) -> Case:
+def rerank(directory: Path, dtype: str, count: int, batch_tokens: int | None) -> Case:
     query, passages = "Which of these passages answers the question?", texts(count, seed=1)
     theirs, ours = CrossEncoder(str(directory), device="cpu"), xlmr.load(directory, device="cpu")
     both = accelerated(CrossEncoder, directory)
@@ -175,7 +175,7 @@ def rerank(directory: Path, dtype: str, count: int, batch_tokens: int) -> Case:
     return calls, worst_error
 
 
-def three_heads(directory: Path, dtype: str, count: int, batch_tokens: int) -> Case:
+def three_heads(directory: Path, dtype: str, count: int, batch_tokens: int | None) -> Case:
     corpus = texts(count, seed=2)
     theirs, ours = FlagWay(directory, DTYPES[dtype]), xlmr.load(directory, device="cpu")
     options = {"return_sparse": True, "return_colbert_vecs": True, "normalize": True, "batch_tokens": batch_tokens}
@@ -235,7 +235,7 @@ def main() -> int:
     parser.add_argument("--passages", type=int, default=100, help="passages to rank (default 100)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each candidate (default 3)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one, or these")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="xlmr's tokens at once (default 8,192)")
+    parser.add_argument("--batch-tokens", type=int, help="xlmr's tokens at once (default: its own)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: in bench/results)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()

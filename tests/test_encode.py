@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import xlmr
-from xlmr.encode import batches, pack
+from xlmr.encode import batches, pack, tokens_at_once
 
 TEXTS = ["The capital of France", "", "法国的首都是巴黎。", "Paris " * 40, "is", "عاصمة فرنسا هي باريس."]
 
@@ -29,6 +30,38 @@ def test_batches_hold_every_index_once_within_the_limits(lengths: list[int], tok
     for batch, following in pairwise(found):  # no batch could have taken the next one's first
         total = sum(lengths[i] for i in batch) + lengths[following[0]]
         assert total > tokens or len(batch) == size
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "dtype", "want"),
+    [
+        ("meta", 1024, torch.float32, 8192),
+        ("cpu", 64, torch.float32, 8192),
+        ("cpu", 384, torch.float32, 3640),
+        ("cpu", 768, torch.bfloat16, 3640),
+    ],
+)
+def test_tokens_at_once(device: str, width: int, dtype: torch.dtype, want: int) -> None:
+    config = SimpleNamespace(hidden_size=width)
+    model = SimpleNamespace(device=torch.device(device), config=config, dtype=dtype)
+    assert tokens_at_once(None, model) == want
+    assert tokens_at_once(5000, model) == 5000
+
+
+def test_a_batch_on_a_cpu_is_bounded_in_bytes(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded
+    row = 3 * model.config.hidden_size * 4
+    seen, forward = [], xlmr.XLMRobertaModel.forward_packed
+
+    def watched(self: Any, input_ids: Tensor, *others: Any, **keywords: Any) -> Tensor:
+        seen.append(len(input_ids))
+        return forward(self, input_ids, *others, **keywords)
+
+    monkeypatch.setattr(xlmr.XLMRobertaModel, "forward_packed", watched)
+    monkeypatch.setattr("xlmr.encode.CPU_BATCH_BYTES", 100 * row)
+    xlmr.encode.embed(model, tokenizer, ["Paris " * 40] * 5)
+    assert len(seen) > 1
+    assert max(seen) <= 100
 
 
 def test_pack_lays_sequences_end_to_end() -> None:

@@ -18,6 +18,7 @@ from .tokenizer import XLMRobertaTokenizer
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # sentence-transformers' names
 BATCH_TOKENS = 8192
+CPU_BATCH_BYTES = 2**24
 
 
 class Packed(NamedTuple):
@@ -56,6 +57,17 @@ def batches(lengths: Sequence[int], batch_tokens: int, batch_size: int | None = 
         yield batch
 
 
+def tokens_at_once(batch_tokens: int | None, model: Any) -> int:
+    """`batch_tokens`, the tokens of a batch; by default 8,192, on a CPU at most so many that queries, keys and values
+    take 16 MiB together (3,640 at width 384 in fp32): what is larger than 32, glibc takes from the system each time,
+    page by page, which is a tenth of the time of a small model in fp32."""
+    if batch_tokens is not None:
+        return batch_tokens
+    if model.device.type != "cpu":
+        return BATCH_TOKENS
+    return min(BATCH_TOKENS, max(1, CPU_BATCH_BYTES // (3 * model.config.hidden_size * model.dtype.itemsize)))
+
+
 @torch.no_grad()
 def embed(
     model: XLMRobertaPreTrainedModel,
@@ -64,14 +76,15 @@ def embed(
     *,
     pooling: str | Sequence[str] = "mean",
     normalize: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     max_length: int | None = None,
     progress: bool = False,
 ) -> Tensor:
     """One vector per text: fp32 (fp64 for a float64 model) [len(texts), N], on the CPU, in the order of `texts`.
 
     pooling: one of POOLINGS, see `pool`; or several, whose vectors are joined. normalize: divide by the Euclidean
-    length. max_length: tokens a text is truncated to (the model's limit by default). progress: a bar on standard error.
+    length. batch_tokens: see `tokens_at_once`. max_length: tokens a text is truncated to, by default the model's limit.
+    progress: a bar on standard error.
     The vector of a text does not depend on the other texts. Raises ValueError for an unknown pooling, a wrong
     max_length, a single string, and a model in training mode, whose dropout is random.
     """
@@ -83,7 +96,7 @@ def embed(
     longest = check_length(max_length, min(base.tables.longest, tokenizer.model_max_length))
     ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
     out = torch.empty(len(ids), len(modes) * base.config.hidden_size, dtype=at_least_fp32(base.dtype))
-    loop: Iterable[list[int]] = list(batches([len(one) for one in ids], batch_tokens))
+    loop: Iterable[list[int]] = list(batches([len(one) for one in ids], tokens_at_once(batch_tokens, base)))
     if progress:
         from tqdm import tqdm
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .encode import (
-    BATCH_TOKENS,
     at_least_fp32,
     batches,
     check_eval,
@@ -28,6 +27,7 @@ from .encode import (
     pack,
     pool,
     rows_read,
+    tokens_at_once,
 )
 from .files import read_json, resolve
 from .heads import XLMRobertaForSequenceClassification
@@ -96,7 +96,7 @@ class Encoder:
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         normalize: bool | None = None,
         truncate_dim: int | None = None,
@@ -110,7 +110,7 @@ class Encoder:
 
         prompt_name, prompt: a prompt of the directory by name, or the text itself, put before each text; by default the
             directory's default prompt.
-        batch_tokens: tokens computed at once.
+        batch_tokens: tokens computed at once; by default 8,192, fewer on a CPU (xlmr.encode.tokens_at_once).
         max_length: tokens a text is truncated to, its prompt and the special tokens included.
         normalize: whether vectors have unit length; None: what the directory says.
         truncate_dim: how many numbers of each vector to keep.
@@ -166,7 +166,7 @@ class Encoder:
         normalize: bool = False,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         truncation: str = "only_second",
         show_progress_bar: bool | None = None,
@@ -207,7 +207,7 @@ class Encoder:
         weights_for_different_modes: Sequence[float] = (1.0, 1.0, 1.0),
         max_query_length: int | None = None,
         max_passage_length: int | None = None,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
     ) -> dict[str, Any]:
         """bge-m3's scores of pairs (query, passage): lists under colbert, sparse, dense, sparse+dense and
         colbert+sparse+dense; of a single pair numbers. The weights of dense, sparse and colbert make the means."""
@@ -311,7 +311,7 @@ class Encoder:
         self,
         ids: list[list[int]],
         wanted: list[str],
-        batch_tokens: int,
+        batch_tokens: int | None,
         skip: int,
         normalize: bool,
         advance: Callable[[int], Any],
@@ -320,7 +320,7 @@ class Encoder:
         modes, tokenizer = self.recipe.pooling, self.tokenizer
         unused = {tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
         found: dict[str, list[Any]] = {key: [None] * len(ids) for key in wanted}
-        for batch in batches([len(one) for one in ids], batch_tokens):
+        for batch in batches([len(one) for one in ids], tokens_at_once(batch_tokens, self.model)):
             texts = [ids[i] for i in batch]
             packed = pack(texts, self.model.device)
             rows = rows_read(packed, modes) if wanted == ["dense_vecs"] and not skip else None
@@ -337,10 +337,10 @@ class Encoder:
         return found
 
     @torch.no_grad()
-    def _score(self, ids: list[list[int]], batch_tokens: int, advance: Callable[[int], Any]) -> Tensor:
+    def _score(self, ids: list[list[int]], batch_tokens: int | None, advance: Callable[[int], Any]) -> Tensor:
         """The logits of pairs, fp32 or more [n], on the CPU."""
         out = torch.empty(len(ids), dtype=at_least_fp32(self.model.dtype))
-        for batch in batches([len(one) for one in ids], batch_tokens):
+        for batch in batches([len(one) for one in ids], tokens_at_once(batch_tokens, self.model)):
             packed = pack([ids[i] for i in batch], self.model.device)
             out[batch] = first_logits(self.model, packed)[:, 0].to(out)
             advance(len(batch))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import XLMRobertaConfig
-from ..encode import BATCH_TOKENS, Packed, batches, first_logits, pack
+from ..encode import Packed, batches, first_logits, pack, tokens_at_once
 from ..files import own_keywords
 from ..ops import for_inference
 from ..pretrained import XLMRobertaPreTrainedModel
@@ -149,7 +149,7 @@ class Pipeline(ABC):
 
     def _batches(self, sequences: Sequence[list[int]], batch_size: int | None) -> Iterator[tuple[list[int], Packed]]:
         """`sequences`, lists of token ids, batch by batch: their indices, and themselves packed on the device."""
-        found = batches([len(ids) for ids in sequences], BATCH_TOKENS, batch_size)
+        found = batches([len(ids) for ids in sequences], tokens_at_once(None, self.model), batch_size)
         packed = ((batch, pack([sequences[i] for i in batch], self.device)) for batch in found)
         if len(sequences) < LONG_LIST:
             yield from packed

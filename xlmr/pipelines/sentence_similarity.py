@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from ..encode import BATCH_TOKENS
 from ..encoder import Encoder, load
 from ..files import own_keywords
 from ..model import XLMRobertaModel
@@ -40,7 +39,7 @@ class SentenceSimilarityPipeline(Pipeline):
         strings = isinstance(others, list | tuple) and all(isinstance(text, str) for text in (source, *others))
         return (source, list(others)) if strings else None
 
-    def answers(self, texts: list[tuple[str, list[str]]], batch_tokens: int = BATCH_TOKENS) -> list[Any]:
+    def answers(self, texts: list[tuple[str, list[str]]], batch_tokens: int | None = None) -> list[Any]:
         """For each source and its sentences the list of their cosines. batch_tokens: tokens computed at once."""
         flat = [text for source, others in texts for text in (source, *others)]
         show = None if len(flat) < LONG_LIST else True

@@ -2,11 +2,11 @@
 
 `python -m bench.bench_encode` generates checkpoints with random weights, of the shapes of multilingual-e5-small (or of
 XLM-R-base: `--model base`), and measures, interleaved: 2,000 texts of log-normal lengths against sentence-transformers;
-the ranking of 100 passages against its CrossEncoder, each also with our encoder in it ("patched"); bge-m3's three kinds
-of vectors of 500 texts against FlagEmbedding's way (its steps on transformers' model, without the trial run of the
-longest batch that it begins with); and the time from `import xlmr` in a new process to the first vector of the demo
-checkpoint. The results of the first round are compared: where they differ, nothing is reported. Writes
-bench/results/encode_MODEL_cpu.json and prints the table.
+the ranking of 100 passages against its CrossEncoder, each also with our encoder in it ("patched"), and with its weights
+packed; bge-m3's three kinds of vectors of 500 texts against FlagEmbedding's way (its steps on transformers' model,
+without the trial run of the longest batch that it begins with); and the time from `import xlmr` in a new process to the
+first vector of the demo checkpoint. The results of the first round are compared: where they differ, nothing is
+reported. Writes bench/results/encode_MODEL_cpu.json and prints the table.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +143,22 @@ class FlagWay:
         return found
 
 
-def accelerated(library: Callable[..., Any], directory: Path) -> Any:
-    """The library's own class with our encoder in it, as `xlmr.patch_transformers()` has it."""
-    return xlmr.accelerate(library(str(directory), device="cpu"))
+def patched(library: Callable[..., Any], directory: Path) -> dict[str, Any]:
+    """The library's own class with our encoder in it, as `xlmr.patch_transformers()` and, with packed weights,
+    `xlmr.patch_transformers(backend="prepacked")` have it."""
+    backends = {"patched": "auto", "patched, weights packed": "prepacked"}
+    return {name: xlmr.accelerate(library(str(directory), device="cpu"), backend=b) for name, b in backends.items()}
 
 
 def encode(directory: Path, dtype: str, count: int, batch_tokens: int | None) -> Case:
     corpus = texts(count)
     theirs, ours = SentenceTransformer(str(directory), device="cpu"), xlmr.load(directory, device="cpu")
-    both = accelerated(SentenceTransformer, directory)
+    both = patched(SentenceTransformer, directory)
     options = {"batch_size": BATCH_SIZE, "normalize_embeddings": True}
     assert theirs[0].auto_model.dtype == ours.model.dtype == DTYPES[dtype]
     calls = {
         "sentence-transformers": lambda: theirs.encode(corpus, **options),
-        "sentence-transformers, patched": lambda: both.encode(corpus, **options),
+        **{f"sentence-transformers, {name}": partial(m.encode, corpus, **options) for name, m in both.items()},
         "xlmr": lambda: ours.encode(corpus, normalize=True, batch_tokens=batch_tokens),
     }
     return calls, worst_error
@@ -164,12 +167,12 @@ def encode(directory: Path, dtype: str, count: int, batch_tokens: int | None) ->
 def rerank(directory: Path, dtype: str, count: int, batch_tokens: int | None) -> Case:
     query, passages = "Which of these passages answers the question?", texts(count, seed=1)
     theirs, ours = CrossEncoder(str(directory), device="cpu"), xlmr.load(directory, device="cpu")
-    both = accelerated(CrossEncoder, directory)
+    both = patched(CrossEncoder, directory)
     assert theirs.model.dtype == ours.model.dtype == DTYPES[dtype]
     pairs, options = [(query, passage) for passage in passages], {"truncation": "longest_first", "normalize": True}
     calls = {
         "CrossEncoder": lambda: theirs.predict(pairs, batch_size=BATCH_SIZE),
-        "CrossEncoder, patched": lambda: both.predict(pairs, batch_size=BATCH_SIZE),
+        **{f"CrossEncoder, {name}": partial(m.predict, pairs, batch_size=BATCH_SIZE) for name, m in both.items()},
         "xlmr": lambda: ours.rerank(query, passages, batch_tokens=batch_tokens, **options),
     }
     return calls, worst_error

@@ -59,8 +59,8 @@ def batches(lengths: Sequence[int], batch_tokens: int, batch_size: int | None = 
 
 def tokens_at_once(batch_tokens: int | None, model: Any) -> int:
     """`batch_tokens`, the tokens of a batch; by default 8,192, on a CPU at most so many that queries, keys and values
-    take 16 MiB together (3,640 at width 384 in fp32): what is larger than 32, glibc takes from the system each time,
-    page by page, which is a tenth of the time of a small model in fp32."""
+    take 16 MiB together (3,640 at width 384 in fp32): what is larger than 32, glibc takes from the system anew each
+    time, page by page."""
     if batch_tokens is not None:
         return batch_tokens
     if model.device.type != "cpu":

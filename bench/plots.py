@@ -144,7 +144,8 @@ def lines(
     """One line a name; `log` names the logarithmic axes."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for name, points in series.items():
-        axis.plot(list(points), list(points.values()), marker="o", label=name, color=colour(name, list(series)))
+        places = sorted(points)
+        axis.plot(places, [points[at] for at in places], marker="o", label=name, color=colour(name, list(series)))
     axis.set(title=title, xlabel=x, ylabel=y)
     plain(axis, log, sorted(set().union(*series.values())))
     axis.set_ylim(bottom=None if "y" in log else 0)

@@ -23,6 +23,7 @@ from bench import (
     bench_training,
     forward,
     harness,
+    plots,
     providers,
     report,
     shapes,
@@ -226,6 +227,14 @@ def test_the_cases_cover_what_they_should() -> None:
     assert len({tuple(case.sizes.items()) for case in first}) == 1 + sum(
         a.sizes != b.sizes for a, b in itertools.pairwise(first)
     )  # an encoder is drawn once
+
+
+def test_a_line_goes_from_left_to_right(tmp_path: Path) -> None:
+    """In whichever order its points were measured."""
+    measured = {512: 2.0, 32: 4.0, 2048: 1.0}
+    found = (plots.lines({"xlmr eager": s}, tmp_path / "p.svg", "title", "x", "y").read_bytes()
+             for s in (measured, dict(sorted(measured.items()))))  # fmt: skip
+    assert len(set(found)) == 1
 
 
 def test_models_are_drawn(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ flops count: 440 TFLOP/s one after the other. Each kernel has registers for one 
 three kernels, at half the rate of fp32's: a third more time.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -534,8 +533,7 @@ def attention_fwd(
     spans = sequences.q_starts, sequences.q_lens, sequences.k_starts, sequences.k_lens
     plan = _plan(softmax_scale, *kinds(q, k, v, *spans))
     refuse_gradients("attention", q, k, v)
-    if q.device.type == "cpu":  # elsewhere reading them would wait for the device
-        _check_values(sequences, q.shape[0], k.shape[0])
+    sequences.check(len(q), len(k))
     rows, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
@@ -587,11 +585,12 @@ def attention_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq [Tq, H, D], dk and dv [Tk, H, D]), contiguous, None where not `needed`, of do [Tq, H, D] (any strides).
 
-    `out` and `lse` are what attention_fwd returned for the other arguments. Keys that no sequence owns get zeros; on a
-    CPU, ValueError where two sequences share keys.
+    `out` and `lse` are what attention_fwd returned for the other arguments. Keys that no sequence owns get zeros;
+    Sequences.check refuses keys that two share.
     """
     check("attention", dout=dout, q=q, k=k, v=v, out=out)
     rows, heads, _ = q.shape
+    sequences.check(rows, len(k), disjoint=needed[1] or needed[2])
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     delta = torch.empty_like(lse)
     dq = torch.empty_like(out) if needed[0] else None
@@ -610,8 +609,6 @@ def attention_bwd(
             *_common(blocks, sequences, seed, dropout_p, softmax_scale, q), *strides, **constants, **chosen.meta,
         )  # fmt: skip
     if (needed[1] or needed[2]) and len(k) > 0:
-        if k.device.type == "cpu":
-            _check_disjoint(sequences)
         chosen, blocks = _programs("dkv", q, k, sequences, seed)
         _attention_bwd_dkv_kernel[(len(blocks[0]) * heads,)](
             dout, q, k, v, lse, delta, dk, dv,
@@ -675,27 +672,6 @@ def _check_arguments(softmax_scale: float, q: Kind, k: Kind, v: Kind, spans: Seq
         raise ValueError(f"attention: the sequences are on {spans[0].device}, q is on {q.device}")
 
 
-def _check_values(sequences: Any, rows: int, keys: int) -> None:
-    q_starts, q_lens = sequences.q_starts.tolist(), sequences.q_lens.tolist()
-    ends = [start + length for start, length in zip(q_starts, q_lens, strict=True)]
-    if not (min(q_lens, default=0) >= 0 and [0, *ends] == [*q_starts, rows]):
-        raise ValueError(
-            f"attention: q_starts {q_starts} and q_lens {q_lens} must cut the {rows} rows of q into adjacent sequences"
-        )
-    k_starts, k_lens = sequences.k_starts.tolist(), sequences.k_lens.tolist()
-    if not all(length >= 0 and 0 <= start <= keys - length for start, length in zip(k_starts, k_lens, strict=True)):
-        raise ValueError(f"attention: k_starts {k_starts} and k_lens {k_lens} leave the {keys} rows of k and v")
-
-
-def _check_disjoint(sequences: Any) -> None:
-    starts, lens = sequences.k_starts.tolist(), sequences.k_lens.tolist()
-    spans = sorted((start, start + length) for start, length in zip(starts, lens, strict=True) if length)
-    if not all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise ValueError(
-            f"attention: k_starts {starts} and k_lens {lens} overlap; for gradients every key must be one sequence's"
-        )
-
-
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -721,8 +697,9 @@ def attention(
     """softmax(q · kᵀ · softmax_scale) · v within each sequence; q [Tq, H, D], k and v [Tk, H, D] → [Tq, H, D].
 
     As xlmr.eager.attention, for head_dim 8 to 128 and softmax_scale > 0; differentiable once in q, k and v, where no
-    two sequences share keys. `sequences` offers int32 [B] q_starts, q_lens, k_starts, k_lens and
-    blocks(block, rows, keys=False), as xlmr.varlen.Sequences does. ValueError for a dropout_p outside [0, 1].
+    two sequences share keys. `sequences` offers int32 [B] q_starts, q_lens, k_starts, k_lens, and what
+    xlmr.varlen.Sequences does: blocks(block, rows, keys=False) and check(rows, keys, disjoint=False). ValueError for a
+    dropout_p outside [0, 1].
     """
     q, k, v = autocast(q, k, v)
     keep_levels(dropout_p)

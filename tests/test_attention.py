@@ -5,6 +5,7 @@ import copy
 import itertools
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +24,7 @@ from xlmr.kernels import attention as kernel
 from xlmr.kernels._dropout import LEVELS, draw_seed, keep_levels, keeps
 from xlmr.kernels._launch import config
 from xlmr.kernels.attention import CONFIGS, activation_bytes, attention, attention_bwd, attention_fwd, cost
-from xlmr.varlen import Sequences
+from xlmr.varlen import Sequences, plan
 
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 RAGGED = (37, 0, 1, 70, 64)
@@ -465,27 +466,64 @@ def test_sequences_that_are_refused(device: torch.device) -> None:
     refuse(ValueError, "sequences are on meta", device, sequences=on(torch.device("meta"), s))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="values are read on a CPU only")
-@pytest.mark.parametrize(
-    ("sequences", "message"),
-    [
-        (packed(4, 4), "cut the 9 rows of q"),
-        (packed(4, 6), "cut the 9 rows of q"),
-        (replace(packed(4, 5), q_starts=torch.tensor([5, 0], dtype=torch.int32)), "adjacent"),
-        (replace(packed(4, 5), q_starts=torch.tensor([0, 3], dtype=torch.int32)), "adjacent"),
-        (spans([10, -1], [0, 0], [1, 1]), "adjacent"),
-        (spans([4, 5], [0, 5], [4, 5]), "leave the 9 rows of k"),
-        (spans([4, 5], [-1, 4], [4, 5]), "leave the 9 rows of k"),
-        (spans([4, 5], [0, 4], [4, -1]), "leave the 9 rows of k"),
-    ],
-)
-def test_values_that_are_refused(sequences: Sequences, message: str) -> None:
-    refuse(ValueError, message, torch.device("cpu"), sequences=sequences)
+WRONG = [
+    (packed(4, 4), "cut the 9 rows of q"),
+    (packed(4, 6), "cut the 9 rows of q"),
+    (Sequences.packed(torch.tensor([0, 6, 4, 9]), 9), "cut the 9 rows of q"),
+    (Sequences.packed(torch.tensor([0, 4, 9]), 4), "adjacent sequences of 0 to 4"),
+    (replace(packed(4, 5), q_starts=torch.tensor([5, 0], dtype=torch.int32)), "adjacent"),
+    (replace(packed(4, 5), q_starts=torch.tensor([0, 3], dtype=torch.int32)), "adjacent"),
+    (spans([10, -1], [0, 0], [1, 1]), "adjacent"),
+    (spans([4, 5], [0, 5], [4, 5]), "of the 9 rows of k"),
+    (spans([4, 5], [-1, 4], [4, 5]), "of the 9 rows of k"),
+    (spans([4, 5], [0, 4], [4, -1]), "of the 9 rows of k"),
+    (replace(spans([4, 5], [0, 4], [4, 5]), max_k=4), "0 to 4 keys each"),
+]
+OVERLAP = spans([4, 5], [0, 3], [4, 5]), r"k_starts \[0, 3\], k_lens \[4, 5\]"
+NOT_ON_A_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a device-side assertion ends the process's CUDA")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="values are read on a CPU only")
+@NOT_ON_A_GPU
+@pytest.mark.parametrize("function", [attention, eager.attention])
+@pytest.mark.parametrize(("sequences", "message"), WRONG)
+def test_values_that_are_refused(sequences: Sequences, message: str, function: Callable[..., Tensor]) -> None:
+    for _ in range(2):  # it is no better for having been seen
+        with pytest.raises(ValueError, match=message):
+            function(*qkv(9, 24, torch.float32, torch.device("cpu")), sequences, 0.2)
+
+
+@NOT_ON_A_GPU
 def test_gradients_of_shared_keys_are_refused() -> None:
     q, k, v = (t.contiguous().requires_grad_() for t in qkv(9, 24, torch.float32, torch.device("cpu")))
-    out = attention(q, k, v, spans([4, 5], [0, 3], [4, 5]), 0.2)
-    with pytest.raises(ValueError, match=r"k_starts \[0, 3\] and k_lens \[4, 5\] overlap"):
+    sequences, message = OVERLAP
+    out = attention(q, k, v, sequences, 0.2)
+    with pytest.raises(ValueError, match=message):
         out.sum().backward()
+
+
+@NOT_ON_A_GPU
+@pytest.mark.parametrize(("sequences", "message"), [*WRONG, OVERLAP])
+def test_a_gpu_asserts_values(sequences: Sequences, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without being waited for. A CPU, which stands in for one here, raises at once."""
+    monkeypatch.setattr("xlmr.values.readable", lambda values: False)
+    q, k, v = (t.contiguous().requires_grad_() for t in qkv(9, 24, torch.float32, torch.device("cpu")))
+    with pytest.raises(RuntimeError, match=r"attention: [qk]_starts and [qk]_lens"):
+        attention(q, k, v, sequences, 0.2).sum().backward()
+
+
+def test_what_fits_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what `plan` makes never: each look is some ten launches on a GPU."""
+    looks = []
+    monkeypatch.setattr("xlmr.varlen.require", lambda right, what, **values: looks.append(what))
+    s = packed(4, 5)
+    for _ in range(3):
+        s.check(9, 9)
+    assert len(looks) == 2
+    s.check(9, 9, disjoint=True)
+    assert len(looks) == 5
+    s.with_queries(torch.tensor([0, 4])).check(2, 9, disjoint=True)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1]])
+    for layout in (plan(3, 3, mask, device=mask.device, every_position=every) for every in (False, True)):
+        rows = 9 if layout.indices is None else 7
+        layout.sequences.check(rows, rows, disjoint=True)
+    assert len(looks) == 5

@@ -37,7 +37,7 @@ warnings.filterwarnings("error", message=".*lru_cache")
 interpreted = SimpleNamespace(environ={"TRITON_INTERPRET": "1"})  # to _launch alone: the kernels can run on a CPU
 pretended = {
     "os": interpreted, "_target": lru_cache(lambda device: "sm_90"), "_processors": lru_cache(lambda device: 132),
-    "_check_ids": NOTHING, "_check_values": NOTHING, "_check_disjoint": NOTHING,  # made on a CPU only
+    "_check_ids": NOTHING,  # made on a CPU only
 }
 for name, module in list(sys.modules.items()):
     for attribute, value in pretended.items():

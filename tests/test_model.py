@@ -216,7 +216,7 @@ def test_the_longest_sequence() -> None:
         (lambda m: m(ids(), token_type_ids=torch.full((B, S), 2)), "token_type_ids holds 2"),
         (lambda m: m(ids(), position_ids=torch.full((B, S), 42)), "position_ids holds 42"),
         (lambda m: m.forward_packed(ids(), torch.tensor([0, 3]), 3), r"a packed batch is \[tokens\]"),
-        (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 9, 5, 12]), 12), r"given are \[0, 9, 5, 12\]"),
+        (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 9, 5, 12]), 12), r"got cu_seqlens \[0, 9, 5, 12\]"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 5), "steps of at most max_seqlen = 5"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0.0, 12.0]), 12), "int32 or int64"),
         (lambda m: m.forward_packed(ids()[0], torch.tensor([0, 12]), 12, rows=torch.tensor([7, 1])), "must be sorted"),
@@ -243,13 +243,16 @@ def test_bad_input(call: Callable[[Any], Any], words: str) -> None:
         ([1, 12], [0], "cu_seqlens must rise"),
         ([0, 11], [0], "cu_seqlens must rise"),
         ([0, 12], [7, 1], "rows must be sorted"),
+        ([0, 12], [7, 12], "below 12"),
+        ([0, 12], [-1, 7], "below 12"),
     ],
 )
 def test_values_on_a_gpu_are_asserted_there(
     bounds: list[int], rows: list[int], wrong: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without waiting for it. A CPU, which stands in for one here, raises at once."""
-    monkeypatch.setattr("xlmr.inputs.readable", lambda values: False)
+    for module in ("values", "inputs"):
+        monkeypatch.setattr(f"xlmr.{module}.readable", lambda values: False)
     _, ours = build("Model")
     refused = pytest.raises(RuntimeError, match=wrong) if wrong else contextlib.nullcontext()
     with refused:

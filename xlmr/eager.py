@@ -69,6 +69,7 @@ def attention(
     `sequences` (xlmr.varlen.Sequences) says which rows of q and of k, v each sequence owns. With `causal` the last
     query of a sequence sees its last key. A query that sees no key gets zeros.
     """
+    sequences.check(len(q), len(k))
     outputs = []
     owned = [_spans(q, [(start, count * length) for count, start, length, _, _ in sequences.runs])]
     owned += [_spans(t, [(start, count * length) for count, _, _, start, length in sequences.runs]) for t in (k, v)]

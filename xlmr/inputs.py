@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .block import Collected, Pass, begin
 from .cache import KeyValueCache
 from .config import XLMRobertaConfig
-from .varlen import tracing
+from .values import readable, recorded, require
 
 INTEGERS = (torch.int64, torch.int32)
 TOKENIZER = "; use the tokenizer that belongs to this checkpoint"
@@ -162,24 +162,6 @@ def check_range(name: str, ids: Tensor, size: int, setting: str, advice: str = "
             raise IndexError(f"{name} holds {wrong}: allowed are 0 … {size - 1} ({setting} is {size}){advice}")
 
 
-def readable(values: Tensor) -> bool:
-    """Whether looking at the values costs no synchronisation and decides nothing that a trace would keep."""
-    return values.device.type == "cpu" and not _recorded()
-
-
-def _recorded() -> bool:
-    return torch.compiler.is_compiling() or tracing()
-
-
-def _require(right: Tensor, what: str, values: Tensor) -> None:
-    """Refuses values that are not `right`, a bool on their device. A GPU is not waited for: it stops with the message,
-    a device-side assertion, and the next synchronisation raises."""
-    if not readable(right):
-        torch._assert_async(right, what)
-    elif not bool(right):
-        raise ValueError(f"{what}; the first of those given are {values[:8].tolist()}")
-
-
 def positions_and_types(
     tables: Tables,
     input_ids: Tensor | None,
@@ -228,10 +210,11 @@ def check_packed(tables: Tables, input_ids: Tensor, cu_seqlens: Tensor, max_seql
     if rows is not None:
         if rows.dim() != 1 or rows.dtype not in INTEGERS:
             raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be torch.long [rows]")
-        if not _recorded():
-            what = "rows must be sorted: give rows.sort().values, and put the result back in your order"
-            _require((rows.diff() >= 0).all(), what, rows)
         check_range("rows", rows, input_ids.numel(), "the number of tokens")
+        if not recorded():
+            inside = (rows[:1] >= 0).all() & (rows[-1:] < input_ids.numel()).all()
+            what = f"rows must be sorted and below {input_ids.numel()}, the tokens: give rows.sort().values"
+            require(inside & (rows.diff() >= 0).all(), what, rows=rows)
     if input_ids.dim() != 1:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: a packed batch is [tokens]")
     check_range("input_ids", input_ids, tables.words, "vocab_size", TOKENIZER)
@@ -239,11 +222,11 @@ def check_packed(tables: Tables, input_ids: Tensor, cu_seqlens: Tensor, max_seql
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
         given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")
-    if not _recorded():
+    if not recorded():
         lens, tokens = cu_seqlens.diff(), input_ids.numel()
         right = (lens.clamp(0, max_seqlen) == lens).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
         what = f"cu_seqlens must rise from 0 to {tokens} (the tokens) in steps of at most max_seqlen = {max_seqlen}"
-        _require(right, what, cu_seqlens)
+        require(right, what, cu_seqlens=cu_seqlens)
 
 
 def class_labels(labels: Tensor | None, shape: tuple[int, ...], classes: int) -> Any:

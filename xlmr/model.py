@@ -340,7 +340,8 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             token_type_ids = torch.zeros_like(input_ids)
         self.hand_to_new_layers()
         x = self.embeddings.rows(input_ids, token_type_ids, position_ids)
-        layout = Layout(cu_seqlens.numel() - 1, max_seqlen, Sequences.packed(cu_seqlens, max_seqlen))
+        sequences = Sequences.packed(cu_seqlens, max_seqlen).known_to_fit(input_ids.numel(), input_ids.numel())
+        layout = Layout(cu_seqlens.numel() - 1, max_seqlen, sequences)
         causal = self.config.is_decoder
         x = self.encoder.rows(x, Pass(layout, causal, rows=None if causal else rows))
         return x[rows] if causal and rows is not None else x

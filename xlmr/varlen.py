@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .values import recorded, require, tracing
+
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
@@ -28,6 +30,7 @@ class Sequences:
     max_q: int
     max_k: int
     _blocks: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _fits: set[tuple[int, int, bool]] = field(default_factory=set, init=False, repr=False)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_seqlen: int) -> "Sequences":
@@ -40,7 +43,43 @@ class Sequences:
         """The same keys for the queries `rows` only: sorted int64 [R] rows of q, which becomes q[rows]."""
         bounds = torch.cat([self.q_starts, self.q_starts[-1:] + self.q_lens[-1:]])
         cut = torch.searchsorted(rows, bounds.to(rows.dtype), out_int32=True)
-        return replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=min(self.max_q, rows.numel()))
+        fewer = replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=min(self.max_q, rows.numel()))
+        fewer._fits.update((rows.numel(), keys, disjoint) for _, keys, disjoint in self._fits)
+        return fewer
+
+    def known_to_fit(self, rows: int, keys: int) -> "Sequences":
+        """Itself, made in a way that leaves `check` nothing to find."""
+        self._fits.update((rows, keys, disjoint) for disjoint in (False, True))
+        return self
+
+    def check(self, rows: int, keys: int, disjoint: bool = False) -> None:
+        """ValueError unless the queries are the `rows` rows of q, the keys among the `keys` rows of k and v (no key of
+        two sequences where `disjoint`), and no length above its bound; on a GPU a device-side assertion that nothing
+        waits for. Once for all layers; not while a graph is recorded."""
+        if recorded() or (rows, keys, disjoint) in self._fits:
+            return
+        spans = {"q_starts": self.q_starts, "q_lens": self.q_lens}
+        adjacent = self.q_lens.cumsum(0) - self.q_lens == self.q_starts
+        require(
+            (adjacent & (self.q_lens.clamp(0, self.max_q) == self.q_lens)).all() & (self.q_lens.sum() == rows),
+            f"attention: q_starts and q_lens must cut the {rows} rows of q in adjacent sequences of 0 to {self.max_q}",
+            **spans,
+        )
+        spans = {"k_starts": self.k_starts, "k_lens": self.k_lens}
+        inside = (self.k_starts >= 0) & (self.k_starts <= keys - self.k_lens)
+        require(
+            (inside & (self.k_lens.clamp(0, self.max_k) == self.k_lens)).all(),
+            f"attention: k_starts and k_lens must name 0 to {self.max_k} keys each of the {keys} rows of k and v",
+            **spans,
+        )
+        if disjoint:
+            starts, order = self.k_starts.masked_fill(self.k_lens == 0, keys).sort()  # those without keys come last
+            require(
+                (starts[:-1] + self.k_lens[order][:-1] <= starts[1:]).all(),
+                "attention: k_starts and k_lens overlap; for gradients every key must be one sequence's",
+                **spans,
+            )
+        self._fits.add((rows, keys, disjoint))
 
     def blocks(self, size: int, rows: int, keys: bool = False) -> tuple[Tensor, Tensor]:
         """The `rows` rows of q, or of k and v, in blocks of at most `size`, none across sequences: the sequence of each
@@ -167,7 +206,8 @@ def plan(
     layout = _every_row(batch, seqlen, keys, device)
     starts = layout.sequences.k_starts + torch.tensor(firsts, dtype=torch.int32, device=device)
     k_lens = torch.tensor(lens, dtype=torch.int32, device=device)
-    return replace(layout, sequences=replace(layout.sequences, k_starts=starts, k_lens=k_lens), keep=keep)
+    sequences = replace(layout.sequences, k_starts=starts, k_lens=k_lens).known_to_fit(batch * seqlen, batch * keys)
+    return replace(layout, sequences=sequences, keep=keep)
 
 
 def packed_positions(input_ids: Tensor, cu_seqlens: Tensor, padding_idx: int) -> Tensor:
@@ -182,7 +222,8 @@ def packed_positions(input_ids: Tensor, cu_seqlens: Tensor, padding_idx: int) ->
 def _packed(keep: Tensor, lens: list[int], batch: int, seqlen: int) -> Layout:
     cu_seqlens = F.pad(keep.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     indices = torch.nonzero_static(keep.flatten(), size=sum(lens)).squeeze(1)
-    return Layout(batch, seqlen, Sequences.packed(cu_seqlens, max(lens)), indices, keep=keep)
+    sequences = Sequences.packed(cu_seqlens, max(lens)).known_to_fit(sum(lens), sum(lens))
+    return Layout(batch, seqlen, sequences, indices, keep=keep)
 
 
 def _every_row(batch: int, seqlen: int, keys: int, device: torch.device) -> Layout:
@@ -191,7 +232,7 @@ def _every_row(batch: int, seqlen: int, keys: int, device: torch.device) -> Layo
         starts = rows[:batch] if length else rows.expand(batch)
         return starts, torch.full_like(starts, length)
 
-    sequences = Sequences(*every(seqlen), *every(keys), seqlen, keys)
+    sequences = Sequences(*every(seqlen), *every(keys), seqlen, keys).known_to_fit(batch * seqlen, batch * keys)
     sequences.__dict__["runs"] = [(batch, 0, seqlen, 0, keys)]  # the cached property: known without reading
     return Layout(batch, seqlen, sequences)
 
@@ -239,9 +280,3 @@ def _dense(keep: Tensor | None, seqlen: int, keys: int, causal: bool, device: to
 def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where `sees` is True, the lowest finite number elsewhere."""
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
-
-
-def tracing() -> bool:
-    """Whether torch.jit.trace or torch.export records this call for other inputs: values must not decide anything."""
-    # is_exporting() is True inside torch.compile as well, up to torch 2.11; the flag behind it is not.
-    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from xlmr import eager
 from xlmr.kernels import layer_norm
 from xlmr.kernels._dropout import draw_seed
-from xlmr.kernels._norm import MAX_BLOCK_N
+from xlmr.kernels._norm import MAX_BLOCK_N, sum_partials
 
 EPS = 1e-5
 
@@ -368,3 +368,12 @@ def test_cost() -> None:
     assert layer_norm.cost(10, 8, 2, backward=True)[1] == (4 * 80 + 24) * 2 + 80
     assert layer_norm.cost(10, 8, 2, backward=True, dropout=True)[1] == (5 * 80 + 24) * 2 + 80
     assert layer_norm.cost(10, 8, 4, residual=False, backward=True)[1] == (3 * 80 + 24) * 4 + 80
+
+
+def test_sums_of_more_programs_than_a_block(device: torch.device) -> None:
+    """As many as a GPU has; the interpreter's launches have few. Integers, which add up exactly."""
+    partials = torch.randint(-99, 99, (131, 70), device=device).float()
+    vector = torch.empty(70, device=device)
+    totals = sum_partials(partials, None, vector, vector)
+    assert totals[1] is None
+    torch.testing.assert_close(totals[0], partials.sum(0), rtol=0, atol=0)

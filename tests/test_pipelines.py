@@ -411,7 +411,8 @@ def test_the_references_enumerations(ner: Any, nli: Path) -> None:
     simple = transformers.pipelines.token_classification.AggregationStrategy.SIMPLE
     sigmoid = transformers.pipelines.text_classification.ClassificationFunction.SIGMOID
     same(tagger(FRENCH, aggregation_strategy=simple), tagger(FRENCH, aggregation_strategy="simple"))
-    same(classifier(FRENCH, function_to_apply=sigmoid), classifier(FRENCH, function_to_apply="sigmoid"))
+    for written in (sigmoid, "SIGMOID"):
+        same(classifier(FRENCH, function_to_apply=written), classifier(FRENCH, function_to_apply="sigmoid"))
 
 
 def test_the_references_keywords(checkpoint: Path, reference: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import integer
 from .checkpoint import to_device
 from .pretrained import XLMRobertaPreTrainedModel
 from .tokenizer import XLMRobertaTokenizer
@@ -43,8 +44,8 @@ def batches(lengths: Sequence[int], batch_tokens: int, batch_size: int | None = 
     A sequence longer than `batch_tokens` is a batch of its own. Attention runs fastest on batches of like lengths.
     """
     for name, value in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: at least 1 is needed")
+        if value is not None:
+            integer(name, value, least=1)
     batch: list[int] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -128,9 +129,11 @@ def check_eval(model: Any) -> None:
 
 def check_length(max_length: int | None, longest: int, least: int = 2) -> int:
     """`max_length`, by default `longest`; ValueError for fewer than `least` tokens, or more than `longest`."""
-    if max_length is not None and not least <= max_length <= longest:
+    if max_length is None:
+        return longest
+    if not least <= integer("max_length", max_length) <= longest:
         raise ValueError(f"max_length is {max_length}: allowed are {least} to {longest} tokens with this model")
-    return max_length or longest
+    return max_length
 
 
 def choose_device(device: int | str | torch.device | None) -> torch.device:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import integer
 from .encode import (
     at_least_fp32,
     batches,
@@ -42,7 +43,7 @@ from .multi_vector import (
     read_token_heads,
 )
 from .ops import for_inference
-from .sentence_directory import Dense, Recipe, check_architecture, read_recipe, unit
+from .sentence_directory import Dense, LayerNorm, Recipe, check_architecture, read_recipe, unit
 from .tokenizer import XLMRobertaTokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ CHUNK_CHARACTERS = 2**23
 KEYS = ("dense_vecs", "lexical_weights", "colbert_vecs")
 OUTPUTS = ("numpy", "torch")
 TRUNCATIONS = ("only_second", "longest_first")
-LEAST_PAIR = 16  # tokens: with fewer, ¾ of them and the four special tokens leave a passage no room
+LEAST_PAIR = 17  # tokens: with fewer, ¾ of them and the four special tokens leave a passage no room
 
 
 class Encoder:
@@ -78,8 +79,11 @@ class Encoder:
             )
         limits = (config.max_length, tokenizer.model_max_length, self.recipe.max_length)
         self.max_length = min(limit for limit in limits if limit is not None)
-        self.dimension = _dimension(self.recipe, config.hidden_size) if self.recipe.pooling else None
-        if not self.recipe.pooling and config.num_labels != 1:
+        self.dimension: int | None = None
+        if self.recipe.pooling:
+            self._width = _width(self.recipe, config.hidden_size)
+            self.dimension = min(self._width, self.recipe.truncate_dim or self._width)
+        elif config.num_labels != 1:
             raise ValueError(
                 f"the model has {config.num_labels} labels, a cross-encoder has one: for a classifier there is "
                 "xlmr.pipeline('text-classification', …)"
@@ -145,6 +149,15 @@ class Encoder:
             none = torch.empty(0, truncate_dim or self.dimension or 0, dtype=at_least_fp32(self.model.dtype))
             found["dense_vecs"] = torch.cat(found["dense_vecs"] or [none])
         return self._answer(found, isinstance(texts, str), output)
+
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """`encode` with the prompt "query", unless `options` name another: sentence-transformers' name for queries."""
+        return self._encode_as(["query"], texts, options)
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """`encode` with the first there is of the prompts "document", "passage" and "corpus", unless `options` name
+        another: sentence-transformers' name for what is searched."""
+        return self._encode_as(["document", "passage", "corpus"], texts, options)
 
     def encode_iter(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
         """What `encode` gives for each text, one after the other: for more vectors than fit into memory."""
@@ -236,6 +249,13 @@ class Encoder:
 
     # What a call needs
 
+    def _encode_as(self, names: Sequence[str], texts: Any, options: dict[str, Any]) -> Any:
+        """`encode` with the first of the prompts `names` that there is, unless the options choose one."""
+        chosen = [name for name in names if name in self.recipe.prompts][:1]
+        if chosen and options.get("prompt") is None and options.get("prompt_name") is None:
+            options["prompt_name"] = chosen[0]
+        return self.encode(texts, **options)
+
     def _check(self, output: str) -> None:
         check_eval(self.model)
         if output not in OUTPUTS:
@@ -253,7 +273,7 @@ class Encoder:
         prompts = self.recipe.prompts
         if name is not None and prompt is not None:
             raise ValueError("prompt_name and prompt are both given: give one of them")
-        if name is not None and name not in prompts:
+        if name is not None and name not in [*prompts]:
             raise ValueError(f"prompt_name is {name!r}: this checkpoint has {', '.join(map(repr, prompts)) or 'none'}")
         if not isinstance(prompt, (str, type(None))):
             raise TypeError(f"prompt is a {type(prompt).__name__}: a str is needed")
@@ -271,9 +291,8 @@ class Encoder:
 
     def _finish(self, normalize: bool | None, truncate_dim: int | None) -> Callable[[Tensor], Tensor]:
         """What is done to pooled vectors: the recipe's steps, but for the last normalisation if that is not wanted."""
-        assert self.dimension is not None
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
-            raise ValueError(f"truncate_dim is {truncate_dim}: allowed are 1 to {self.dimension}, the size of a vector")
+        if truncate_dim is not None and not 1 <= integer("truncate_dim", truncate_dim) <= self._width:
+            raise ValueError(f"truncate_dim is {truncate_dim}: allowed are 1 to {self._width}, the size of a vector")
         steps = self.recipe.steps
         if normalize is False and steps and steps[-1] is unit:
             steps = steps[:-1]
@@ -281,7 +300,7 @@ class Encoder:
         def finish(x: Tensor) -> Tensor:
             for step in steps:
                 x = step(x)
-            x = x[:, : truncate_dim or self.recipe.truncate_dim]
+            x = x[:, : truncate_dim or self.dimension]
             return unit(x) if normalize else x
 
         return finish
@@ -390,18 +409,18 @@ def _converted(value: Any, output: str) -> Any:
     return value.numpy() if output == "numpy" and isinstance(value, Tensor) else value
 
 
-def _dimension(recipe: Recipe, hidden_size: int) -> int:
-    """The size of a vector; ValueError where the modules of a directory do not follow one another."""
+def _width(recipe: Recipe, hidden_size: int) -> int:
+    """The size of a whole vector; ValueError where the modules of a directory do not follow one another."""
     if recipe.hidden_size not in (None, hidden_size):
         raise ValueError(f"the Pooling is for {recipe.hidden_size} hidden units, the model has {hidden_size}")
     size = len(recipe.pooling) * hidden_size
     for step in recipe.steps:
-        if isinstance(step, Dense):
-            outputs, inputs = step.weight.shape
+        if isinstance(step, (Dense, LayerNorm)):
+            inputs, kind = step.weight.shape[-1], type(step).__name__
             if inputs != size:
-                raise ValueError(f"a Dense module takes vectors of {inputs} numbers, those before it have {size}")
-            size = outputs
-    return min(size, recipe.truncate_dim or size)
+                raise ValueError(f"a {kind} module takes vectors of {inputs} numbers, those before it have {size}")
+            size = len(step.weight)
+    return size
 
 
 def load(
@@ -452,7 +471,7 @@ def load(
         missing = ", ".join(sorted(info["missing_keys"]))
         raise ValueError(f"{name_or_dir} lacks weights of its {cls.__name__}: {missing}")
     if cls is XLMRobertaForSequenceClassification:
-        return Encoder(model, tokenizer, recipe or Recipe(pooling=()))
+        return Encoder(model, tokenizer, recipe or Recipe(pooling=(), prompts={}))
     heads = read_token_heads(find, model.config.hidden_size)
     recipe = recipe or _default_recipe(heads, pooling, name_or_dir)
     if pooling is not None:
@@ -464,7 +483,7 @@ def _model_class(config: dict[str, Any], recipe: Recipe | None, pooling: Any) ->
     """A cross-encoder's where modules.json, or else config.json, says so."""
     architectures = config.get("architectures") or []
     pairs = any(str(name).endswith("ForSequenceClassification") for name in architectures)
-    pairs = not recipe.pooling if recipe else pairs and pooling is None
+    pairs = pooling is None and (not recipe.pooling if recipe else pairs)
     return XLMRobertaForSequenceClassification if pairs else XLMRobertaModel
 
 

@@ -256,6 +256,19 @@ def test_recording_once_does_not_slow_what_follows() -> None:
     assert not ours(**batch()).last_hidden_state.any()  # somebody's own hooks are called
 
 
+def test_hooks_on_every_module_see_the_hosts_own() -> None:
+    """As FlopCounterMode registers them."""
+    host = build("XLMRoberta", "Model")
+    ours, seen = integrations.accelerate(copy.deepcopy(host)), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, x, y: seen.append(type(module).__name__))
+    try:
+        a, b = (model(**batch()).last_hidden_state for model in (host, ours))
+    finally:
+        hook.remove()
+    torch.testing.assert_close(b, a)
+    assert sum(name == "XLMRobertaLayer" for name in seen) == 2 * host.config.num_hidden_layers
+
+
 def moved(model: Any, how: str) -> Any:
     if how == "compile":
         return torch.compile(model, backend="eager")

@@ -131,6 +131,7 @@ def test_an_unknown_target_is_announced(fill: Any, caplog: pytest.LogCaptureFixt
         (["a <mask>", "no mask"], {}, ValueError, "the text 'no mask' has no <mask>: put one"),
         (LONG, {}, ValueError, r"has \d+ tokens, the model takes at most 48: .*truncation=True"),
         (FRENCH, {"topk": 3}, TypeError, "'topk' is no option of fill-mask: allowed are top_k, targets"),
+        (FRENCH, {"top_k": "3"}, TypeError, r"top_k is '3' \(str\); an int is needed"),
         (FRENCH, {"top_k": 0}, ValueError, r"top_k is 0: allowed are 1 to \d+"),
         (FRENCH, {"top_k": 10**6}, ValueError, "top_k is 1000000: allowed are 1 to"),
         (FRENCH, {"targets": []}, ValueError, "targets names no word"),
@@ -378,6 +379,8 @@ def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, ch
         ner[0]("a", aggregation_strategy="mean")
     with pytest.raises(ValueError, match="stride needs an aggregation_strategy"):
         ner[0]("a", stride=3)
+    with pytest.raises(ValueError, match="max_answer_len is 0; it must be at least 1"):
+        qa(question="a", context="b", max_answer_len=0)
     with pytest.raises(ValueError, match="the context is empty"):
         qa(question="a", context="")
     for pipe, given in ((ner[0], None), (ner[0], b"a"), (zero, None), (qa, {"question": "a"}), (qa, b"a")):

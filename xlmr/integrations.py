@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import EVERY_POSITION, Block, begin
+from .block import EVERY_POSITION, Block, begin, every_module_is_hooked
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
@@ -273,7 +273,7 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     if known is None or known[1] != path or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
         known = encoder.__dict__["view"] = _build(encoder, device), path, modules
     view: XLMRobertaEncoder | None = known[0]
-    return None if any(map(_hooked, modules[1:])) else view
+    return None if every_module_is_hooked() or any(map(_hooked, modules[1:])) else view
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .arguments import integer
+from .checkpoint import refuse_adapter
 from .encode import (
     at_least_fp32,
     batches,
@@ -457,6 +458,7 @@ def load(
     folder = recipe.folder if recipe else ""
     path = find("config.json", folder)
     if path is None:
+        refuse_adapter(name_or_dir, subfolder=folder, **source)
         raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, folder)}")
     config = read_json(path)
     check_architecture(config, name_or_dir)

@@ -259,6 +259,13 @@ def test_scores_of_pairs(m3: Path) -> None:
         both = 0.5 * colbert + 0.2 * sparse + 0.4 * dense
         assert got["colbert+sparse+dense"][n] == pytest.approx(both / 1.1, abs=1e-4)
         assert ours.compute_score(given[n])["dense"] == pytest.approx(dense, abs=1e-4)
+    assert ours.compute_score(iter(given)) == ours.compute_score(np.array(given))
+    for wrong in (None, "ab", {"a": "b"}, [None], [("a", "b", "c")]):
+        with pytest.raises(TypeError, match=r"\(query, passage\), or a list of such pairs, is needed"):
+            ours.compute_score(wrong)
+    for weights in ([1, 2], [0, 0, 1]):
+        with pytest.raises(ValueError, match="three for dense, sparse and colbert"):
+            ours.compute_score(given, weights_for_different_modes=weights)
     a, b = want["lexical_weights"][:2], want["lexical_weights"][2:]
     table = ours.compute_lexical_matching_score(a, b)
     assert table.shape == (2, 4)

@@ -216,7 +216,7 @@ class Encoder:
 
     def compute_score(
         self,
-        pairs: Sequence[Any],
+        pairs: Iterable[Any],
         *,
         weights_for_different_modes: Sequence[float] = (1.0, 1.0, 1.0),
         max_query_length: int | None = None,
@@ -225,10 +225,11 @@ class Encoder:
     ) -> dict[str, Any]:
         """bge-m3's scores of pairs (query, passage): lists under colbert, sparse, dense, sparse+dense and
         colbert+sparse+dense; of a single pair numbers. The weights of dense, sparse and colbert make the means."""
-        one = bool(pairs) and isinstance(pairs[0], str)
-        given = [pairs] if one else list(pairs)
-        if any(isinstance(pair, str) or len(pair) != 2 for pair in given):
-            raise TypeError("pairs is a list of (query, passage), or one such pair: something else is in it")
+        given = _listed(pairs)
+        one = bool(given) and isinstance(given[0], str)
+        given = [given] if one else [*map(_listed, given)]
+        if any(len(pair) != 2 for pair in given):
+            raise TypeError(f"pairs is {pairs!r:.80}: (query, passage), or a list of such pairs, is needed")
 
         def encoded(side: int, max_length: int | None) -> dict[str, Any]:
             options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens, "output": "torch"}
@@ -404,6 +405,11 @@ def progress(show: bool | None, texts: Any) -> Iterator[Callable[[int], Any]]:
 def _put(values: list[Any], places: list[int], given: Iterable[Any]) -> None:
     for place, value in zip(places, given, strict=True):
         values[place] = value
+
+
+def _listed(value: Any) -> list[Any]:
+    """What is in a list, an array or an iterator; of anything else itself."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]
 
 
 def _converted(value: Any, output: str) -> Any:

@@ -26,6 +26,7 @@ from .encode import (
     check_pooling,
     choose_device,
     first_logits,
+    longest,
     pack,
     pool,
     rows_read,
@@ -44,6 +45,7 @@ from .multi_vector import (
     read_token_heads,
 )
 from .ops import for_inference
+from .pretrained import XLMRobertaPreTrainedModel
 from .sentence_directory import Dense, LayerNorm, Recipe, check_architecture, read_recipe, unit
 from .tokenizer import XLMRobertaTokenizer
 
@@ -78,8 +80,8 @@ class Encoder:
                 f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {config.vocab_size} rows: they do "
                 "not belong together; put the tokenizer of this checkpoint into its directory"
             )
-        limits = (config.max_length, tokenizer.model_max_length, self.recipe.max_length)
-        self.max_length = min(limit for limit in limits if limit is not None)
+        limit = longest(model, tokenizer)
+        self.max_length = min(limit, self.recipe.max_length or limit)
         self.dimension: int | None = None
         if self.recipe.pooling:
             self._width = _width(self.recipe, config.hidden_size)
@@ -428,6 +430,32 @@ def _width(recipe: Recipe, hidden_size: int) -> int:
                 raise ValueError(f"a {kind} module takes vectors of {inputs} numbers, those before it have {size}")
             size = len(step.weight)
     return size
+
+
+def embed(
+    model: XLMRobertaPreTrainedModel,
+    tokenizer: XLMRobertaTokenizer,
+    texts: Iterable[str],
+    *,
+    pooling: str | Sequence[str] = "mean",
+    normalize: bool = True,
+    batch_tokens: int | None = None,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """One vector per text: fp32 (fp64 for a float64 model) [len(texts), N], on the CPU, in the order of `texts`.
+
+    pooling: one of xlmr.encode.POOLINGS, see `pool` there; or several, whose vectors are joined. normalize: divide by
+    the Euclidean length. progress: a bar on standard error. The rest is as in `Encoder.encode`, which computes this.
+    Raises ValueError for an unknown pooling, a wrong max_length, a single string, and a model in training mode, whose
+    dropout is random.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is a single string: pass a list of strings")
+    check_eval(model)
+    encoder = Encoder(model.base_model, tokenizer, Recipe(pooling=check_pooling(pooling)))
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": max_length, "normalize": normalize}
+    return encoder.encode(texts, show_progress_bar=progress, output="torch", **options)
 
 
 def load(

@@ -14,6 +14,7 @@ import torch
 import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as sentence_modules
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
 import xlmr
 from xlmr import integrations, ops, prepacked
@@ -254,6 +255,36 @@ def test_recording_once_does_not_slow_what_follows() -> None:
     assert len(rows) == 2  # the recorded call ran the host's layers on [B, S, N]
     ours.encoder.layer[1].register_forward_hook(zeros)
     assert not ours(**batch()).last_hidden_state.any()  # somebody's own hooks are called
+
+
+def test_arithmetic_that_somebody_changed_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scaling, a forward of the host's classes, and a layer of somebody's own."""
+    host = build("XLMRoberta", "Model")
+    ours, kept = integrations.accelerate(copy.deepcopy(host)), batch()["attention_mask"] > 0
+
+    def same() -> None:
+        a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+    same()  # builds the view, which must not go stale
+    if VERSION >= (5,):  # before, it is no attribute
+        for model in (host, ours):
+            model.encoder.layer[0].attention.self.scaling = 0.01
+        same()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(host.encoder.layer[0].output), "forward", lambda self, x, residual: 2 * residual)
+        same()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(host.encoder), "forward", lambda self, x, *args, **kw: Output(2 * x))
+        same()
+    for model in (host, ours):
+        model.encoder.layer[1] = OwnLayer()  # in training mode
+    same()
+
+
+class OwnLayer(torch.nn.Module):
+    def forward(self, x: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        return 2 * x if VERSION >= (5,) else (2 * x,)
 
 
 def test_hooks_on_every_module_see_the_hosts_own() -> None:

@@ -264,12 +264,11 @@ def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
 def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     """Our blocks over the leaf modules of `encoder`, rebuilt when one was exchanged; None where the host must run."""
     modules = list(encoder.modules())
-    layers = encoder.layer
-    beyond = encoder.config.is_decoder or _positions(encoder.config) != "absolute"
-    if beyond or any(layer.training and layer.gradient_checkpointing for layer in layers):
+    beyond = encoder.config.is_decoder or _positions(encoder.config) != "absolute" or _rewritten(encoder.host_class)
+    if beyond or any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in encoder.layer):
         return None
     known = encoder.__dict__.get("view")
-    path = encoder.backend, device
+    path = encoder.backend, device, *(module.scaling for module in modules if "scaling" in module.__dict__)
     if known is None or known[1] != path or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
         known = encoder.__dict__["view"] = _build(encoder, device), path, modules
     view: XLMRobertaEncoder | None = known[0]
@@ -281,13 +280,19 @@ def _hooked(module: nn.Module) -> bool:
     stood_for = any(True for _ in module.children()) or _is_gelu(module)
     if not stood_for or not type(module).__module__.startswith("transformers."):
         return False
+    if _rewritten(type(module)):
+        return True
     state = module.__dict__
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     hooks = (hook for name in names for hook in state[name].values())
-    own = "forward" in state and state["forward"] != type(module).forward.__get__(
-        module
-    )  # 5.0 leaves the class's there
+    theirs = type(module).forward.__get__(module)  # which 5.0 leaves in the module's own state
+    own = "forward" in state and state["forward"] != theirs
     return own or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+
+
+def _rewritten(kind: Any) -> bool:
+    """Whether somebody has given a class of transformers another forward."""
+    return not kind.forward.__module__.startswith("transformers.")
 
 
 def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:

@@ -376,6 +376,19 @@ def test_patching_leaves_no_trace(tmp_path: Any) -> None:
     assert type(ours.bert.encoder) is type(host.bert.encoder)
 
 
+def test_unpatch_leaves_what_others_have_put_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = transformers.XLMRobertaForMaskedLM
+    monkeypatch.setattr(head, "forward", head.forward)  # put back afterwards
+    host = build("XLMRoberta", "ForMaskedLM")
+    want = host(**batch()).logits
+    integrations.accelerate(host)
+    inner = head.forward
+    head.forward = theirs = lambda *args, **kw: inner(*args, **kw)
+    integrations.unpatch()
+    assert head.forward is theirs
+    torch.testing.assert_close(host(**batch()).logits, want)
+
+
 def sentence_directory(model: Any, directory: Any) -> str:
     model.save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(CHECKPOINT, model_max_length=64).save_pretrained(directory)

@@ -37,7 +37,7 @@ ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transform
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
-_replaced: dict[tuple[Any, str], Any] = {}  # (class or module, attribute) → what it was before
+_replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (class or module, attribute) → what it was, what it is now
 _registered: set[Any] = set()  # transformers' interfaces that know "xlmr"
 
 
@@ -99,8 +99,9 @@ def unpatch(model: nn.Module | None = None) -> None:
             _ours.discard(module)
     if model is not None:
         return
-    for (owner, name), former in _replaced.items():
-        setattr(owner, name, former)
+    for (owner, name), (former, ours) in _replaced.items():
+        if getattr(owner, name) is ours:  # else somebody has put something over it, which may go on calling it
+            setattr(owner, name, former)
     _replaced.clear()
     for interface in _registered:
         interface._global_mapping.pop("xlmr", None)  # transformers has no other way back from register()
@@ -222,9 +223,13 @@ def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
 
 def _replace(owner: Any, name: str, value: Any) -> None:
     """Sets an attribute until `unpatch`."""
-    if (owner, name) not in _replaced:
-        _replaced[owner, name] = getattr(owner, name)
+    _replaced[owner, name] = _former(owner, name), value
     setattr(owner, name, value)
+
+
+def _former(owner: Any, name: str) -> Any:
+    """What an attribute is, but for us."""
+    return _replaced[owner, name][0] if (owner, name) in _replaced else getattr(owner, name)
 
 
 def _watch_heads() -> None:
@@ -330,7 +335,7 @@ def _host_module(model_type: str) -> Any:
 
 def _host_class(model_type: str) -> Any:
     module, name = _host_module(model_type), KINDS[model_type].named("Encoder")
-    return _replaced.get((module, name)) or getattr(module, name)
+    return _former(module, name)
 
 
 def _positions(config: Any) -> str:

@@ -35,6 +35,7 @@ ALWAYS = "ForQuestionAnswering", "ForCausalLM"
 LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transformers' attention interface
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
 _replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (class or module, attribute) → what it was, what it is now
@@ -273,7 +274,7 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     if beyond or any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in encoder.layer):
         return None
     known = encoder.__dict__.get("view")
-    path = encoder.backend, device, *(module.scaling for module in modules if "scaling" in module.__dict__)
+    path = encoder.backend, device, *[module.scaling for module in modules if "scaling" in module.__dict__]
     if known is None or known[1] != path or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
         known = encoder.__dict__["view"] = _build(encoder, device), path, modules
     view: XLMRobertaEncoder | None = known[0]
@@ -282,17 +283,12 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
 
 def _hooked(module: nn.Module) -> bool:
     """Whether a container or GELU of the host has to be called itself; blocks look at the other leaves they use."""
-    stood_for = any(True for _ in module.children()) or _is_gelu(module)
-    if not stood_for or not type(module).__module__.startswith("transformers."):
+    kind, state = type(module), module.__dict__
+    if not kind.__module__.startswith("transformers.") or not (state["_modules"] or _is_gelu(module)):
         return False
-    if _rewritten(type(module)):
-        return True
-    state = module.__dict__
-    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    hooks = (hook for name in names for hook in state[name].values())
-    theirs = type(module).forward.__get__(module)  # which 5.0 leaves in the module's own state
-    own = "forward" in state and state["forward"] != theirs
-    return own or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+    own = "forward" in state and state["forward"] != kind.forward.__get__(module)  # 5.0 leaves the class's there
+    hooks = (hook for name in HOOKS if state[name] for hook in state[name].values())
+    return own or _rewritten(kind) or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
 
 
 def _rewritten(kind: Any) -> bool:

@@ -487,6 +487,7 @@ def test_directories_that_are_refused(written: Write, files: dict[str, Any], mes
     ("config", "message"),
     [
         ({"position_embedding_type": "rotary", "lora_adaptations": ["retrieval.query"]}, "jina-embeddings-v3"),
+        ({"model_type": "jina_embeddings_v3"}, "jina-embeddings-v3 family"),
         ({"model_type": "new"}, "gte-multilingual"),
         ({"model_type": "nomic_bert"}, "nomic-embed"),
         ({"model_type": "camembert"}, "CamemBERT: its tokenizer"),

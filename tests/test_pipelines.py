@@ -13,6 +13,7 @@ from reference import save_head
 from torch import Tensor
 
 import xlmr
+from xlmr.demo import CHECKPOINT
 
 FRENCH, CHINESE = "La <mask> de la France est Paris.", "法国的首都是<mask>。"
 TWICE = "The <mask> of France is <mask>."
@@ -355,6 +356,10 @@ def test_sentence_similarity_is_the_cosine_of_the_vectors(checkpoint: Path) -> N
     assert pipe(given) == pytest.approx(expected)
     assert pipe([given, {**given, "sentences": []}])[1] == []
     assert xlmr.pipeline("sentence-similarity", checkpoint, device="cpu")(given) == pytest.approx(expected)
+    for model in (checkpoint, encoder):
+        assert xlmr.pipeline("sentence-similarity", model, checkpoint, device="cpu")(given) == pytest.approx(expected)
+        with pytest.raises(ValueError, match="they do not belong together"):
+            xlmr.pipeline("sentence-similarity", model, CHECKPOINT, device="cpu")
     with pytest.raises(TypeError, match="'source_sentence': …, 'sentences': "):
         pipe("Paris")
 

@@ -117,15 +117,19 @@ def saved(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with every module and prompts, that the library saved."""
     directory = tmp_path_factory.mktemp("saved")
     prompts = {"query": "query: ", "passage": "passage: "}
+    norm = modules.LayerNorm(20)
+    torch.nn.init.normal_(norm.norm.weight)
+    torch.nn.init.normal_(norm.norm.bias)
     parts = [
         modules.Transformer(str(checkpoint)),
         modules.Pooling(32, ("cls", "mean")),
         modules.Dense(64, 20, activation_function=torch.nn.GELU(), use_residual=True),
         modules.Dense(20, 20, bias=False, activation_function=torch.nn.Identity(), use_residual=True),
         modules.Dropout(0.5),
+        norm,
         modules.Normalize(),
     ]
-    model = SentenceTransformer(modules=parts, device="cpu", prompts=prompts, default_prompt_name="query")
+    model = SentenceTransformer(modules=parts, device="cpu", prompts=prompts, default_prompt_name="passage")
     model.save_pretrained(str(directory))
     return directory
 
@@ -138,6 +142,10 @@ def test_dense_normalize_prompts_and_truncation_as_saved(saved: Path) -> None:
         np.testing.assert_allclose(ours.encode(TEXTS, **options), want, **CLOSE)
         unit = theirs.encode(TEXTS, normalize_embeddings=True, **options)
         np.testing.assert_allclose(ours.encode(TEXTS, normalize=True, **options), unit, **CLOSE)
+    for name in ("encode_query", "encode_document"):
+        for options in ({}, {"prompt_name": "passage"}, {"prompt": "x "}):
+            want = getattr(theirs, name)(TEXTS, **options)
+            np.testing.assert_allclose(getattr(ours, name)(TEXTS, **options), want, **CLOSE)
     free = ours.encode(TEXTS, normalize=False)
     assert np.ptp(np.linalg.norm(free, axis=1)) > 0.1
     np.testing.assert_allclose(free / np.linalg.norm(free, axis=1)[:, None], theirs.encode(TEXTS), **CLOSE)
@@ -153,6 +161,16 @@ def test_lower_case_is_applied(written: Write) -> None:
     directory = written(old(("mean",), do_lower_case=True))
     texts = ["THE CAPITAL", "ΦΡΑΝΣ. İ"]
     np.testing.assert_allclose(xlmr.load(directory).encode(texts), reference(directory).encode(texts), **CLOSE)
+
+
+def test_prompts_that_nobody_gave_are_empty_and_vectors_as_long_as_asked_for(written: Write) -> None:
+    """Since sentence-transformers 5 there are a query and a document prompt; truncate_dim is a default."""
+    config = {"default_prompt_name": "query", "prompts": {}, "truncate_dim": 5}
+    directory = written({**new(("mean",)), "config_sentence_transformers.json": config})
+    theirs, ours = reference(directory), xlmr.load(directory)
+    assert ours.dimension == 5
+    for options in ({}, {"prompt_name": "document"}, {"truncate_dim": 3}, {"truncate_dim": 9}):
+        np.testing.assert_allclose(ours.encode(TEXTS, **options), theirs.encode(TEXTS, **options), **CLOSE)
 
 
 def test_a_plain_directory_is_pooled_by_its_mean_and_says_so(
@@ -241,6 +259,13 @@ def test_scores_of_pairs(m3: Path) -> None:
         both = 0.5 * colbert + 0.2 * sparse + 0.4 * dense
         assert got["colbert+sparse+dense"][n] == pytest.approx(both / 1.1, abs=1e-4)
         assert ours.compute_score(given[n])["dense"] == pytest.approx(dense, abs=1e-4)
+    assert ours.compute_score(iter(given)) == ours.compute_score(np.array(given))
+    for wrong in (None, "ab", {"a": "b"}, [None], [("a", "b", "c")]):
+        with pytest.raises(TypeError, match=r"\(query, passage\), or a list of such pairs, is needed"):
+            ours.compute_score(wrong)
+    for weights in ([1, 2], [0, 0, 1]):
+        with pytest.raises(ValueError, match="three for dense, sparse and colbert"):
+            ours.compute_score(given, weights_for_different_modes=weights)
     a, b = want["lexical_weights"][:2], want["lexical_weights"][2:]
     table = ours.compute_lexical_matching_score(a, b)
     assert table.shape == (2, 4)
@@ -276,6 +301,7 @@ def test_rerank_as_flag_reranker(pairs: Path, query: str) -> None:
             want.append(model(torch.tensor([[0, *q, 2, 2, *p[: 40 - 4 - len(q)], 2]])).logits.item())
     np.testing.assert_allclose(ours.rerank(query, TEXTS, max_length=40), want, **CLOSE)
     np.testing.assert_allclose(ours.rerank(query, TEXTS[3], max_length=40), want[3], **CLOSE)
+    assert np.isfinite(ours.rerank(query, TEXTS, max_length=17)).all()
     assert ours.rerank(query, []).shape == (0,)
 
 
@@ -341,11 +367,14 @@ def test_ten_megabytes_are_truncated_alone_and_in_a_batch(checkpoint: Path) -> N
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"prompt_name": "question"}, ValueError, "'question': this checkpoint has 'document', 'passage', 'query'"),
+        ({"prompt_name": "question"}, ValueError, "'question': this checkpoint has 'query', 'document', 'passage'"),
+        ({"prompt_name": ["query"]}, ValueError, "prompt_name is \\['query'\\]"),
         ({"prompt_name": "query", "prompt": "x"}, ValueError, "both given"),
         ({"prompt": 3}, TypeError, "prompt is a int"),
         ({"output": "list"}, ValueError, "output is 'list': allowed are 'numpy', 'torch'"),
         ({"max_length": 49}, ValueError, "allowed are 2 to 48"),
+        ({"max_length": "9"}, TypeError, "max_length is '9' \\(str\\); an int is needed"),
+        ({"batch_tokens": 9.5}, TypeError, "batch_tokens is 9.5"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens is 0"),
         ({"truncate_dim": 21}, ValueError, "allowed are 1 to 20"),
         ({"return_dense": False}, ValueError, "all False"),
@@ -366,8 +395,9 @@ def test_each_model_does_what_it_can(saved: Path, pairs: Path) -> None:
         cross.encode(TEXTS)
     with pytest.raises(ValueError, match="no head in it scores pairs"):
         ours.rerank(QUERY, TEXTS)
-    with pytest.raises(ValueError, match="allowed are 16 to 48"):
-        cross.rerank(QUERY, TEXTS, max_length=15)
+    with pytest.raises(ValueError, match="allowed are 17 to 48"):
+        cross.rerank(QUERY, TEXTS, max_length=16)
+    assert xlmr.load(pairs, pooling="cls").encode(TEXTS).shape == (6, 32)
     with pytest.raises(ValueError, match="allowed are 'only_second'"):
         cross.rerank(QUERY, TEXTS, truncation="only_first")
     ours.model.train()
@@ -403,6 +433,15 @@ UNKNOWN = "custom_st.Transformer"
 RECURRENT = "sentence_transformers.models.LSTM"
 
 
+SECOND_LAYER = {"text": {"method": "forward", "method_output_name": ["hidden_states", 1]}}
+SHORT = {"text": {"max_length": 6}}
+
+
+def followed(files: dict[str, Any], kind: str, **config: Any) -> dict[str, Any]:
+    last = listed((f"sentence_transformers.base.modules.{kind.lower()}.{kind}", "2"))
+    return {**files, "modules.json": files["modules.json"] + last, "2/config.json": config}
+
+
 def changed(files: dict[str, Any], name: str, **content: Any) -> dict[str, Any]:
     return {**files, name: {**files.get(name, {}), **content}}
 
@@ -427,6 +466,13 @@ def changed(files: dict[str, Any], name: str, **content: Any) -> dict[str, Any]:
         (changed(old(("mean",)), "1_Pooling/config.json", pooling_mode_median=True), "'pooling_mode_median'"),
         (changed(MEAN, "1_Pooling/config.json", embedding_dimension=64), "for 64 hidden units, the model has 32"),
         (changed(MEAN, "sentence_bert_config.json", max_seq_length="long"), "max_seq_length is 'long'"),
+        (changed(MEAN, "sentence_bert_config.json", transformer_task="fill-mask"), "transformer_task is 'fill-mask'"),
+        (
+            changed(MEAN, "sentence_bert_config.json", modality_config=SECOND_LAYER),
+            "modality_config is .*hidden_states",
+        ),
+        (changed(MEAN, "sentence_bert_config.json", processing_kwargs=SHORT), "processing_kwargs is .*max_length"),
+        (followed(MEAN, "Normalize", module_input_name="token_embeddings"), "module_input_name 'token_embeddings'"),
         (changed(MEAN, "config_sentence_transformers.json", prompts=["query: "]), "as prompts"),
         (changed(MEAN, "config_sentence_transformers.json", default_prompt_name="q"), "'q' as default_prompt_name"),
     ],
@@ -441,6 +487,7 @@ def test_directories_that_are_refused(written: Write, files: dict[str, Any], mes
     ("config", "message"),
     [
         ({"position_embedding_type": "rotary", "lora_adaptations": ["retrieval.query"]}, "jina-embeddings-v3"),
+        ({"model_type": "jina_embeddings_v3"}, "jina-embeddings-v3 family"),
         ({"model_type": "new"}, "gte-multilingual"),
         ({"model_type": "nomic_bert"}, "nomic-embed"),
         ({"model_type": "camembert"}, "CamemBERT: its tokenizer"),

@@ -29,7 +29,7 @@ WORDS = {"xlmr.added_tokens", "xlmr.arguments", "xlmr.sentencepiece_model"}
 TOKENIZER = WORDS | {
     "xlmr.batch_encoding", "xlmr.files", "xlmr.texts", "xlmr.token_layout", "xlmr.tokenizer_files", "xlmr.vocabulary",
 }  # fmt: skip
-TASKS = TREE | {"xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
+TASKS = TREE | {"xlmr.arguments", "xlmr.files", "xlmr.heads", "xlmr.model", "xlmr.tokenizer"}
 SHARED = {f"xlmr.kernels.{name}" for name in ("_launch", "_dropout", "_gelu", "_loops", "_norm", "_products")}
 KERNEL = Rule({"torch", "triton", *SHARED})
 PIPELINES = (

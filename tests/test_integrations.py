@@ -14,6 +14,7 @@ import torch
 import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as sentence_modules
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
 import xlmr
 from xlmr import integrations, ops, prepacked
@@ -256,6 +257,49 @@ def test_recording_once_does_not_slow_what_follows() -> None:
     assert not ours(**batch()).last_hidden_state.any()  # somebody's own hooks are called
 
 
+def test_arithmetic_that_somebody_changed_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scaling, a forward of the host's classes, and a layer of somebody's own."""
+    host = build("XLMRoberta", "Model")
+    ours, kept = integrations.accelerate(copy.deepcopy(host)), batch()["attention_mask"] > 0
+
+    def same() -> None:
+        a, b = (model(**batch()).last_hidden_state[kept] for model in (host, ours))
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+    same()  # builds the view, which must not go stale
+    if VERSION >= (5,):  # before, it is no attribute
+        for model in (host, ours):
+            model.encoder.layer[0].attention.self.scaling = 0.01
+        same()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(host.encoder.layer[0].output), "forward", lambda self, x, residual: 2 * residual)
+        same()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(host.encoder), "forward", lambda self, x, *args, **kw: Output(2 * x))
+        same()
+    for model in (host, ours):
+        model.encoder.layer[1] = OwnLayer()  # in training mode
+    same()
+
+
+class OwnLayer(torch.nn.Module):
+    def forward(self, x: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        return 2 * x if VERSION >= (5,) else (2 * x,)
+
+
+def test_hooks_on_every_module_see_the_hosts_own() -> None:
+    """As FlopCounterMode registers them."""
+    host = build("XLMRoberta", "Model")
+    ours, seen = integrations.accelerate(copy.deepcopy(host)), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, x, y: seen.append(type(module).__name__))
+    try:
+        a, b = (model(**batch()).last_hidden_state for model in (host, ours))
+    finally:
+        hook.remove()
+    torch.testing.assert_close(b, a)
+    assert sum(name == "XLMRobertaLayer" for name in seen) == 2 * host.config.num_hidden_layers
+
+
 def moved(model: Any, how: str) -> Any:
     if how == "compile":
         return torch.compile(model, backend="eager")
@@ -330,6 +374,19 @@ def test_patching_leaves_no_trace(tmp_path: Any) -> None:
     assert [dict(vars(module)) for module in modules] == before
     assert type(host).__dict__["forward"] is forward
     assert type(ours.bert.encoder) is type(host.bert.encoder)
+
+
+def test_unpatch_leaves_what_others_have_put_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = transformers.XLMRobertaForMaskedLM
+    monkeypatch.setattr(head, "forward", head.forward)  # put back afterwards
+    host = build("XLMRoberta", "ForMaskedLM")
+    want = host(**batch()).logits
+    integrations.accelerate(host)
+    inner = head.forward
+    head.forward = theirs = lambda *args, **kw: inner(*args, **kw)
+    integrations.unpatch()
+    assert head.forward is theirs
+    torch.testing.assert_close(host(**batch()).logits, want)
 
 
 def sentence_directory(model: Any, directory: Any) -> str:

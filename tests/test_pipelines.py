@@ -13,6 +13,7 @@ from reference import save_head
 from torch import Tensor
 
 import xlmr
+from xlmr.demo import CHECKPOINT
 
 FRENCH, CHINESE = "La <mask> de la France est Paris.", "法国的首都是<mask>。"
 TWICE = "The <mask> of France is <mask>."
@@ -131,6 +132,7 @@ def test_an_unknown_target_is_announced(fill: Any, caplog: pytest.LogCaptureFixt
         (["a <mask>", "no mask"], {}, ValueError, "the text 'no mask' has no <mask>: put one"),
         (LONG, {}, ValueError, r"has \d+ tokens, the model takes at most 48: .*truncation=True"),
         (FRENCH, {"topk": 3}, TypeError, "'topk' is no option of fill-mask: allowed are top_k, targets"),
+        (FRENCH, {"top_k": "3"}, TypeError, r"top_k is '3' \(str\); an int is needed"),
         (FRENCH, {"top_k": 0}, ValueError, r"top_k is 0: allowed are 1 to \d+"),
         (FRENCH, {"top_k": 10**6}, ValueError, "top_k is 1000000: allowed are 1 to"),
         (FRENCH, {"targets": []}, ValueError, "targets names no word"),
@@ -354,6 +356,10 @@ def test_sentence_similarity_is_the_cosine_of_the_vectors(checkpoint: Path) -> N
     assert pipe(given) == pytest.approx(expected)
     assert pipe([given, {**given, "sentences": []}])[1] == []
     assert xlmr.pipeline("sentence-similarity", checkpoint, device="cpu")(given) == pytest.approx(expected)
+    for model in (checkpoint, encoder):
+        assert xlmr.pipeline("sentence-similarity", model, checkpoint, device="cpu")(given) == pytest.approx(expected)
+        with pytest.raises(ValueError, match="they do not belong together"):
+            xlmr.pipeline("sentence-similarity", model, CHECKPOINT, device="cpu")
     with pytest.raises(TypeError, match="'source_sentence': …, 'sentences': "):
         pipe("Paris")
 
@@ -378,6 +384,8 @@ def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, ch
         ner[0]("a", aggregation_strategy="mean")
     with pytest.raises(ValueError, match="stride needs an aggregation_strategy"):
         ner[0]("a", stride=3)
+    with pytest.raises(ValueError, match="max_answer_len is 0; it must be at least 1"):
+        qa(question="a", context="b", max_answer_len=0)
     with pytest.raises(ValueError, match="the context is empty"):
         qa(question="a", context="")
     for pipe, given in ((ner[0], None), (ner[0], b"a"), (zero, None), (qa, {"question": "a"}), (qa, b"a")):
@@ -411,7 +419,8 @@ def test_the_references_enumerations(ner: Any, nli: Path) -> None:
     simple = transformers.pipelines.token_classification.AggregationStrategy.SIMPLE
     sigmoid = transformers.pipelines.text_classification.ClassificationFunction.SIGMOID
     same(tagger(FRENCH, aggregation_strategy=simple), tagger(FRENCH, aggregation_strategy="simple"))
-    same(classifier(FRENCH, function_to_apply=sigmoid), classifier(FRENCH, function_to_apply="sigmoid"))
+    for written in (sigmoid, "SIGMOID"):
+        same(classifier(FRENCH, function_to_apply=written), classifier(FRENCH, function_to_apply="sigmoid"))
 
 
 def test_the_references_keywords(checkpoint: Path, reference: Any) -> None:

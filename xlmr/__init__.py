@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import XLMRobertaConfig
-    from .encode import embed
-    from .encoder import Encoder, load
+    from .encoder import Encoder, embed, load
     from .heads import (
         XLMRobertaForCausalLM,
         XLMRobertaForMaskedLM,
@@ -63,7 +62,7 @@ _MODULES = {
     "XLMRobertaTokenizer": "tokenizer",
     "XLMRobertaTokenizerFast": "tokenizer",
     "accelerate": "integrations",
-    "embed": "encode",
+    "embed": "encoder",
     "load": "encoder",
     "patch_transformers": "integrations",
     "pipeline": "pipelines",

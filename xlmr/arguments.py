@@ -1,4 +1,4 @@
-"""Checking what callers of the tokenizer pass, with errors that say what was given and what is allowed."""
+"""Checking what callers pass, with errors that say what was given and what is allowed."""
 
 from __future__ import annotations
 

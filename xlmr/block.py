@@ -33,9 +33,18 @@ def plain(module: nn.Module, kind: type | None = None) -> bool:
         and "forward" not in state  # accelerate's offloading puts one there
         and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
         and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
-        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-        and not (hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+        and not every_module_is_hooked()
         and PARAMETERS.issuperset(map(type, state["_parameters"].values()))
+    )
+
+
+def every_module_is_hooked() -> bool:
+    """Whether there are hooks on all modules of this process, as torch.utils.flop_counter registers them."""
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
     )
 
 

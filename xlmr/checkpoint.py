@@ -94,6 +94,7 @@ def load_model(
     config = _configuration(cls, name_or_dir if config is None else config, source, overrides)
     config.name_or_path = where = os.fspath(name_or_dir or "")
     if state_dict is None:
+        refuse_adapter(where, **source)
         weights = read_weights(functools.partial(resolve, where, **source), where, use_safetensors, variant)
     else:
         weights = {name: weight.detach().clone() for name, weight in state_dict.items()}
@@ -111,6 +112,15 @@ def load_model(
         _report(cls.__name__, where, info)
     model.to(place, config.dtype).eval()  # what was loaded is there: this tells the model, and moves the rest
     return (model, info) if output_loading_info else model
+
+
+def refuse_adapter(where: str | os.PathLike[str], **source: Any) -> None:
+    """ValueError for a checkpoint with an adapter, which transformers would apply; `source`: as of files.resolve."""
+    if path := resolve(where, "adapter_config.json", **source):
+        raise ValueError(
+            f"{path} describes an adapter of PEFT, which changes the answers and is not applied here: merge it "
+            "(peft's merge_and_unload) and save that model, or remove the file if the weights beside it have it in them"
+        )
 
 
 def _build(cls: Any, config: Any, *args: Any, **arguments: Any) -> Any:

@@ -1,20 +1,18 @@
-"""Texts to vectors: tokenised, sorted by length, packed into batches of so many tokens, pooled, put back in order.
+"""What texts become vectors and scores by: batches of so many tokens, longest first, packed; logits; poolings.
 
 Packing happens on the host, from the lengths the tokenizer gives, so no forward waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import integer
 from .checkpoint import to_device
-from .pretrained import XLMRobertaPreTrainedModel
-from .tokenizer import XLMRobertaTokenizer
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # sentence-transformers' names
 BATCH_TOKENS = 8192
@@ -43,8 +41,8 @@ def batches(lengths: Sequence[int], batch_tokens: int, batch_size: int | None = 
     A sequence longer than `batch_tokens` is a batch of its own. Attention runs fastest on batches of like lengths.
     """
     for name, value in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: at least 1 is needed")
+        if value is not None:
+            integer(name, value, least=1)
     batch: list[int] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -68,46 +66,6 @@ def tokens_at_once(batch_tokens: int | None, model: Any) -> int:
     return min(BATCH_TOKENS, max(1, CPU_BATCH_BYTES // (3 * model.config.hidden_size * model.dtype.itemsize)))
 
 
-@torch.no_grad()
-def embed(
-    model: XLMRobertaPreTrainedModel,
-    tokenizer: XLMRobertaTokenizer,
-    texts: Iterable[str],
-    *,
-    pooling: str | Sequence[str] = "mean",
-    normalize: bool = True,
-    batch_tokens: int | None = None,
-    max_length: int | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """One vector per text: fp32 (fp64 for a float64 model) [len(texts), N], on the CPU, in the order of `texts`.
-
-    pooling: one of POOLINGS, see `pool`; or several, whose vectors are joined. normalize: divide by the Euclidean
-    length. batch_tokens: see `tokens_at_once`. max_length: tokens a text is truncated to, by default the model's limit.
-    progress: a bar on standard error.
-    The vector of a text does not depend on the other texts. Raises ValueError for an unknown pooling, a wrong
-    max_length, a single string, and a model in training mode, whose dropout is random.
-    """
-    if isinstance(texts, str):
-        raise ValueError("texts is a single string: pass a list of strings")
-    modes = check_pooling(pooling)
-    base: Any = model.base_model
-    check_eval(model)
-    longest = check_length(max_length, min(base.tables.longest, tokenizer.model_max_length))
-    ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
-    out = torch.empty(len(ids), len(modes) * base.config.hidden_size, dtype=at_least_fp32(base.dtype))
-    loop: Iterable[list[int]] = list(batches([len(one) for one in ids], tokens_at_once(batch_tokens, base)))
-    if progress:
-        from tqdm import tqdm
-
-        loop = tqdm(loop, unit="batch")
-    for batch in loop:
-        packed = pack([ids[i] for i in batch], base.device)
-        pooled = pool(base.forward_packed(*packed, rows=rows_read(packed, modes)), packed, modes)
-        out[batch] = (F.normalize(pooled) if normalize else pooled).to(out.device)
-    return out
-
-
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -126,11 +84,18 @@ def check_eval(model: Any) -> None:
         raise ValueError("the model is in training mode, so dropout would change the result: call model.eval() first")
 
 
-def check_length(max_length: int | None, longest: int, least: int = 2) -> int:
-    """`max_length`, by default `longest`; ValueError for fewer than `least` tokens, or more than `longest`."""
-    if max_length is not None and not least <= max_length <= longest:
-        raise ValueError(f"max_length is {max_length}: allowed are {least} to {longest} tokens with this model")
-    return max_length or longest
+def longest(model: Any, tokenizer: Any) -> int:
+    """The tokens that a text is truncated to: what the model has positions for, or less where the tokenizer says so."""
+    return min(model.base_model.tables.longest, tokenizer.model_max_length)
+
+
+def check_length(max_length: int | None, most: int, least: int = 2) -> int:
+    """`max_length`, by default `most`; ValueError for fewer than `least` tokens, or more than `most`."""
+    if max_length is None:
+        return most
+    if not least <= integer("max_length", max_length) <= most:
+        raise ValueError(f"max_length is {max_length}: allowed are {least} to {most} tokens with this model")
+    return max_length
 
 
 def choose_device(device: int | str | torch.device | None) -> torch.device:

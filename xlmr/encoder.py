@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import integer
+from .checkpoint import refuse_adapter
 from .encode import (
     at_least_fp32,
     batches,
@@ -24,6 +26,7 @@ from .encode import (
     check_pooling,
     choose_device,
     first_logits,
+    longest,
     pack,
     pool,
     rows_read,
@@ -42,7 +45,8 @@ from .multi_vector import (
     read_token_heads,
 )
 from .ops import for_inference
-from .sentence_directory import Dense, Recipe, check_architecture, read_recipe, unit
+from .pretrained import XLMRobertaPreTrainedModel
+from .sentence_directory import Dense, LayerNorm, Recipe, check_architecture, read_recipe, unit
 from .tokenizer import XLMRobertaTokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +56,7 @@ CHUNK_CHARACTERS = 2**23
 KEYS = ("dense_vecs", "lexical_weights", "colbert_vecs")
 OUTPUTS = ("numpy", "torch")
 TRUNCATIONS = ("only_second", "longest_first")
-LEAST_PAIR = 16  # tokens: with fewer, ¾ of them and the four special tokens leave a passage no room
+LEAST_PAIR = 17  # tokens: with fewer, ¾ of them and the four special tokens leave a passage no room
 
 
 class Encoder:
@@ -76,10 +80,13 @@ class Encoder:
                 f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {config.vocab_size} rows: they do "
                 "not belong together; put the tokenizer of this checkpoint into its directory"
             )
-        limits = (config.max_length, tokenizer.model_max_length, self.recipe.max_length)
-        self.max_length = min(limit for limit in limits if limit is not None)
-        self.dimension = _dimension(self.recipe, config.hidden_size) if self.recipe.pooling else None
-        if not self.recipe.pooling and config.num_labels != 1:
+        limit = longest(model, tokenizer)
+        self.max_length = min(limit, self.recipe.max_length or limit)
+        self.dimension: int | None = None
+        if self.recipe.pooling:
+            self._width = _width(self.recipe, config.hidden_size)
+            self.dimension = min(self._width, self.recipe.truncate_dim or self._width)
+        elif config.num_labels != 1:
             raise ValueError(
                 f"the model has {config.num_labels} labels, a cross-encoder has one: for a classifier there is "
                 "xlmr.pipeline('text-classification', …)"
@@ -146,6 +153,15 @@ class Encoder:
             found["dense_vecs"] = torch.cat(found["dense_vecs"] or [none])
         return self._answer(found, isinstance(texts, str), output)
 
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """`encode` with the prompt "query", unless `options` name another: sentence-transformers' name for queries."""
+        return self._encode_as(["query"], texts, options)
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """`encode` with the first there is of the prompts "document", "passage" and "corpus", unless `options` name
+        another: sentence-transformers' name for what is searched."""
+        return self._encode_as(["document", "passage", "corpus"], texts, options)
+
     def encode_iter(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
         """What `encode` gives for each text, one after the other: for more vectors than fit into memory."""
         if isinstance(texts, str):
@@ -202,7 +218,7 @@ class Encoder:
 
     def compute_score(
         self,
-        pairs: Sequence[Any],
+        pairs: Iterable[Any],
         *,
         weights_for_different_modes: Sequence[float] = (1.0, 1.0, 1.0),
         max_query_length: int | None = None,
@@ -211,10 +227,11 @@ class Encoder:
     ) -> dict[str, Any]:
         """bge-m3's scores of pairs (query, passage): lists under colbert, sparse, dense, sparse+dense and
         colbert+sparse+dense; of a single pair numbers. The weights of dense, sparse and colbert make the means."""
-        one = bool(pairs) and isinstance(pairs[0], str)
-        given = [pairs] if one else list(pairs)
-        if any(isinstance(pair, str) or len(pair) != 2 for pair in given):
-            raise TypeError("pairs is a list of (query, passage), or one such pair: something else is in it")
+        given = _listed(pairs)
+        one = bool(given) and isinstance(given[0], str)
+        given = [given] if one else [*map(_listed, given)]
+        if any(len(pair) != 2 for pair in given):
+            raise TypeError(f"pairs is {pairs!r:.80}: (query, passage), or a list of such pairs, is needed")
 
         def encoded(side: int, max_length: int | None) -> dict[str, Any]:
             options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens, "output": "torch"}
@@ -236,6 +253,13 @@ class Encoder:
 
     # What a call needs
 
+    def _encode_as(self, names: Sequence[str], texts: Any, options: dict[str, Any]) -> Any:
+        """`encode` with the first of the prompts `names` that there is, unless the options choose one."""
+        chosen = [name for name in names if name in self.recipe.prompts][:1]
+        if chosen and options.get("prompt") is None and options.get("prompt_name") is None:
+            options["prompt_name"] = chosen[0]
+        return self.encode(texts, **options)
+
     def _check(self, output: str) -> None:
         check_eval(self.model)
         if output not in OUTPUTS:
@@ -253,7 +277,7 @@ class Encoder:
         prompts = self.recipe.prompts
         if name is not None and prompt is not None:
             raise ValueError("prompt_name and prompt are both given: give one of them")
-        if name is not None and name not in prompts:
+        if name is not None and name not in [*prompts]:
             raise ValueError(f"prompt_name is {name!r}: this checkpoint has {', '.join(map(repr, prompts)) or 'none'}")
         if not isinstance(prompt, (str, type(None))):
             raise TypeError(f"prompt is a {type(prompt).__name__}: a str is needed")
@@ -271,9 +295,8 @@ class Encoder:
 
     def _finish(self, normalize: bool | None, truncate_dim: int | None) -> Callable[[Tensor], Tensor]:
         """What is done to pooled vectors: the recipe's steps, but for the last normalisation if that is not wanted."""
-        assert self.dimension is not None
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
-            raise ValueError(f"truncate_dim is {truncate_dim}: allowed are 1 to {self.dimension}, the size of a vector")
+        if truncate_dim is not None and not 1 <= integer("truncate_dim", truncate_dim) <= self._width:
+            raise ValueError(f"truncate_dim is {truncate_dim}: allowed are 1 to {self._width}, the size of a vector")
         steps = self.recipe.steps
         if normalize is False and steps and steps[-1] is unit:
             steps = steps[:-1]
@@ -281,7 +304,7 @@ class Encoder:
         def finish(x: Tensor) -> Tensor:
             for step in steps:
                 x = step(x)
-            x = x[:, : truncate_dim or self.recipe.truncate_dim]
+            x = x[:, : truncate_dim or self.dimension]
             return unit(x) if normalize else x
 
         return finish
@@ -386,22 +409,53 @@ def _put(values: list[Any], places: list[int], given: Iterable[Any]) -> None:
         values[place] = value
 
 
+def _listed(value: Any) -> list[Any]:
+    """What is in a list, an array or an iterator; of anything else itself."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]
+
+
 def _converted(value: Any, output: str) -> Any:
     return value.numpy() if output == "numpy" and isinstance(value, Tensor) else value
 
 
-def _dimension(recipe: Recipe, hidden_size: int) -> int:
-    """The size of a vector; ValueError where the modules of a directory do not follow one another."""
+def _width(recipe: Recipe, hidden_size: int) -> int:
+    """The size of a whole vector; ValueError where the modules of a directory do not follow one another."""
     if recipe.hidden_size not in (None, hidden_size):
         raise ValueError(f"the Pooling is for {recipe.hidden_size} hidden units, the model has {hidden_size}")
     size = len(recipe.pooling) * hidden_size
     for step in recipe.steps:
-        if isinstance(step, Dense):
-            outputs, inputs = step.weight.shape
+        if isinstance(step, (Dense, LayerNorm)):
+            inputs, kind = step.weight.shape[-1], type(step).__name__
             if inputs != size:
-                raise ValueError(f"a Dense module takes vectors of {inputs} numbers, those before it have {size}")
-            size = outputs
-    return min(size, recipe.truncate_dim or size)
+                raise ValueError(f"a {kind} module takes vectors of {inputs} numbers, those before it have {size}")
+            size = len(step.weight)
+    return size
+
+
+def embed(
+    model: XLMRobertaPreTrainedModel,
+    tokenizer: XLMRobertaTokenizer,
+    texts: Iterable[str],
+    *,
+    pooling: str | Sequence[str] = "mean",
+    normalize: bool = True,
+    batch_tokens: int | None = None,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """One vector per text: fp32 (fp64 for a float64 model) [len(texts), N], on the CPU, in the order of `texts`.
+
+    pooling: one of xlmr.encode.POOLINGS, see `pool` there; or several, whose vectors are joined. normalize: divide by
+    the Euclidean length. progress: a bar on standard error. The rest is as in `Encoder.encode`, which computes this.
+    Raises ValueError for an unknown pooling, a wrong max_length, a single string, and a model in training mode, whose
+    dropout is random.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is a single string: pass a list of strings")
+    check_eval(model)
+    encoder = Encoder(model.base_model, tokenizer, Recipe(pooling=check_pooling(pooling)))
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": max_length, "normalize": normalize}
+    return encoder.encode(texts, show_progress_bar=progress, output="torch", **options)
 
 
 def load(
@@ -438,6 +492,7 @@ def load(
     folder = recipe.folder if recipe else ""
     path = find("config.json", folder)
     if path is None:
+        refuse_adapter(name_or_dir, subfolder=folder, **source)
         raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, folder)}")
     config = read_json(path)
     check_architecture(config, name_or_dir)
@@ -452,7 +507,7 @@ def load(
         missing = ", ".join(sorted(info["missing_keys"]))
         raise ValueError(f"{name_or_dir} lacks weights of its {cls.__name__}: {missing}")
     if cls is XLMRobertaForSequenceClassification:
-        return Encoder(model, tokenizer, recipe or Recipe(pooling=()))
+        return Encoder(model, tokenizer, recipe or Recipe(pooling=(), prompts={}))
     heads = read_token_heads(find, model.config.hidden_size)
     recipe = recipe or _default_recipe(heads, pooling, name_or_dir)
     if pooling is not None:
@@ -464,7 +519,7 @@ def _model_class(config: dict[str, Any], recipe: Recipe | None, pooling: Any) ->
     """A cross-encoder's where modules.json, or else config.json, says so."""
     architectures = config.get("architectures") or []
     pairs = any(str(name).endswith("ForSequenceClassification") for name in architectures)
-    pairs = not recipe.pooling if recipe else pairs and pooling is None
+    pairs = pooling is None and (not recipe.pooling if recipe else pairs)
     return XLMRobertaForSequenceClassification if pairs else XLMRobertaModel
 
 

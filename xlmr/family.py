@@ -78,6 +78,7 @@ REFUSED = {
     "electra": "ELECTRA: its embeddings are projected, and it has no pooler",
     "ernie": "ERNIE: it adds embeddings of the task",
     "eurobert": "EuroBERT: rotary positions and normalisation before each block",
+    "jina_embeddings_v3": "the jina-embeddings-v3 family: rotary positions and an adapter per task",
     "longformer": "Longformer: its attention sees a window and global tokens",
     "megatron-bert": "Megatron-BERT: its layers normalise before attention and feed-forward, not after",
     "modernbert": "ModernBERT: rotary positions, local attention and gated feed-forward layers",

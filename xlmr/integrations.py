@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import EVERY_POSITION, Block, begin
+from .block import EVERY_POSITION, Block, begin, every_module_is_hooked
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
@@ -35,9 +35,10 @@ ALWAYS = "ForQuestionAnswering", "ForCausalLM"
 LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transformers' attention interface
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
-_replaced: dict[tuple[Any, str], Any] = {}  # (class or module, attribute) → what it was before
+_replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (class or module, attribute) → what it was, what it is now
 _registered: set[Any] = set()  # transformers' interfaces that know "xlmr"
 
 
@@ -99,8 +100,9 @@ def unpatch(model: nn.Module | None = None) -> None:
             _ours.discard(module)
     if model is not None:
         return
-    for (owner, name), former in _replaced.items():
-        setattr(owner, name, former)
+    for (owner, name), (former, ours) in _replaced.items():
+        if getattr(owner, name) is ours:  # else somebody has put something over it, which may go on calling it
+            setattr(owner, name, former)
     _replaced.clear()
     for interface in _registered:
         interface._global_mapping.pop("xlmr", None)  # transformers has no other way back from register()
@@ -222,9 +224,13 @@ def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
 
 def _replace(owner: Any, name: str, value: Any) -> None:
     """Sets an attribute until `unpatch`."""
-    if (owner, name) not in _replaced:
-        _replaced[owner, name] = getattr(owner, name)
+    _replaced[owner, name] = _former(owner, name), value
     setattr(owner, name, value)
+
+
+def _former(owner: Any, name: str) -> Any:
+    """What an attribute is, but for us."""
+    return _replaced[owner, name][0] if (owner, name) in _replaced else getattr(owner, name)
 
 
 def _watch_heads() -> None:
@@ -264,30 +270,30 @@ def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
 def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     """Our blocks over the leaf modules of `encoder`, rebuilt when one was exchanged; None where the host must run."""
     modules = list(encoder.modules())
-    layers = encoder.layer
-    beyond = encoder.config.is_decoder or _positions(encoder.config) != "absolute"
-    if beyond or any(layer.training and layer.gradient_checkpointing for layer in layers):
+    beyond = encoder.config.is_decoder or _positions(encoder.config) != "absolute" or _rewritten(encoder.host_class)
+    if beyond or any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in encoder.layer):
         return None
     known = encoder.__dict__.get("view")
-    path = encoder.backend, device
+    path = encoder.backend, device, *[module.scaling for module in modules if "scaling" in module.__dict__]
     if known is None or known[1] != path or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
         known = encoder.__dict__["view"] = _build(encoder, device), path, modules
     view: XLMRobertaEncoder | None = known[0]
-    return None if any(map(_hooked, modules[1:])) else view
+    return None if every_module_is_hooked() or any(map(_hooked, modules[1:])) else view
 
 
 def _hooked(module: nn.Module) -> bool:
     """Whether a container or GELU of the host has to be called itself; blocks look at the other leaves they use."""
-    stood_for = any(True for _ in module.children()) or _is_gelu(module)
-    if not stood_for or not type(module).__module__.startswith("transformers."):
+    kind, state = type(module), module.__dict__
+    if not kind.__module__.startswith("transformers.") or not (state["_modules"] or _is_gelu(module)):
         return False
-    state = module.__dict__
-    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    hooks = (hook for name in names for hook in state[name].values())
-    own = "forward" in state and state["forward"] != type(module).forward.__get__(
-        module
-    )  # 5.0 leaves the class's there
-    return own or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+    own = "forward" in state and state["forward"] != kind.forward.__get__(module)  # 5.0 leaves the class's there
+    hooks = (hook for name in HOOKS if state[name] for hook in state[name].values())
+    return own or _rewritten(kind) or any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+
+
+def _rewritten(kind: Any) -> bool:
+    """Whether somebody has given a class of transformers another forward."""
+    return not kind.forward.__module__.startswith("transformers.")
 
 
 def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
@@ -325,7 +331,7 @@ def _host_module(model_type: str) -> Any:
 
 def _host_class(model_type: str) -> Any:
     module, name = _host_module(model_type), KINDS[model_type].named("Encoder")
-    return _replaced.get((module, name)) or getattr(module, name)
+    return _former(module, name)
 
 
 def _positions(config: Any) -> str:

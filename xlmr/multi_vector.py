@@ -98,6 +98,8 @@ def pair_scores(
 ) -> dict[str, list[float]]:
     """Of what a bge-m3 encodes of n queries and n passages the scores of each pair: by the three kinds of vector, and
     the means of two and of all three, in which dense, sparse and ColBERT have these `weights`."""
+    if len(weights) != 3 or 0 in (weights[0] + weights[1], sum(weights)):
+        raise ValueError(f"weights_for_different_modes is {weights}: three for dense, sparse and colbert are needed")
     w_dense, w_sparse, w_colbert = weights
     colbert = list(map(float, map(colbert_score, queries["colbert_vecs"], passages["colbert_vecs"])))
     sparse = list(map(compute_lexical_matching_score, queries["lexical_weights"], passages["lexical_weights"]))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import XLMRobertaConfig
-from .encode import Packed, choose_device, pack
+from .encode import Packed, choose_device, longest, pack
 from .files import write_atomically
 from .heads import IGNORED, XLMRobertaForMaskedLM
 from .ops import BACKENDS
@@ -148,7 +148,7 @@ class Run:
     """A training run: the model, the optimizer, and how far they have come."""
 
     def __init__(self, model: XLMRobertaForMaskedLM, tokenizer: XLMRobertaTokenizer, lines: Lines, recipe: Recipe):
-        limit = min(model.config.max_length, tokenizer.model_max_length)
+        limit = longest(model, tokenizer)
         if recipe.max_length > limit:
             raise ValueError(f"max_length is {recipe.max_length}: this model takes at most {limit} tokens")
         self.model, self.tokenizer, self.lines, self.recipe = model, tokenizer, lines, recipe

@@ -1,4 +1,4 @@
-"""Reading what stands around a model in a sentence-transformers directory: pooling, Dense, Normalize, prompts, limits.
+"""Reading what stands around a model in a sentence-transformers directory: pooling, Dense, norms, prompts, limits.
 
 Both schemas are read: that of sentence-transformers up to 5 (pooling_mode_cls_token: true, …) and the one after it
 (pooling_mode: "cls", classes that have moved). Nothing that modules.json names is ever imported: a module that is not
@@ -23,7 +23,7 @@ from .weights import read_weights
 
 Find = Callable[[str, str], "Path | None"]  # (file, folder in the checkpoint) → its path, None if there is none
 
-MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")
+MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
 OLD_POOLINGS = {  # in the order in which sentence-transformers joins them
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -32,14 +32,22 @@ OLD_POOLINGS = {  # in the order in which sentence-transformers joins them
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of torch's modules without arguments, as saved ones are read
     "torch.nn.modules.linear.Identity": lambda x: x,
+    "torch.nn.modules.activation.ELU": F.elu,
     "torch.nn.modules.activation.GELU": F.gelu,
+    "torch.nn.modules.activation.Hardswish": F.hardswish,
+    "torch.nn.modules.activation.LeakyReLU": F.leaky_relu,
+    "torch.nn.modules.activation.Mish": F.mish,
     "torch.nn.modules.activation.ReLU": F.relu,
+    "torch.nn.modules.activation.SELU": F.selu,
     "torch.nn.modules.activation.SiLU": F.silu,
     "torch.nn.modules.activation.Sigmoid": torch.sigmoid,
+    "torch.nn.modules.activation.Softplus": F.softplus,
     "torch.nn.modules.activation.Tanh": torch.tanh,
 }
+TASKS = {"feature-extraction": "last_hidden_state", "sequence-classification": "logits"}  # and what is taken from each
+PROMPTS = {"query": "", "document": ""}  # what sentence-transformers 5 and later know without being told
 TRANSFORMER_FILES = (
     "sentence_bert_config.json", "sentence_roberta_config.json", "sentence_camembert_config.json",
     "sentence_xlm-roberta_config.json",
@@ -65,6 +73,17 @@ class Dense:
         return y
 
 
+@dataclass(frozen=True)
+class LayerNorm:
+    """A LayerNorm after the pooling, computed in fp32."""
+
+    weight: Tensor  # [N]
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x), self.bias.to(x))
+
+
 def unit(x: Tensor) -> Tensor:
     """Each row divided by its Euclidean length."""
     return F.normalize(x, dim=-1)
@@ -85,7 +104,7 @@ class Recipe:
     folder: str = ""
     include_prompt: bool = True
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
-    prompts: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=PROMPTS.copy)
     default_prompt_name: str | None = None
     max_length: int | None = None
     lower_case: bool = False
@@ -107,13 +126,12 @@ def read_recipe(find: Find) -> Recipe | None:
     for kind, place in modules[1:]:
         if kind == "Pooling":
             recipe |= _read_pooling(_config(find, place))
-        elif kind == "Dense":
-            recipe["steps"] += (_read_dense(find, place, _config(find, place)),)
-        elif kind == "Normalize":
-            recipe["steps"] += (unit,)  # Dropout is for training: nothing
+        elif kind != "Dropout":  # which is for training
+            recipe["steps"] += (_read_step(kind, find, place),)
     if not recipe["pooling"] and settings.get("transformer_task") != "sequence-classification":
         raise ValueError(f"{path} names no Pooling: texts get no vector without one")
-    return Recipe(**recipe, folder=folder, **_read_limits(settings), **_read_prompts(find))
+    prompts = _read_prompts(find, PROMPTS if recipe["pooling"] else {})
+    return Recipe(**recipe, folder=folder, **_read_transformer(settings), **prompts)
 
 
 def _read_modules(path: Path) -> list[tuple[str, str]]:
@@ -133,7 +151,7 @@ def _read_modules(path: Path) -> list[tuple[str, str]]:
             raise ValueError(f"{path} names the folder {module['path']!r}, which leaves the directory: refused")
         found.append((kind, str(folder)))
     kinds = [kind for kind, _ in found]
-    if kinds[:1] != ["Transformer"] or "Transformer" in kinds[1:] or "Pooling" in kinds[2:] or kinds[1:2] == ["Dense"]:
+    if kinds[:1] != ["Transformer"] or kinds[1:2] not in ([], ["Pooling"]) or {"Transformer", "Pooling"} & {*kinds[2:]}:
         raise ValueError(f"{path} has the modules {', '.join(kinds) or 'none'}: Transformer, Pooling, … are needed")
     return found
 
@@ -150,7 +168,17 @@ def _read_settings(find: Find, folder: str) -> dict[str, Any]:
     return {} if path is None else read_json(path)
 
 
-def _read_limits(settings: dict[str, Any]) -> dict[str, Any]:
+def _read_transformer(settings: dict[str, Any]) -> dict[str, Any]:
+    task = settings.get("transformer_task", "feature-extraction")
+    if task not in [*TASKS]:
+        raise ValueError(f"transformer_task is {task!r:.40}: known are {', '.join(map(repr, TASKS))}")
+    neutral: dict[str, Any] = {
+        "modality_config": {"text": {"method": "forward", "method_output_name": TASKS[task]}},
+        **{"processing_kwargs": {}, "query_length": None, "document_length": None, "query_expansion": None},
+    }
+    for name, value in neutral.items():
+        if settings.get(name) not in (None, value):
+            raise ValueError(f"{name} is {settings[name]!r:.120}: it changes the vectors, and only {value} is known")
     longest = settings.get("max_seq_length")
     if longest is not None and (type(longest) is not int or longest < 2):
         raise ValueError(f"max_seq_length is {longest!r:.40}: an integer of at least 2 is needed")
@@ -172,14 +200,28 @@ def _read_pooling(config: dict[str, Any]) -> dict[str, Any]:
     return {"pooling": check_pooling(modes), "hidden_size": size, "include_prompt": include_prompt}
 
 
-def _read_dense(find: Find, folder: str, config: dict[str, Any]) -> Dense:
-    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{folder} has the activation {activation!r:.80}: known are {', '.join(ACTIVATIONS)}")
+def _read_step(kind: str, find: Find, folder: str) -> Callable[[Tensor], Tensor]:
+    old = kind == "Normalize" and find("config.json", folder) is None  # it has a configuration since version 6
+    config = {} if old else _config(find, folder)
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
             raise ValueError(f"{folder} has {key} {config[key]!r:.40}: only 'sentence_embedding' is known")
+    if kind == "Normalize":
+        return unit
     weights = read_weights(lambda name: find(name, folder), folder)
+    return (_read_dense if kind == "Dense" else _read_layer_norm)(folder, config, weights)
+
+
+def _read_layer_norm(folder: str, config: dict[str, Any], weights: dict[str, Tensor]) -> LayerNorm:
+    size = (config.get("dimension"),)
+    check_shapes(weights, {"norm.weight": size, "norm.bias": size}, folder)
+    return LayerNorm(weights["norm.weight"].float(), weights["norm.bias"].float())
+
+
+def _read_dense(folder: str, config: dict[str, Any], weights: dict[str, Tensor]) -> Dense:
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{folder} has the activation {activation!r:.80}: known are {', '.join(ACTIVATIONS)}")
     size = config.get("out_features"), config.get("in_features")
     wanted: dict[str, tuple[Any, ...]] = {"linear.weight": size}
     if config.get("bias", True):
@@ -200,18 +242,18 @@ def check_shapes(weights: dict[str, Tensor], wanted: dict[str, Any], where: str)
         raise ValueError(f"{where} holds the weights {shapes}: floating-point ones of shapes {wanted} are needed")
 
 
-def _read_prompts(find: Find) -> dict[str, Any]:
+def _read_prompts(find: Find, known: dict[str, str]) -> dict[str, Any]:
     path = find("config_sentence_transformers.json", "")
     config = {} if path is None else read_json(path)
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, (str, type(None))) for text in prompts.values()):
         raise ValueError(f"{path} gives {prompts!r:.80} as prompts: names and texts are needed")
+    prompts = {**known, **{name: text or "" for name, text in prompts.items()}}
     if default is not None and default not in prompts:
         raise ValueError(f"{path} gives {default!r:.40} as default_prompt_name, but the prompts {list(prompts)}")
     dim = config.get("truncate_dim")
     if dim is not None and (type(dim) is not int or dim < 1):
         raise ValueError(f"{path} gives {dim!r:.40} as truncate_dim: a positive integer is needed")
-    prompts = {name: text or "" for name, text in prompts.items()}
     return {"prompts": prompts, "default_prompt_name": default, "truncate_dim": dim}
 
 
@@ -220,7 +262,7 @@ def check_architecture(config: dict[str, Any], where: Any) -> None:
     model_type = config.get("model_type")
     allowed = [name for name, kind in KINDS.items() if kind.tokenizer is None]
     if "lora_adaptations" in config or config.get("position_embedding_type") == "rotary":
-        reason = "the jina-embeddings-v3 family: rotary positions and an adapter per task"
+        reason = REFUSED["jina_embeddings_v3"]
     elif model_type not in allowed:
         reasons = {**REFUSED, **{name: kind.tokenizer for name, kind in KINDS.items()}}
         known = reasons.get(model_type) if isinstance(model_type, str) else None

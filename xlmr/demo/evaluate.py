@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 
 from xlmr import XLMRobertaForMaskedLM, XLMRobertaTokenizer
-from xlmr.encode import batches, embed, pack
+from xlmr.encode import batches, pack
+from xlmr.encoder import embed
 
 from . import CHECKPOINT, HELD_OUT
 

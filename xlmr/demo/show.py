@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from xlmr import XLMRobertaForMaskedLM, XLMRobertaTokenizer
-from xlmr.encode import embed, pack
+from xlmr.encode import pack
+from xlmr.encoder import embed
 
 from .evaluate import Question, Sentence, questions
 

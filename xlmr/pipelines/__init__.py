@@ -74,14 +74,13 @@ def pipeline(
     source: Any = CHECKPOINT if model is None else model
     if isinstance(source, (str, PathLike)):
         path = {"dtype": dtype if torch_dtype is None else torch_dtype, "backend": backend, **path}
-        tokenizer = source if tokenizer is None else tokenizer
-        source = cls.from_checkpoint(source, hub, device=choose_device(device), **path)
+        beside, source = source, cls.from_checkpoint(source, hub, device=choose_device(device), **path)
+        if tokenizer is None and not isinstance(source, Encoder):  # which has its own
+            tokenizer = beside
     elif isinstance(source, torch.nn.Module):
         source = source if device is None else source.to(choose_device(device))
         if tokenizer is None:
             raise ValueError("a model was given without its tokenizer: pass tokenizer=, a tokenizer or its directory")
-    if isinstance(source, Encoder):  # which has its own
-        tokenizer = None
-    elif isinstance(tokenizer, (str, PathLike)):
+    if isinstance(tokenizer, (str, PathLike)):
         tokenizer = XLMRobertaTokenizer.from_pretrained(tokenizer, **hub)
     return cls(source, tokenizer, **options)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import XLMRobertaConfig
-from ..encode import Packed, batches, first_logits, pack, tokens_at_once
+from ..encode import Packed, batches, first_logits, longest, pack, tokens_at_once
 from ..files import own_keywords
 from ..ops import for_inference
 from ..pretrained import XLMRobertaPreTrainedModel
@@ -145,7 +145,7 @@ class Pipeline(ABC):
     @property
     def _longest(self) -> int:
         """The tokens that a text is truncated to."""
-        return min(self.model.config.max_length, self.tokenizer.model_max_length)
+        return longest(self.model, self.tokenizer)
 
     def _batches(self, sequences: Sequence[list[int]], batch_size: int | None) -> Iterator[tuple[list[int], Packed]]:
         """`sequences`, lists of token ids, batch by batch: their indices, and themselves packed on the device."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import integer
 from ..encode import Packed
 from ..heads import XLMRobertaForMaskedLM
 from .base import Pipeline
@@ -46,7 +47,7 @@ class FillMaskPipeline(Pipeline):
         """
         vocab_size = self.model.config.vocab_size
         top_k = 5 if top_k is None else top_k
-        if not 1 <= top_k <= vocab_size:
+        if not 1 <= integer("top_k", top_k) <= vocab_size:
             raise ValueError(f"top_k is {top_k}: allowed are 1 to {vocab_size}, the vocabulary's size")
         words = None if targets is None else self._words([targets] if isinstance(targets, str) else targets)
         k = top_k if words is None else min(top_k, len(words))

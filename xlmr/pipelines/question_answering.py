@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import integer
 from ..batch_encoding import Encoding
 from ..heads import XLMRobertaForQuestionAnswering
 from .base import Pipeline
@@ -58,8 +59,7 @@ class QuestionAnsweringPipeline(Pipeline):
         token gives "".
         """
         for name, value in (("top_k", top_k), ("max_answer_len", max_answer_len)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: at least 1 is needed")
+            integer(name, value, least=1)
         size = min(self._longest, 384) if max_seq_len is None else min(self._longest, max_seq_len)
         batch = self.tokenizer(
             texts,

@@ -20,13 +20,16 @@ class SentenceSimilarityPipeline(Pipeline):
     takes = "{'source_sentence': …, 'sentences': […]}"
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
-        encoder = Encoder(model, tokenizer) if isinstance(model, XLMRobertaModel) else model
-        if not isinstance(encoder, Encoder):
-            raise TypeError(f"{self.task} needs an Encoder, as xlmr.load gives it; this is a {type(encoder).__name__}")
-        if not encoder.recipe.pooling:
+        if isinstance(model, XLMRobertaModel):
+            model = Encoder(model, tokenizer)
+        elif isinstance(model, Encoder) and tokenizer is not None:  # instead of its own
+            model = Encoder(model.model, tokenizer, model.recipe, model.heads)
+        if not isinstance(model, Encoder):
+            raise TypeError(f"{self.task} needs an Encoder, as xlmr.load gives it; this is a {type(model).__name__}")
+        if not model.recipe.pooling:
             raise ValueError(f"{self.task} needs a model that gives vectors, this is a cross-encoder: use xlmr rerank")
-        self.encoder = encoder
-        super().__init__(encoder.model, encoder.tokenizer, **options)
+        self.encoder = model
+        super().__init__(model.model, model.tokenizer, **options)
 
     @classmethod
     def from_checkpoint(cls, where: str | PathLike[str], hub: dict[str, Any], **keywords: Any) -> Encoder:

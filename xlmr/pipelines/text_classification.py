@@ -57,7 +57,7 @@ class TextClassificationPipeline(Pipeline):
         """
         if top_k is not None and top_k != "best" and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k is {top_k!r}: allowed are 1, 2, … and None, which is all labels")
-        score = SCORES.get(function_to_apply or self._function())
+        score = SCORES.get((function_to_apply or self._function()).lower())
         if score is None:
             raise ValueError(f"function_to_apply is {function_to_apply!r}: allowed are {', '.join(map(repr, SCORES))}")
         own = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}

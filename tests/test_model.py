@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import LENGTHS, RIGHT, B, S, build, ids, keep, masks, same
+from reference import LENGTHS, RIGHT, B, S, build, ids, keep, masks, reference_mask, same
 from torch import Tensor, nn
 
 import xlmr
@@ -133,6 +133,22 @@ def test_a_masked_query_stays_finite_in_half_precision() -> None:
     sees[:, :, 3] = False
     with torch.no_grad():
         assert ours.half()(ids(None), sees).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_masks_in_float64(hooked: bool) -> None:
+    """Whose range is beyond that of the masks' own fp32."""
+    reference, ours = (model.double() for model in build("Model"))
+    if hooked:
+        ours.encoder.layer[1].register_forward_hook(lambda *_: None)
+    sees = (torch.rand(B, 1, S, S) < 0.6) | torch.eye(S, dtype=torch.bool)
+    tokens = ids(None)
+    with torch.no_grad():
+        for mask in (sees, masks()["holes"]):
+            expected = reference(tokens, reference_mask(mask, torch.float64))[0]
+            found = ours(tokens, mask, output_attentions=True)[0]
+            real = mask == 1 if mask.dim() == 2 else ...
+            torch.testing.assert_close(found[real], expected[real], atol=1e-12, rtol=1e-12)
 
 
 # Positions, limits and bad input

@@ -109,7 +109,8 @@ def dense_attention(
     → output [B, H, Q, D] and weights (after dropout, as in the reference) [B, H, Q, K]."""
     scores = q @ k.transpose(-1, -2) * softmax_scale
     lowest = torch.finfo(scores.dtype).min / 2  # half of it, so that no score added to it overflows
-    weights = torch.softmax(scores + mask.clamp(min=lowest).to(scores.dtype), dim=-1)
+    mask = mask.to(torch.promote_types(mask.dtype, scores.dtype)).clamp(min=lowest)
+    weights = torch.softmax(scores + mask.to(scores.dtype), dim=-1)
     weights = F.dropout(weights.to(v.dtype), dropout_p)
     return weights @ v, weights
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import LENGTHS, RIGHT, B, S, build, ids, keep, masks, reference_mask, same
+from reference import LENGTHS, RIGHT, B, S, assert_same, build, gradients, ids, keep, masks, reference_mask, same
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xlmr
 from xlmr.ops import EAGER
@@ -154,10 +155,42 @@ def test_masks_in_float64(hooked: bool) -> None:
 # Positions, limits and bad input
 
 
-def test_shapes_on_the_meta_device() -> None:
-    for name in ("Model", "ForMaskedLM", "ForSequenceClassification"):
-        theirs, ours = ([t.shape for t in m.to("meta")(ids(None).to("meta")).to_tuple()] for m in build(name))
-        assert ours == theirs
+@pytest.mark.parametrize("mask", [None, RIGHT, RIGHT[:, None].expand(B, S, S)])
+@pytest.mark.parametrize("name", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+def test_shapes_without_values(name: str, mask: Tensor | None) -> None:
+    """On the meta device, and of fake tensors, from which tools tell memory and time before they take them."""
+    models = build(name)
+    expected = [t.shape for t in models[0](ids(None)).to_tuple()]
+    meta = None if mask is None else mask.to("meta")
+    assert [t.shape for t in models[1].to("meta")(ids(None).to("meta"), meta).to_tuple()] == expected
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model = type(models[1])(models[1].config)
+        found = model(fake.from_tensor(ids(None)), None if mask is None else fake.from_tensor(mask))
+    assert [t.shape for t in found.to_tuple()] == expected
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT])
+def test_gradients_of_each_text_alone_in_one_pass(mask: Tensor | None) -> None:
+    """torch.func.vmap of grad, as for differential privacy."""
+    _, ours = build("ForSequenceClassification", num_hidden_layers=1)
+    weights = {name: parameter.detach() for name, parameter in ours.named_parameters()}
+    tokens, labels = ids(mask), torch.randint(0, 3, (B,))
+
+    def loss(weights: dict[str, Tensor], tokens: Tensor, label: Tensor, mask: Tensor | None) -> Tensor:
+        given = {
+            "input_ids": tokens[None],
+            "labels": label[None],
+            "attention_mask": None if mask is None else mask[None],
+        }
+        return torch.func.functional_call(ours, weights, (), given).loss
+
+    over = (None, 0, 0, None if mask is None else 0)
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=over)(weights, tokens, labels, mask)
+    for i in range(B):
+        expected = gradients(
+            ours, ours(tokens[i, None], None if mask is None else mask[i, None], labels=labels[i, None]).loss
+        )
+        assert_same({name: gradient[i] for name, gradient in found.items()}, expected)
 
 
 @pytest.mark.parametrize("pad", [5, 96, None])

@@ -300,7 +300,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             self.hand_to_new_layers()
             state = given.begin(every_position=whole, **needs)
             picks = ours and not state.causal and collected.nothing and state.layout.dense is None
-            if picks and wanted is not None and not given.given.is_meta:
+            if picks and wanted is not None:
                 state.rows = wanted(state.layout)
             x = run(self.encoder, self.embed(given, state.layout), state)
         finally:

@@ -124,8 +124,8 @@ def plan(
     length of the other sequence in cross attention. Tokens whose mask is 0 are left out, unless the answer depends on
     one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
     head reads column 0) while a row's first token is masked; a label ≠ −100 where the mask is 0; a row with no real
-    token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself). While
-    torch.jit or torch.export trace, nothing is read: every position is computed, under a dense mask.
+    token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself). Where
+    values must decide nothing (see `symbolic`), nothing is read: every position is computed, under a dense mask.
     """
     if reads_first and batch and not seqlen:
         raise ValueError("the sequences have no token, and the first of each is read: give <s> and </s> at least")
@@ -142,7 +142,7 @@ def plan(
         )
     if dense is not None:
         return replace(_every_row(batch, seqlen, keys, device), dense=dense)
-    if tracing():
+    if symbolic(device):
         keep = torch.ones(batch, keys, dtype=torch.bool, device=device) if keep is None else keep
         return replace(_every_row(batch, seqlen, keys, device), dense=_dense(keep, seqlen, keys, causal, device))
     if keep is None or keep.numel() == 0:
@@ -219,7 +219,7 @@ def _reduce(mask: Tensor, batch: int, seqlen: int, keys: int) -> tuple[Tensor | 
         mask = additive(mask != 0, torch.float32)
     lowest = torch.finfo(mask.dtype).min
     mask = mask.to(torch.promote_types(mask.dtype, torch.float32))  # which holds the bounds of any dtype of scores
-    if tracing():
+    if symbolic(mask.device):
         return None, mask
     row = mask[:, :1, :1]
     binary = (row == 0) | (row <= lowest / 2)
@@ -241,7 +241,13 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
-def tracing() -> bool:
-    """Whether torch.jit.trace or torch.export records this call for other inputs: values must not decide anything."""
-    # is_exporting() is True inside torch.compile as well, up to torch 2.11; the flag behind it is not.
-    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
+def symbolic(device: torch.device) -> bool:
+    """Whether values must decide nothing: torch.jit.trace or torch.export records this call for other inputs, a
+    transform of torch.func runs it for many at once, or tensors are fake or on the meta device and have none."""
+    if device.type == "meta" or torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        # is_exporting() is True inside torch.compile as well, up to torch 2.11; the flag behind it is not.
+        return torch.compiler._is_exporting_flag
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return fake is not None or torch._C._functorch.maybe_current_level() is not None

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from reference import RIGHT, TINY, B, build, ids, inputs
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import xlmr
@@ -156,6 +157,23 @@ def test_a_head_written_elsewhere_comes_back_with_its_buffers(tmp_path: Any) -> 
     assert not any(info.values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_a_language_model_inside_another_stays_tied(tmp_path: Any) -> None:
+    class Scorer(xlmr.XLMRobertaPreTrainedModel):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.lm = xlmr.XLMRobertaForMaskedLM(config)
+            self.post_init()
+
+    model = Scorer(xlmr.XLMRobertaConfig(**TINY))
+    model.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "decoder" in name]
+    again, info = Scorer.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for lm in (model.lm, again.lm):
+        assert lm.lm_head.decoder.weight is lm.get_input_embeddings().weight
+        assert lm.lm_head.decoder.bias is lm.lm_head.bias
 
 
 @pytest.mark.parametrize("outer", [transformers, xlmr])

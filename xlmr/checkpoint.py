@@ -266,7 +266,7 @@ def _tie(model: Any, found: dict[str, Tensor]) -> dict[str, str]:
 
     Two that the file holds with different values stay untied, as in the reference.
     """
-    ties = dict(model._tied_weights_keys) if model.config.tie_word_embeddings else {}
+    ties = model.all_tied_weights_keys
     for tied, source in list(ties.items()):
         weight = found.pop(tied, None)
         if weight is None or _same(weight, found.setdefault(source, weight)):
@@ -348,7 +348,7 @@ def save_model(
     for name, weight in state.items():
         if weight.device.type == "meta":
             raise ValueError(f"{name} is on the meta device: it has no values to save")
-    for tied, source in model._tied_weights_keys.items() if model.config.tie_word_embeddings else ():
+    for tied, source in model.all_tied_weights_keys.items():
         if tied in state and source in state and _same(state[tied], state[source]):
             del state[tied]
     own = f"{model.base_model_prefix}."

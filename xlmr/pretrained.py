@@ -169,12 +169,21 @@ class XLMRobertaPreTrainedModel(Block):
         if isinstance(bias, nn.Parameter):
             bias.zero_()
 
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        """What is tied to what in this model and in those inside it, where config.tie_word_embeddings says so."""
+        ties: dict[str, str] = {}
+        for path, module in self.named_modules():
+            if isinstance(module, XLMRobertaPreTrainedModel) and module.config.tie_word_embeddings:
+                prefix = f"{path}." if path else ""
+                ties |= {prefix + tied: prefix + source for tied, source in module._tied_weights_keys.items()}
+        return ties
+
     def tie_weights(self) -> None:
-        """Makes each key of `_tied_weights_keys` the same Parameter as its value, where config.tie_word_embeddings."""
-        if self.config.tie_word_embeddings:
-            for tied, source in self._tied_weights_keys.items():
-                module, _, name = tied.rpartition(".")
-                setattr(self.get_submodule(module), name, self.get_parameter(source))
+        """Makes each key of `all_tied_weights_keys` the same Parameter as its value."""
+        for tied, source in self.all_tied_weights_keys.items():
+            module, _, name = tied.rpartition(".")
+            setattr(self.get_submodule(module), name, self.get_parameter(source))
 
     def returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
         """`output`, or its tuple where the call, or else the configuration, asks for that."""

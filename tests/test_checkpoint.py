@@ -176,6 +176,18 @@ def test_shards_of_transformers(saved: Path, tmp_path: Path) -> None:
     load_both("XLMRobertaForMaskedLM", tmp_path)
 
 
+def test_the_hub_is_asked_again_where_the_caller_says_so(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, filename: str, **options: Any) -> str:
+        asked.append((filename, options["force_download"]))
+        return str(saved / "XLMRobertaModel" / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    XLMRobertaModel.from_pretrained("someone/model", force_download=True)
+    assert asked == [("config.json", True), ("model.safetensors", True)]
+
+
 def test_a_hub_name_from_the_cache(saved: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models--org--model"
     model = XLMRobertaForMaskedLM.from_pretrained(saved / "XLMRobertaForMaskedLM")

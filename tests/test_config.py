@@ -168,6 +168,9 @@ def test_overrides(tmp_path: Path) -> None:
         read(path, num_layers=3)
     with pytest.raises(TypeError, match="'rest' is no field of OwnConfig"):
         OwnConfig.from_pretrained(path, rest=2)
+    for kind in (transformers.XLMRobertaConfig, XLMRobertaConfig):
+        config, unused = kind.from_pretrained(path, return_unused_kwargs=True, rest=2, hidden_dropout_prob=0.3)
+        assert (config.hidden_dropout_prob, unused) == (0.3, {"rest": 2})
     own = OwnConfig.from_pretrained(path, crf=True)
     own.save_pretrained(tmp_path / "own")
     assert own.crf is OwnConfig.from_pretrained(tmp_path / "own").crf is True

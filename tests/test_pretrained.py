@@ -176,6 +176,29 @@ def test_a_language_model_inside_another_stays_tied(tmp_path: Any) -> None:
         assert lm.lm_head.decoder.bias is lm.lm_head.bias
 
 
+def test_ties_are_named_as_in_transformers_5() -> None:
+    class Scorer(xlmr.XLMRobertaForMaskedLM):
+        _tied_weights_keys = ["lm_head.decoder.weight"]  # noqa: RUF012
+
+    with pytest.raises(TypeError, match=r"_tied_weights_keys of Scorer is \['lm_head.*: give {tied: tied to}"):
+        Scorer(xlmr.XLMRobertaConfig(**TINY))
+
+
+@pytest.mark.parametrize("library", [transformers, xlmr])
+def test_keywords_that_are_no_field_go_to_a_constructor_that_takes_any(tmp_path: Any, library: Any) -> None:
+    class Scorer(library.XLMRobertaPreTrainedModel):
+        def __init__(self, config: Any, num_labels: int = 2, **options: Any):
+            super().__init__(config)
+            self.roberta = library.XLMRobertaModel(config)
+            self.options = options
+            self.post_init()
+
+    build("Model")[1].save_pretrained(tmp_path)
+    model = Scorer.from_pretrained(tmp_path, num_labels=3, margin=0.5, hidden_dropout_prob=0.2)
+    assert model.options == {"margin": 0.5}
+    assert (model.config.num_labels, model.config.hidden_dropout_prob) == (3, 0.2)
+
+
 @pytest.mark.parametrize("outer", [transformers, xlmr])
 @pytest.mark.parametrize("inner", [transformers, xlmr])
 def test_a_loaded_encoder_is_not_initialised_again_by_the_model_around_it(

@@ -147,17 +147,20 @@ class XLMRobertaConfig:
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         subfolder: str = "",
+        return_unused_kwargs: bool = False,
         **overrides: Any,
-    ) -> XLMRobertaConfig:
+    ) -> Any:
         """Read config.json from a directory or hub repository (or the JSON file given), then apply `overrides`.
 
-        OSError if there is no such file, ValueError if it is no valid configuration, TypeError for an override that is
-        neither a field nor a key of the file.
+        OSError if there is no such file, ValueError if it is no valid configuration. An override that is neither a
+        field nor a key of the file is a TypeError, or with `return_unused_kwargs` in the dictionary beside the result.
         """
         name_or_dir = os.fspath(pretrained_model_name_or_path)
         source: dict[str, Any] = {
             "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+            "force_download": force_download,
         }  # fmt: skip
         file = Path(name_or_dir)
         path = file if file.is_file() else resolve(name_or_dir, "config.json", subfolder=subfolder, **source)
@@ -165,7 +168,9 @@ class XLMRobertaConfig:
             raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, subfolder)}")
         values = read_json(path)
         try:
-            return cls.from_dict({**values, "name_or_path": name_or_dir}, **own_keywords(overrides))
+            return cls.from_dict(
+                {**values, "name_or_path": name_or_dir}, return_unused_kwargs, **own_keywords(overrides)
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -175,24 +180,30 @@ class XLMRobertaConfig:
         return cls.from_dict(read_json(path))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> XLMRobertaConfig:
-        """Build from a dictionary of fields, then `overrides`; TypeError for one that is neither a field nor in it."""
+    def from_dict(cls, values: dict[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """Build from a dictionary of fields, then `overrides`, of which those that are neither a field nor in it are a
+        TypeError, or with `return_unused_kwargs` in the dictionary beside the result."""
         values = {name: value for name, value in values.items() if name != "max_length"}  # of text generation, in 4.x
         known = {own.name for own in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
         given = inspect.signature(cls).parameters.values()  # a subclass written elsewhere may add some
         known |= {parameter.name for parameter in given if parameter.kind is not parameter.VAR_KEYWORD}
-        for name in overrides:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                raise TypeError(
-                    f"{name!r} is no field of {cls.__name__}" + (f"; is {close[0]!r} meant?" if close else "")
-                )
-        values = {**values, **overrides}
+        unused = {name: value for name, value in overrides.items() if name not in known}
+        values |= {name: value for name, value in overrides.items() if name in known}
         if "id2label" in overrides and "label2id" not in overrides:
             values.pop("label2id", None)  # it would describe the labels that were overridden
         if "torch_dtype" in overrides and "dtype" not in overrides:
             values.pop("dtype", None)
-        return cls(**values)
+        config = cls(**values)
+        for name in () if return_unused_kwargs else unused:
+            raise config.unknown_field(name)
+        return (config, unused) if return_unused_kwargs else config
+
+    def unknown_field(self, name: str) -> TypeError:
+        """The error for a keyword that means nothing here."""
+        close = difflib.get_close_matches(name, [*vars(self), "num_labels", "torch_dtype"], 1)
+        return TypeError(
+            f"{name!r} is no field of {type(self).__name__}" + (f"; is {close[0]!r} meant?" if close else "")
+        )
 
     @property
     def num_labels(self) -> int:

@@ -73,9 +73,11 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     subfolder: str = "",
 ) -> Path | None:
     """The path of one file of a checkpoint, fetched if `name_or_dir` names a hub repository; None if it has none.
+    force_download: even if the hub's cache has it.
 
     A directory always wins over a hub name. `filename` must be a bare name and `subfolder` a relative path without
     "..". Symbolic links are followed: the hub's cache is made of them. OSError if there is neither such a directory
@@ -91,7 +93,10 @@ def resolve(
         return path if path.is_file() else None
     if directory.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise OSError(f"{name!r} is neither a checkpoint directory nor a name on the Hugging Face hub")
-    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    options = {
+        "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+        "force_download": force_download,
+    }  # fmt: skip
     return _resolve_on_hub(name, "/".join((*parts, filename)), options)
 
 

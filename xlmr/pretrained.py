@@ -175,8 +175,10 @@ class XLMRobertaPreTrainedModel(Block):
         ties: dict[str, str] = {}
         for path, module in self.named_modules():
             if isinstance(module, XLMRobertaPreTrainedModel) and module.config.tie_word_embeddings:
-                prefix = f"{path}." if path else ""
-                ties |= {prefix + tied: prefix + source for tied, source in module._tied_weights_keys.items()}
+                own, prefix = module._tied_weights_keys or {}, f"{path}." if path else ""
+                if not isinstance(own, Mapping):  # as in transformers 4
+                    raise TypeError(f"_tied_weights_keys of {type(module).__name__} is {own}: give {{tied: tied to}}")
+                ties |= {prefix + tied: prefix + source for tied, source in own.items()}
         return ties
 
     def tie_weights(self) -> None:

@@ -244,6 +244,16 @@ def test_an_invalid_change_is_not_saved(tmp_path: Path) -> None:
     assert XLMRobertaConfig.from_pretrained(tmp_path) == XLMRobertaConfig()
 
 
+def test_how_transformers_computes_attention_is_taken_and_not_written() -> None:
+    config = XLMRobertaConfig(attn_implementation="eager")
+    assert (config._attn_implementation, XLMRobertaConfig()._attn_implementation) == ("eager", "sdpa")
+    assert "attn" not in config.to_json_string(use_diff=False)
+    assert config == XLMRobertaConfig()
+    model = xlmr.XLMRobertaModel(XLMRobertaConfig(hidden_size=12, num_hidden_layers=0))
+    model.set_attn_implementation("flash_attention_2")
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
 def test_no_configuration_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no config\.json in"):
         XLMRobertaConfig.from_pretrained(tmp_path)

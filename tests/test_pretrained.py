@@ -102,6 +102,15 @@ def test_outputs_are_rebuilt_as_other_libraries_do() -> None:
         type(out)({"vectors": out.logits})
 
 
+def test_a_model_from_a_configuration_alone() -> None:
+    for library in (transformers, xlmr):
+        model = library.XLMRobertaForMaskedLM._from_config(library.XLMRobertaConfig(**TINY, dtype="bfloat16"))
+        assert (model.dtype, model.training) == (torch.bfloat16, True)
+        how = {"attn_implementation": "eager", "torch_dtype": "float16"}
+        assert library.XLMRobertaModel._from_config(model.config, dtype=torch.float64).config.dtype == torch.float64
+        assert library.XLMRobertaModel._from_config(library.XLMRobertaConfig(**TINY), **how).dtype == torch.float16
+
+
 def test_a_head_written_elsewhere_loads(tmp_path: Any) -> None:
     class Regressor(xlmr.XLMRobertaPreTrainedModel):
         def __init__(self, config: xlmr.XLMRobertaConfig):

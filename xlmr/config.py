@@ -65,8 +65,8 @@ class XLMRobertaConfig:
 
     model_type: one of xlmr.family.KINDS; "roberta", "camembert" and "bert" stand for those encoders, which the same
     model computes, with the defaults of their own transformers class. `num_labels` (names the labels LABEL_0 …) and
-    `torch_dtype` (the old name of `dtype`) are accepted too. Any other keyword becomes an attribute and is written back
-    to config.json.
+    `torch_dtype` (the old name of `dtype`) are accepted too, and `attn_implementation`, which decides nothing here. Any
+    other keyword becomes an attribute and is written back to config.json.
     ValueError, naming the field, for a value of a wrong type or out of range.
     """
 
@@ -103,13 +103,15 @@ class XLMRobertaConfig:
     architectures: list[str] | None = None
     transformers_version: str | None = None
     _name_or_path: str = ""
+    _attn_implementation: str | None = "sdpa"  # transformers' attention: taken and told, neither used nor written
 
     def __init__(self, **values: Any) -> None:
         values = _own_copy(values)
         defaults = kind_of(values.get("model_type", self.model_type)).defaults
         torch_dtype, num_labels = values.pop("torch_dtype", None), values.pop("num_labels", None)
-        if "name_or_path" in values:
-            values["_name_or_path"] = values.pop("name_or_path")
+        for name in ("name_or_path", "attn_implementation"):
+            if name in values:
+                values[f"_{name}"] = values.pop(name)
         for own in fields(self):
             setattr(self, own.name, values.pop(own.name, defaults.get(own.name, own.default)))
         for name, value in values.items():
@@ -316,7 +318,8 @@ class XLMRobertaConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field and extra key, `dtype` as its name; a deep copy."""
         dtype = None if self.dtype is None else str(to_dtype(self.dtype)).removeprefix("torch.")
-        return {**_own_copy(vars(self)), "dtype": dtype}
+        kept = {name: value for name, value in vars(self).items() if name != "_attn_implementation"}
+        return {**_own_copy(kept), "dtype": dtype}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """`to_dict` without the fields that config.json leaves out at their default."""

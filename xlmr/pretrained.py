@@ -16,7 +16,7 @@ from . import checkpoint
 from .block import Block
 from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
-from .files import own_keywords
+from .files import own_keywords, to_dtype
 from .ops import Ops, resolve
 from .outputs import ModelOutput
 
@@ -108,6 +108,10 @@ class XLMRobertaPreTrainedModel(Block):
             if isinstance(module, XLMRobertaPreTrainedModel):
                 module._unpad = unpad
 
+    def set_attn_implementation(self, attn_implementation: str | None) -> None:
+        """Taken, so that code written for transformers runs: attention is computed by `ops` whatever its name there."""
+        self.config._attn_implementation = attn_implementation
+
     def backend_report(self) -> str:
         """Which path computes this model, and why, in words."""
         return self._why
@@ -139,6 +143,16 @@ class XLMRobertaPreTrainedModel(Block):
         """A model in eval mode from a checkpoint directory or hub name; see xlmr.checkpoint.load_model for the keywords
         (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""
         return checkpoint.load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def _from_config(
+        cls, config: XLMRobertaConfig, *, dtype: Any = None, torch_dtype: Any = None, **options: Any
+    ) -> Any:
+        """A model with first values, in `dtype` or else that of the configuration, which is told of it: what
+        transformers' AutoModel.from_config calls."""
+        dtype = next((given for given in (dtype, torch_dtype, config.dtype) if given is not None), None)
+        config.dtype = None if dtype is None else to_dtype(dtype)
+        return cls(config, **own_keywords(options)).to(config.dtype)
 
     def save_pretrained(
         self,

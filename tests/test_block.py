@@ -122,6 +122,19 @@ def test_hooks_see_the_references_positional_arguments() -> None:
             torch.testing.assert_close(*(args[1].expand(B, 1, S, S) for args in seen))
 
 
+def test_blocks_of_a_users_own_model() -> None:
+    reference, ours = build("Model")
+    layer, x = reference.encoder.layer[1], torch.randn(B, S, 32)
+    sees = torch.zeros(B, 1, S, S).masked_fill(~RIGHT[:, None, None].bool(), -torch.inf)
+    own = tree.XLMRobertaLayer(ours.config), tree.XLMRobertaAttention(ours.config), tree.XLMRobertaEncoder(ours.config)
+    for block, theirs in zip(own, (layer, layer.attention, reference.encoder), strict=True):
+        block.eval().load_state_dict(theirs.state_dict())
+        found, expected = (block(x, sees), theirs(x, sees))
+        if not isinstance(found, torch.Tensor):
+            found, expected = found[0], expected[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_global_hooks_are_called() -> None:
     _, ours = build("Model")
     called = set()

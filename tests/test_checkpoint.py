@@ -245,6 +245,8 @@ def test_what_transformers_is_told_about_loading(saved: Path) -> None:
     how = {
         "attn_implementation": "sdpa", "low_cpu_mem_usage": True, "trust_remote_code": False, "use_safetensors": True,
         "weights_only": True, "variant": None, "quantization_config": None, "force_download": False,
+        "generation_config": None, "adapter_kwargs": None, "offload_buffers": False, "tp_plan": None,
+        "use_kernels": False,
     }  # fmt: skip
     for device_map in (None, "cpu", "auto", {"": "cpu"}, torch.device("cpu")):
         load_both("XLMRobertaModel", directory, **how, device_map=device_map)
@@ -289,6 +291,7 @@ def test_what_transformers_is_told_about_saving(tmp_path: Path) -> None:
         "save_function": torch.save,
         "push_to_hub": False,
         "variant": None,
+        "save_original_format": True,
         "max_shard_size": "1.5GB",
     }
     model.save_pretrained(save_directory=tmp_path / "a", is_main_process=True, state_dict=model.state_dict(), **how)

@@ -42,7 +42,7 @@ from .varlen import Layout, Sequences, packed_positions
 
 
 class XLMRobertaSelfAttention(AttentionBlock):
-    def __init__(self, config: XLMRobertaConfig, layer_idx: int, cross: bool = False):
+    def __init__(self, config: XLMRobertaConfig, layer_idx: int = 0, cross: bool = False):
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
         self.attention_head_size = config.hidden_size // config.num_attention_heads
@@ -132,7 +132,7 @@ class XLMRobertaIntermediate(RowBlock):
 class XLMRobertaAttention(AttentionBlock):
     contains = ("self", "output")
 
-    def __init__(self, config: XLMRobertaConfig, layer_idx: int, cross: bool = False):
+    def __init__(self, config: XLMRobertaConfig, layer_idx: int = 0, cross: bool = False):
         super().__init__()
         self.is_cross_attention = cross
         self.self = XLMRobertaSelfAttention(config, layer_idx, cross)
@@ -147,7 +147,7 @@ class XLMRobertaAttention(AttentionBlock):
 class XLMRobertaLayer(SequenceBlock):
     contains: tuple[str, ...] = ("attention", "intermediate", "output")
 
-    def __init__(self, config: XLMRobertaConfig, layer_idx: int):
+    def __init__(self, config: XLMRobertaConfig, layer_idx: int = 0):
         super().__init__()
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
         self.is_causal = config.is_decoder

@@ -94,6 +94,13 @@ def test_a_mask_for_each_query() -> None:
         same(ours(tokens, slopes).last_hidden_state, reference(tokens, slopes).last_hidden_state)
 
 
+def test_a_mask_for_all_texts() -> None:
+    reference, ours = build("Model")
+    tokens = ids(None)
+    same(ours(tokens, torch.ones(1, S))[0], reference(tokens, torch.ones(1, S))[0])
+    assert torch.equal(ours(tokens, RIGHT[1:2])[0], ours(tokens, RIGHT[1:2].expand(B, S))[0])  # transformers refuses it
+
+
 @settings(max_examples=40)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.integers(0, 99))
 def test_packed_entry_equals_each_text_alone(lengths: list[int], causal: bool, seed: int) -> None:

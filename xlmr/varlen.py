@@ -119,8 +119,8 @@ def plan(
 ) -> Layout:
     """Decides which rows of a batch are computed; one host read at most (two for a 4-D mask).
 
-    mask: [B, K], any dtype, non-zero keeps; or [B, S, K] / [B, 1 | H, S, K], bool (True keeps) or additive float; one
-    whose query rows are all equal is a key-padding mask; None keeps all. K is `keys`: S, more with past keys, or the
+    mask: [B | 1, K], any dtype, non-zero keeps; or [B, S, K] / [B, 1 | H, S, K], bool (True keeps) or additive float;
+    one whose query rows are all equal is a key-padding mask; None keeps all. K is `keys`: S, more with past keys, or the
     length of the other sequence in cross attention. Tokens whose mask is 0 are left out, unless the answer depends on
     one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
     head reads column 0) while a row's first token is masked; a label ≠ −100 where the mask is 0; a row with no real
@@ -135,9 +135,11 @@ def plan(
         causal = False
         mask, dense = _reduce(mask, batch, seqlen, keys)
     keep = None if mask is None else mask.to(device) != 0
+    if keep is not None and keep.shape == (1, keys):
+        keep = keep.expand(batch, keys)
     if keep is not None and keep.shape != (batch, keys):
         raise ValueError(
-            f"attention_mask has shape {tuple(keep.shape)}: allowed are [batch, keys] = {(batch, keys)}, "
+            f"attention_mask has shape {tuple(keep.shape)}: allowed are [batch | 1, keys] = {(batch, keys)}, "
             f"[batch, 1 | heads, {seqlen}, {keys}] and None"
         )
     if dense is not None:

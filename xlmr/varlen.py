@@ -120,9 +120,9 @@ def plan(
     """Decides which rows of a batch are computed; one host read at most (two for a 4-D mask).
 
     mask: [B | 1, K], any dtype, non-zero keeps; or [B, S, K] / [B, 1 | H, S, K], bool (True keeps) or additive float;
-    one whose query rows are all equal is a key-padding mask; None keeps all. K is `keys`: S, more with past keys, or the
-    length of the other sequence in cross attention. Tokens whose mask is 0 are left out, unless the answer depends on
-    one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
+    one whose query rows are all equal is a key-padding mask; None keeps all. K is `keys`: S, more with past keys, or
+    the length of the other sequence in cross attention. Tokens whose mask is 0 are left out, unless the answer depends
+    on one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
     head reads column 0) while a row's first token is masked; a label ≠ −100 where the mask is 0; a row with no real
     token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself). Where
     values must decide nothing (see `symbolic`), nothing is read: every position is computed, under a dense mask.

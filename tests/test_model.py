@@ -159,6 +159,16 @@ def test_masks_in_float64(hooked: bool) -> None:
             torch.testing.assert_close(found[real], expected[real], atol=1e-12, rtol=1e-12)
 
 
+def test_attention_weights_under_autocast() -> None:
+    """fp32, as the softmax that gives them, and as numpy needs them."""
+    reference, ours = build("Model")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for mine, theirs in zip(
+            *(m(ids(), RIGHT, output_attentions=True).attentions for m in (ours, reference)), strict=True
+        ):
+            assert mine.dtype == theirs.dtype == torch.float32
+
+
 # Positions, limits and bad input
 
 

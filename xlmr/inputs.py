@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .block import Collected, Pass, begin
 from .cache import KeyValueCache
 from .config import XLMRobertaConfig
-from .varlen import symbolic
+from .varlen import tracing
 
 INTEGERS = (torch.int64, torch.int32)
 TOKENIZER = "; use the tokenizer that belongs to this checkpoint"
@@ -164,11 +164,11 @@ def check_range(name: str, ids: Tensor, size: int, setting: str, advice: str = "
 
 def readable(values: Tensor) -> bool:
     """Whether looking at the values costs no synchronisation and decides nothing that a trace would keep."""
-    return values.device.type == "cpu" and not _recorded(values.device)
+    return values.device.type == "cpu" and not _recorded()
 
 
-def _recorded(device: torch.device) -> bool:
-    return torch.compiler.is_compiling() or symbolic(device)
+def _recorded() -> bool:
+    return torch.compiler.is_compiling() or tracing()
 
 
 def _require(right: Tensor, what: str, values: Tensor) -> None:
@@ -228,7 +228,7 @@ def check_packed(tables: Tables, input_ids: Tensor, cu_seqlens: Tensor, max_seql
     if rows is not None:
         if rows.dim() != 1 or rows.dtype not in INTEGERS:
             raise ValueError(f"rows is {tuple(rows.shape)} of {rows.dtype}: it must be torch.long [rows]")
-        if not _recorded(rows.device):
+        if not _recorded():
             what = "rows must be sorted: give rows.sort().values, and put the result back in your order"
             _require((rows.diff() >= 0).all(), what, rows)
         check_range("rows", rows, input_ids.numel(), "the number of tokens")
@@ -239,7 +239,7 @@ def check_packed(tables: Tables, input_ids: Tensor, cu_seqlens: Tensor, max_seql
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in INTEGERS:
         given = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         raise ValueError(f"cu_seqlens is {given}: it must be int32 or int64 [batch + 1]")
-    if not _recorded(cu_seqlens.device):
+    if not _recorded():
         lens, tokens = cu_seqlens.diff(), input_ids.numel()
         right = (lens.clamp(0, max_seqlen) == lens).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
         what = f"cu_seqlens must rise from 0 to {tokens} (the tokens) in steps of at most max_seqlen = {max_seqlen}"

@@ -125,7 +125,7 @@ def plan(
     on one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
     head reads column 0) while a row's first token is masked; a label ≠ −100 where the mask is 0; a row with no real
     token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself). Where
-    values must decide nothing (see `symbolic`), nothing is read: every position is computed, under a dense mask.
+    values must decide nothing (see `tracing`), nothing is read: every position is computed, under a dense mask.
     """
     if reads_first and batch and not seqlen:
         raise ValueError("the sequences have no token, and the first of each is read: give <s> and </s> at least")
@@ -144,7 +144,7 @@ def plan(
         )
     if dense is not None:
         return replace(_every_row(batch, seqlen, keys, device), dense=dense)
-    if symbolic(device):
+    if tracing() or device.type == "meta":
         keep = torch.ones(batch, keys, dtype=torch.bool, device=device) if keep is None else keep
         return replace(_every_row(batch, seqlen, keys, device), dense=_dense(keep, seqlen, keys, causal, device))
     if keep is None or keep.numel() == 0:
@@ -221,7 +221,7 @@ def _reduce(mask: Tensor, batch: int, seqlen: int, keys: int) -> tuple[Tensor | 
         mask = additive(mask != 0, torch.float32)
     lowest = torch.finfo(mask.dtype).min
     mask = mask.to(torch.promote_types(mask.dtype, torch.float32))  # which holds the bounds of any dtype of scores
-    if symbolic(mask.device):
+    if tracing() or mask.is_meta:
         return None, mask
     row = mask[:, :1, :1]
     binary = (row == 0) | (row <= lowest / 2)
@@ -243,10 +243,10 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
-def symbolic(device: torch.device) -> bool:
+def tracing() -> bool:
     """Whether values must decide nothing: torch.jit.trace or torch.export records this call for other inputs, a
-    transform of torch.func runs it for many at once, or tensors are fake or on the meta device and have none."""
-    if device.type == "meta" or torch.jit.is_tracing():
+    transform of torch.func runs it for many at once, or its tensors are fake and have none."""
+    if torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         # is_exporting() is True inside torch.compile as well, up to torch 2.11; the flag behind it is not.

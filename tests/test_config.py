@@ -247,6 +247,7 @@ def test_an_invalid_change_is_not_saved(tmp_path: Path) -> None:
 def test_how_transformers_computes_attention_is_taken_and_not_written() -> None:
     config = XLMRobertaConfig(attn_implementation="eager")
     assert (config._attn_implementation, XLMRobertaConfig()._attn_implementation) == ("eager", "sdpa")
+    assert XLMRobertaConfig.from_dict({}, attn_implementation="eager")._attn_implementation == "eager"
     assert "attn" not in config.to_json_string(use_diff=False)
     assert config == XLMRobertaConfig()
     model = xlmr.XLMRobertaModel(XLMRobertaConfig(hidden_size=12, num_hidden_layers=0))

@@ -186,7 +186,8 @@ class XLMRobertaConfig:
         """Build from a dictionary of fields, then `overrides`, of which those that are neither a field nor in it are a
         TypeError, or with `return_unused_kwargs` in the dictionary beside the result."""
         values = {name: value for name, value in values.items() if name != "max_length"}  # of text generation, in 4.x
-        known = {own.name for own in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
+        known = {own.name for own in fields(cls)} | set(values)
+        known |= {"num_labels", "torch_dtype", "name_or_path", "attn_implementation"}
         given = inspect.signature(cls).parameters.values()  # a subclass written elsewhere may add some
         known |= {parameter.name for parameter in given if parameter.kind is not parameter.VAR_KEYWORD}
         unused = {name: value for name, value in overrides.items() if name not in known}

@@ -135,6 +135,21 @@ def test_blocks_of_a_users_own_model() -> None:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_wrapped_encoder() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, block: nn.Module):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.block(*args, **kwargs)
+
+    reference, ours = build("Model")
+    ours.encoder = Wrapper(ours.encoder)
+    tokens = ids()
+    same(ours(tokens, RIGHT).last_hidden_state, reference(tokens, RIGHT).last_hidden_state, RIGHT, atol=1e-5)
+
+
 def test_global_hooks_are_called() -> None:
     _, ours = build("Model")
     called = set()

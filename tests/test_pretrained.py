@@ -185,6 +185,23 @@ def test_a_language_model_inside_another_stays_tied(tmp_path: Any) -> None:
         assert lm.lm_head.decoder.bias is lm.lm_head.bias
 
 
+def test_checkpointing_reaches_every_encoder_in_a_users_model() -> None:
+    class Siamese(xlmr.XLMRobertaPreTrainedModel):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.left = xlmr.XLMRobertaModel(config)
+            self.right = xlmr.XLMRobertaModel(config)
+            self.post_init()
+
+    model = Siamese(xlmr.XLMRobertaConfig(**TINY)).train()
+    model.gradient_checkpointing_enable()
+    calls = []
+    for side in (model.left, model.right):
+        side.encoder.layer[1].output.dense.register_forward_hook(lambda *_: calls.append(1))
+        side(ids()).last_hidden_state.sum().backward()
+    assert len(calls) == 4  # once more in each backward pass
+
+
 def test_ties_are_named_as_in_transformers_5() -> None:
     class Scorer(xlmr.XLMRobertaForMaskedLM):
         _tied_weights_keys = ["lm_head.decoder.weight"]  # noqa: RUF012

@@ -286,7 +286,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """The forward pass up to the last layer's rows; `needs` (reads_first, labels, every_position) go to
         varlen.plan. `wanted` names the only rows (sorted int64 [R]) that the caller reads of the last layer: where
         nothing else is to be seen, no other is computed there."""
-        if self.encoder.checkpointing is not None and self.training:
+        if getattr(self.encoder, "checkpointing", None) is not None and self.training:
             if inputs.past_key_values is not None:
                 raise ValueError("gradient checkpointing computes layers twice, which a cache would remember: leave "
                                  "out past_key_values, or call gradient_checkpointing_disable()")  # fmt: skip
@@ -347,5 +347,5 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
 
     def hand_to_new_layers(self) -> None:
         """Gives the model's ops to layers that were added after it was built."""
-        if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in self.encoder.layer):
+        if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in getattr(self.encoder, "layer", ())):
             self._hand_down(self._ops, self._why)

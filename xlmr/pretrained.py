@@ -299,16 +299,21 @@ class XLMRobertaPreTrainedModel(Block):
         """Recomputes every n-th layer in the backward pass instead of keeping its activations."""
         if offload or every_n_layers < 1:
             raise ValueError(f"every_n_layers {every_n_layers}, offload {offload}: allowed are at least 1, and False")
-        encoder = self.base_model.encoder
-        encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        encoder.checkpoint_every = every_n_layers
+        for encoder in self._encoders():
+            encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+            encoder.checkpoint_every = every_n_layers
 
     def activation_checkpointing_disable(self) -> None:
-        self.base_model.encoder.checkpointing = None
+        for encoder in self._encoders():
+            encoder.checkpointing = None
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        return self.base_model.encoder.checkpointing is not None
+        return any(encoder.checkpointing is not None for encoder in self._encoders())
+
+    def _encoders(self) -> list[Any]:
+        """The encoders in this model: one as a rule, more where somebody put several base models into his own."""
+        return [module for module in self.modules() if isinstance(module, Block) and "checkpointing" in vars(module)]
 
     # The names before transformers 5.23, which PEFT and most code still use.
 

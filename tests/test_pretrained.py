@@ -98,6 +98,10 @@ def test_outputs_are_rebuilt_as_other_libraries_do() -> None:
     assert list(again) == ["loss", "logits", "attentions"]
     again.attentions = None
     assert list(again) == ["loss", "logits"]
+    again.vectors = out.logits  # an attribute that is no field is the caller's own
+    assert list(again) == ["loss", "logits"]
+    again["vectors"] = out.logits
+    assert list(again) == ["loss", "logits", "vectors"]
     with pytest.raises(TypeError, match="has no fields 'vectors'"):
         type(out)({"vectors": out.logits})
 
@@ -185,7 +189,7 @@ def test_a_language_model_inside_another_stays_tied(tmp_path: Any) -> None:
         assert lm.lm_head.decoder.bias is lm.lm_head.bias
 
 
-def test_checkpointing_reaches_every_encoder_in_a_users_model() -> None:
+def test_settings_reach_every_encoder_in_a_users_model() -> None:
     class Siamese(xlmr.XLMRobertaPreTrainedModel):
         def __init__(self, config: Any):
             super().__init__(config)
@@ -200,6 +204,11 @@ def test_checkpointing_reaches_every_encoder_in_a_users_model() -> None:
         side.encoder.layer[1].output.dense.register_forward_hook(lambda *_: calls.append(1))
         side(ids()).last_hidden_state.sum().backward()
     assert len(calls) == 4  # once more in each backward pass
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    assert all(side(ids()).last_hidden_state.requires_grad for side in (model.left, model.right))
+    model.disable_input_require_grads()
+    assert not model.left(ids()).last_hidden_state.requires_grad
 
 
 def test_ties_are_named_as_in_transformers_5() -> None:

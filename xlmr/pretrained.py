@@ -299,21 +299,21 @@ class XLMRobertaPreTrainedModel(Block):
         """Recomputes every n-th layer in the backward pass instead of keeping its activations."""
         if offload or every_n_layers < 1:
             raise ValueError(f"every_n_layers {every_n_layers}, offload {offload}: allowed are at least 1, and False")
-        for encoder in self._encoders():
+        for encoder in self._owners("checkpointing"):
             encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
             encoder.checkpoint_every = every_n_layers
 
     def activation_checkpointing_disable(self) -> None:
-        for encoder in self._encoders():
+        for encoder in self._owners("checkpointing"):
             encoder.checkpointing = None
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        return any(encoder.checkpointing is not None for encoder in self._encoders())
+        return any(encoder.checkpointing is not None for encoder in self._owners("checkpointing"))
 
-    def _encoders(self) -> list[Any]:
-        """The encoders in this model: one as a rule, more where somebody put several base models into his own."""
-        return [module for module in self.modules() if isinstance(module, Block) and "checkpointing" in vars(module)]
+    def _owners(self, setting: str) -> list[Any]:
+        """The blocks with that attribute: one as a rule, more where somebody put several base models into his own."""
+        return [module for module in self.modules() if isinstance(module, Block) and setting in vars(module)]
 
     # The names before transformers 5.23, which PEFT and most code still use.
 
@@ -331,7 +331,9 @@ class XLMRobertaPreTrainedModel(Block):
 
     def enable_input_require_grads(self) -> None:
         """Makes the embeddings' output require gradients, so that a frozen model passes them on to adapters."""
-        self.base_model.embeddings.require_grads = True
+        for embeddings in self._owners("require_grads"):
+            embeddings.require_grads = True
 
     def disable_input_require_grads(self) -> None:
-        self.base_model.embeddings.require_grads = False
+        for embeddings in self._owners("require_grads"):
+            embeddings.require_grads = False

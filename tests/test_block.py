@@ -122,6 +122,34 @@ def test_hooks_see_the_references_positional_arguments() -> None:
             torch.testing.assert_close(*(args[1].expand(B, 1, S, S) for args in seen))
 
 
+def test_blocks_of_a_users_own_model() -> None:
+    reference, ours = build("Model")
+    layer, x = reference.encoder.layer[1], torch.randn(B, S, 32)
+    sees = torch.zeros(B, 1, S, S).masked_fill(~RIGHT[:, None, None].bool(), -torch.inf)
+    own = tree.XLMRobertaLayer(ours.config), tree.XLMRobertaAttention(ours.config), tree.XLMRobertaEncoder(ours.config)
+    for block, theirs in zip(own, (layer, layer.attention, reference.encoder), strict=True):
+        block.eval().load_state_dict(theirs.state_dict())
+        found, expected = (block(x, sees), theirs(x, sees))
+        if not isinstance(found, torch.Tensor):
+            found, expected = found[0], expected[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_wrapped_encoder() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, block: nn.Module):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.block(*args, **kwargs)
+
+    reference, ours = build("Model")
+    ours.encoder = Wrapper(ours.encoder)
+    tokens = ids()
+    same(ours(tokens, RIGHT).last_hidden_state, reference(tokens, RIGHT).last_hidden_state, RIGHT, atol=1e-5)
+
+
 def test_global_hooks_are_called() -> None:
     _, ours = build("Model")
     called = set()

@@ -177,6 +177,18 @@ def test_shards_of_transformers(saved: Path, tmp_path: Path) -> None:
     load_both("XLMRobertaForMaskedLM", tmp_path)
 
 
+def test_the_hub_is_asked_again_where_the_caller_says_so(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, filename: str, **options: Any) -> str:
+        asked.append((filename, options["force_download"]))
+        return str(saved / "XLMRobertaModel" / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    XLMRobertaModel.from_pretrained("someone/model", force_download=True)
+    assert asked == [("config.json", True), ("model.safetensors", True)]
+
+
 def test_a_hub_name_from_the_cache(saved: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models--org--model"
     model = XLMRobertaForMaskedLM.from_pretrained(saved / "XLMRobertaForMaskedLM")
@@ -234,6 +246,8 @@ def test_what_transformers_is_told_about_loading(saved: Path) -> None:
     how = {
         "attn_implementation": "sdpa", "low_cpu_mem_usage": True, "trust_remote_code": False, "use_safetensors": True,
         "weights_only": True, "variant": None, "quantization_config": None, "force_download": False,
+        "generation_config": None, "adapter_kwargs": None, "offload_buffers": False, "tp_plan": None,
+        "use_kernels": False,
     }  # fmt: skip
     for device_map in (None, "cpu", "auto", {"": "cpu"}, torch.device("cpu")):
         load_both("XLMRobertaModel", directory, **how, device_map=device_map)
@@ -278,6 +292,7 @@ def test_what_transformers_is_told_about_saving(tmp_path: Path) -> None:
         "save_function": torch.save,
         "push_to_hub": False,
         "variant": None,
+        "save_original_format": True,
         "max_shard_size": "1.5GB",
     }
     model.save_pretrained(save_directory=tmp_path / "a", is_main_process=True, state_dict=model.state_dict(), **how)

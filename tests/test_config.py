@@ -168,6 +168,9 @@ def test_overrides(tmp_path: Path) -> None:
         read(path, num_layers=3)
     with pytest.raises(TypeError, match="'rest' is no field of OwnConfig"):
         OwnConfig.from_pretrained(path, rest=2)
+    for kind in (transformers.XLMRobertaConfig, XLMRobertaConfig):
+        config, unused = kind.from_pretrained(path, return_unused_kwargs=True, rest=2, hidden_dropout_prob=0.3)
+        assert (config.hidden_dropout_prob, unused) == (0.3, {"rest": 2})
     own = OwnConfig.from_pretrained(path, crf=True)
     own.save_pretrained(tmp_path / "own")
     assert own.crf is OwnConfig.from_pretrained(tmp_path / "own").crf is True
@@ -239,6 +242,17 @@ def test_an_invalid_change_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hidden_size is '768'"):
         config.save_pretrained(tmp_path)
     assert XLMRobertaConfig.from_pretrained(tmp_path) == XLMRobertaConfig()
+
+
+def test_how_transformers_computes_attention_is_taken_and_not_written() -> None:
+    config = XLMRobertaConfig(attn_implementation="eager")
+    assert (config._attn_implementation, XLMRobertaConfig()._attn_implementation) == ("eager", "sdpa")
+    assert XLMRobertaConfig.from_dict({}, attn_implementation="eager")._attn_implementation == "eager"
+    assert "attn" not in config.to_json_string(use_diff=False)
+    assert config == XLMRobertaConfig()
+    model = xlmr.XLMRobertaModel(XLMRobertaConfig(hidden_size=12, num_hidden_layers=0))
+    model.set_attn_implementation("flash_attention_2")
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_no_configuration_there(tmp_path: Path) -> None:

@@ -89,6 +89,10 @@ def test_generate() -> None:
     assert torch.equal(ours.generate(prompt, max_length=14), expected)
     with pytest.raises(ValueError, match="45 tokens: this model takes at most 40"):
         ours.generate(prompt, max_new_tokens=40)
+    assert torch.equal(ours.generate(prompt, max_new_tokens=9, num_beams=1, streamer=None), expected)
+    for given, words in (({"num_beams": 4}, "num_beams is 4: only 1 is offered"), ({"beams": 4}, "argument 'beams'")):
+        with pytest.raises(TypeError, match=words):
+            ours.generate(prompt, **given)
     _, encoder = build("ForCausalLM")
     with pytest.raises(ValueError, match="is_decoder is False"):
         encoder.generate(prompt)

@@ -196,6 +196,11 @@ def test_refusals_say_what_is_allowed() -> None:
     ):
         with pytest.raises((ValueError, TypeError, IndexError), match=words):
             ours(**call)
+    for name, labels in (("ForTokenClassification", ids), ("ForSequenceClassification", ids[:, 0])):
+        with pytest.raises(TypeError, match="labels is a list: give a tensor"):
+            build(name)[1](ids, labels=labels.tolist())
+    with pytest.raises(TypeError, match="start_positions is a list: give a tensor"):
+        build("ForQuestionAnswering")[1](ids, start_positions=[1, 2], end_positions=[1, 2])
     with pytest.raises(TypeError, match="head_mask"):
         ours(ids, head_mask=None)
     assert ours(ids[:, :0]).logits.shape == (2, 0, 97)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import LENGTHS, RIGHT, B, S, build, ids, keep, masks, same
+from reference import LENGTHS, RIGHT, B, S, assert_same, build, gradients, ids, keep, masks, reference_mask, same
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xlmr
 from xlmr.ops import EAGER
@@ -93,6 +94,13 @@ def test_a_mask_for_each_query() -> None:
         same(ours(tokens, slopes).last_hidden_state, reference(tokens, slopes).last_hidden_state)
 
 
+def test_a_mask_for_all_texts() -> None:
+    reference, ours = build("Model")
+    tokens = ids(None)
+    same(ours(tokens, torch.ones(1, S))[0], reference(tokens, torch.ones(1, S))[0])
+    assert torch.equal(ours(tokens, RIGHT[1:2])[0], ours(tokens, RIGHT[1:2].expand(B, S))[0])  # transformers refuses it
+
+
 @settings(max_examples=40)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.integers(0, 99))
 def test_packed_entry_equals_each_text_alone(lengths: list[int], causal: bool, seed: int) -> None:
@@ -135,13 +143,71 @@ def test_a_masked_query_stays_finite_in_half_precision() -> None:
         assert ours.half()(ids(None), sees).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_masks_in_float64(hooked: bool) -> None:
+    """Whose range is beyond that of the masks' own fp32."""
+    reference, ours = (model.double() for model in build("Model"))
+    if hooked:
+        ours.encoder.layer[1].register_forward_hook(lambda *_: None)
+    sees = (torch.rand(B, 1, S, S) < 0.6) | torch.eye(S, dtype=torch.bool)
+    tokens = ids(None)
+    with torch.no_grad():
+        for mask in (sees, masks()["holes"]):
+            expected = reference(tokens, reference_mask(mask, torch.float64))[0]
+            found = ours(tokens, mask, output_attentions=True)[0]
+            real = mask == 1 if mask.dim() == 2 else ...
+            torch.testing.assert_close(found[real], expected[real], atol=1e-12, rtol=1e-12)
+
+
+def test_attention_weights_under_autocast() -> None:
+    """fp32, as the softmax that gives them, and as numpy needs them."""
+    reference, ours = build("Model")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for mine, theirs in zip(
+            *(m(ids(), RIGHT, output_attentions=True).attentions for m in (ours, reference)), strict=True
+        ):
+            assert mine.dtype == theirs.dtype == torch.float32
+
+
 # Positions, limits and bad input
 
 
-def test_shapes_on_the_meta_device() -> None:
-    for name in ("Model", "ForMaskedLM", "ForSequenceClassification"):
-        theirs, ours = ([t.shape for t in m.to("meta")(ids(None).to("meta")).to_tuple()] for m in build(name))
-        assert ours == theirs
+@pytest.mark.parametrize("mask", [None, RIGHT, RIGHT[:, None].expand(B, S, S)])
+@pytest.mark.parametrize("name", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+def test_shapes_without_values(name: str, mask: Tensor | None) -> None:
+    """On the meta device, and of fake tensors, from which tools tell memory and time before they take them."""
+    models = build(name)
+    expected = [t.shape for t in models[0](ids(None)).to_tuple()]
+    meta = None if mask is None else mask.to("meta")
+    assert [t.shape for t in models[1].to("meta")(ids(None).to("meta"), meta).to_tuple()] == expected
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model = type(models[1])(models[1].config)
+        found = model(fake.from_tensor(ids(None)), None if mask is None else fake.from_tensor(mask))
+    assert [t.shape for t in found.to_tuple()] == expected
+
+
+@pytest.mark.parametrize("mask", [None, RIGHT])
+def test_gradients_of_each_text_alone_in_one_pass(mask: Tensor | None) -> None:
+    """torch.func.vmap of grad, as for differential privacy."""
+    _, ours = build("ForSequenceClassification", num_hidden_layers=1)
+    weights = {name: parameter.detach() for name, parameter in ours.named_parameters()}
+    tokens, labels = ids(mask), torch.randint(0, 3, (B,))
+
+    def loss(weights: dict[str, Tensor], tokens: Tensor, label: Tensor, mask: Tensor | None) -> Tensor:
+        given = {
+            "input_ids": tokens[None],
+            "labels": label[None],
+            "attention_mask": None if mask is None else mask[None],
+        }
+        return torch.func.functional_call(ours, weights, (), given).loss
+
+    over = (None, 0, 0, None if mask is None else 0)
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=over)(weights, tokens, labels, mask)
+    for i in range(B):
+        expected = gradients(
+            ours, ours(tokens[i, None], None if mask is None else mask[i, None], labels=labels[i, None]).loss
+        )
+        assert_same({name: gradient[i] for name, gradient in found.items()}, expected)
 
 
 @pytest.mark.parametrize("pad", [5, 96, None])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from reference import RIGHT, TINY, B, build, ids, inputs
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import xlmr
@@ -97,8 +98,21 @@ def test_outputs_are_rebuilt_as_other_libraries_do() -> None:
     assert list(again) == ["loss", "logits", "attentions"]
     again.attentions = None
     assert list(again) == ["loss", "logits"]
+    again.vectors = out.logits  # an attribute that is no field is the caller's own
+    assert list(again) == ["loss", "logits"]
+    again["vectors"] = out.logits
+    assert list(again) == ["loss", "logits", "vectors"]
     with pytest.raises(TypeError, match="has no fields 'vectors'"):
         type(out)({"vectors": out.logits})
+
+
+def test_a_model_from_a_configuration_alone() -> None:
+    for library in (transformers, xlmr):
+        model = library.XLMRobertaForMaskedLM._from_config(library.XLMRobertaConfig(**TINY, dtype="bfloat16"))
+        assert (model.dtype, model.training) == (torch.bfloat16, True)
+        how = {"attn_implementation": "eager", "torch_dtype": "float16"}
+        assert library.XLMRobertaModel._from_config(model.config, dtype=torch.float64).config.dtype == torch.float64
+        assert library.XLMRobertaModel._from_config(library.XLMRobertaConfig(**TINY), **how).dtype == torch.float16
 
 
 def test_a_head_written_elsewhere_loads(tmp_path: Any) -> None:
@@ -156,6 +170,68 @@ def test_a_head_written_elsewhere_comes_back_with_its_buffers(tmp_path: Any) -> 
     assert not any(info.values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_a_language_model_inside_another_stays_tied(tmp_path: Any) -> None:
+    class Scorer(xlmr.XLMRobertaPreTrainedModel):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.lm = xlmr.XLMRobertaForMaskedLM(config)
+            self.post_init()
+
+    model = Scorer(xlmr.XLMRobertaConfig(**TINY))
+    model.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "decoder" in name]
+    again, info = Scorer.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for lm in (model.lm, again.lm):
+        assert lm.lm_head.decoder.weight is lm.get_input_embeddings().weight
+        assert lm.lm_head.decoder.bias is lm.lm_head.bias
+
+
+def test_settings_reach_every_encoder_in_a_users_model() -> None:
+    class Siamese(xlmr.XLMRobertaPreTrainedModel):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.left = xlmr.XLMRobertaModel(config)
+            self.right = xlmr.XLMRobertaModel(config)
+            self.post_init()
+
+    model = Siamese(xlmr.XLMRobertaConfig(**TINY)).train()
+    model.gradient_checkpointing_enable()
+    calls = []
+    for side in (model.left, model.right):
+        side.encoder.layer[1].output.dense.register_forward_hook(lambda *_: calls.append(1))
+        side(ids()).last_hidden_state.sum().backward()
+    assert len(calls) == 4  # once more in each backward pass
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    assert all(side(ids()).last_hidden_state.requires_grad for side in (model.left, model.right))
+    model.disable_input_require_grads()
+    assert not model.left(ids()).last_hidden_state.requires_grad
+
+
+def test_ties_are_named_as_in_transformers_5() -> None:
+    class Scorer(xlmr.XLMRobertaForMaskedLM):
+        _tied_weights_keys = ["lm_head.decoder.weight"]  # noqa: RUF012
+
+    with pytest.raises(TypeError, match=r"_tied_weights_keys of Scorer is \['lm_head.*: give {tied: tied to}"):
+        Scorer(xlmr.XLMRobertaConfig(**TINY))
+
+
+@pytest.mark.parametrize("library", [transformers, xlmr])
+def test_keywords_that_are_no_field_go_to_a_constructor_that_takes_any(tmp_path: Any, library: Any) -> None:
+    class Scorer(library.XLMRobertaPreTrainedModel):
+        def __init__(self, config: Any, num_labels: int = 2, **options: Any):
+            super().__init__(config)
+            self.roberta = library.XLMRobertaModel(config)
+            self.options = options
+            self.post_init()
+
+    build("Model")[1].save_pretrained(tmp_path)
+    model = Scorer.from_pretrained(tmp_path, num_labels=3, margin=0.5, hidden_dropout_prob=0.2)
+    assert model.options == {"margin": 0.5}
+    assert (model.config.num_labels, model.config.hidden_dropout_prob) == (3, 0.2)
 
 
 @pytest.mark.parametrize("outer", [transformers, xlmr])

@@ -125,7 +125,8 @@ class Pass:
     def mask(self, layout: Layout, causal: bool, dtype: torch.dtype) -> Tensor | None:
         """The additive mask [B, 1 | H, Q | 1, K] that the reference would hand to a layer."""
         if layout.dense is not None:
-            return layout.dense.clamp(min=torch.finfo(dtype).min).to(dtype)
+            dense = layout.dense.to(torch.promote_types(layout.dense.dtype, dtype))
+            return dense.clamp(min=torch.finfo(dtype).min).to(dtype)
         sees = None if layout.keep is None else layout.keep[:, None, None]
         if causal:
             keys, device = layout.sequences.max_k, layout.sequences.q_starts.device

@@ -48,6 +48,7 @@ def load_model(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     subfolder: str = "",
     use_safetensors: bool | None = None,
     variant: str | None = None,
@@ -65,7 +66,8 @@ def load_model(
     it; "auto" is the first GPU, or else the CPU.  use_safetensors, variant: as weights.read_weights takes them.
     key_mapping: regular expressions and what replaces them in the weights' names.  state_dict: weights that are copied
     instead of any files being read; name_or_dir may be None then, if there is a config.  overrides: fields of the
-    configuration, or keywords of the constructor of `cls`; those that files.own_keywords drops are taken too.
+    configuration, or keywords of the constructor of `cls` (one written elsewhere may take any); those that
+    files.own_keywords drops are taken too.
 
     Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
     `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return
@@ -73,7 +75,7 @@ def load_model(
     error_msgs.
 
     backend, unpad: as of the constructor, see XLMRobertaPreTrainedModel.  revision, cache_dir, token, local_files_only,
-    subfolder: the hub's, see files.resolve.
+    force_download, subfolder: the hub's, see files.resolve.
 
     On the CPU a parameter in the checkpoint's dtype is the mapped file, copied on write: files may be replaced, but not
     changed in place, while the model lives. OSError: no such checkpoint. RuntimeError: weights of another shape.
@@ -85,13 +87,11 @@ def load_model(
         "cache_dir": cache_dir,
         "token": token,
         "local_files_only": local_files_only,
+        "force_download": force_download,
         "subfolder": subfolder,
     }
     place = place_on(device, device_map)
-    overrides = own_keywords(overrides)
-    accepted = inspect.signature(cls.__init__).parameters
-    arguments = {name: overrides.pop(name) for name in list(overrides) if name in accepted}
-    config = _configuration(cls, name_or_dir if config is None else config, source, overrides)
+    config, arguments = _configuration(cls, name_or_dir if config is None else config, source, own_keywords(overrides))
     config.name_or_path = where = os.fspath(name_or_dir or "")
     if state_dict is None:
         refuse_adapter(where, **source)
@@ -186,17 +186,27 @@ def to_device(device: int | str | torch.device) -> torch.device:
     return found
 
 
-def _configuration(cls: Any, config: Any, source: dict[str, Any], overrides: dict[str, Any]) -> Any:
+def _configuration(
+    cls: Any, config: Any, source: dict[str, Any], overrides: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The configuration, with those of `overrides` that are fields, and what of them the constructor of `cls` takes."""
+    accepted = inspect.signature(cls.__init__).parameters
+    arguments = {name: value for name, value in overrides.items() if name in accepted}
     if isinstance(config, (str, os.PathLike)):
-        config = cls.config_class.from_pretrained(config, **source, **overrides)
+        config, unused = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **source, **overrides)
     elif hasattr(config, "to_dict"):
-        config = cls.config_class.from_dict(config.to_dict(), **overrides)
+        config, unused = cls.config_class.from_dict(config.to_dict(), return_unused_kwargs=True, **overrides)
     else:
         raise TypeError(f"config is a {type(config).__name__}; give a {cls.config_class.__name__} or a directory")
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the weights are quantised ({method}), which is not read; use the checkpoint they came from")
-    return config
+    theirs = not cls.__module__.startswith("xlmr.")
+    if theirs and any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        arguments |= unused
+    for name in unused.keys() - arguments.keys():
+        raise config.unknown_field(name)
+    return config, arguments
 
 
 def _choose_dtype(dtype: Any, config: Any, weights: Mapping[str, Tensor]) -> torch.dtype:
@@ -276,7 +286,7 @@ def _tie(model: Any, found: dict[str, Tensor]) -> dict[str, str]:
 
     Two that the file holds with different values stay untied, as in the reference.
     """
-    ties = dict(model._tied_weights_keys) if model.config.tie_word_embeddings else {}
+    ties = model.all_tied_weights_keys
     for tied, source in list(ties.items()):
         weight = found.pop(tied, None)
         if weight is None or _same(weight, found.setdefault(source, weight)):
@@ -358,7 +368,7 @@ def save_model(
     for name, weight in state.items():
         if weight.device.type == "meta":
             raise ValueError(f"{name} is on the meta device: it has no values to save")
-    for tied, source in model._tied_weights_keys.items() if model.config.tie_word_embeddings else ():
+    for tied, source in model.all_tied_weights_keys.items():
         if tied in state and source in state and _same(state[tied], state[source]):
             del state[tied]
     own = f"{model.base_model_prefix}."

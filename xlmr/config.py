@@ -65,8 +65,8 @@ class XLMRobertaConfig:
 
     model_type: one of xlmr.family.KINDS; "roberta", "camembert" and "bert" stand for those encoders, which the same
     model computes, with the defaults of their own transformers class. `num_labels` (names the labels LABEL_0 …) and
-    `torch_dtype` (the old name of `dtype`) are accepted too. Any other keyword becomes an attribute and is written back
-    to config.json.
+    `torch_dtype` (the old name of `dtype`) are accepted too, and `attn_implementation`, which decides nothing here. Any
+    other keyword becomes an attribute and is written back to config.json.
     ValueError, naming the field, for a value of a wrong type or out of range.
     """
 
@@ -103,13 +103,15 @@ class XLMRobertaConfig:
     architectures: list[str] | None = None
     transformers_version: str | None = None
     _name_or_path: str = ""
+    _attn_implementation: str | None = "sdpa"  # transformers' attention: taken and told, neither used nor written
 
     def __init__(self, **values: Any) -> None:
         values = _own_copy(values)
         defaults = kind_of(values.get("model_type", self.model_type)).defaults
         torch_dtype, num_labels = values.pop("torch_dtype", None), values.pop("num_labels", None)
-        if "name_or_path" in values:
-            values["_name_or_path"] = values.pop("name_or_path")
+        for name in ("name_or_path", "attn_implementation"):
+            if name in values:
+                values[f"_{name}"] = values.pop(name)
         for own in fields(self):
             setattr(self, own.name, values.pop(own.name, defaults.get(own.name, own.default)))
         for name, value in values.items():
@@ -147,17 +149,20 @@ class XLMRobertaConfig:
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         subfolder: str = "",
+        return_unused_kwargs: bool = False,
         **overrides: Any,
-    ) -> XLMRobertaConfig:
+    ) -> Any:
         """Read config.json from a directory or hub repository (or the JSON file given), then apply `overrides`.
 
-        OSError if there is no such file, ValueError if it is no valid configuration, TypeError for an override that is
-        neither a field nor a key of the file.
+        OSError if there is no such file, ValueError if it is no valid configuration. An override that is neither a
+        field nor a key of the file is a TypeError, or with `return_unused_kwargs` in the dictionary beside the result.
         """
         name_or_dir = os.fspath(pretrained_model_name_or_path)
         source: dict[str, Any] = {
             "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+            "force_download": force_download,
         }  # fmt: skip
         file = Path(name_or_dir)
         path = file if file.is_file() else resolve(name_or_dir, "config.json", subfolder=subfolder, **source)
@@ -165,7 +170,9 @@ class XLMRobertaConfig:
             raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, subfolder)}")
         values = read_json(path)
         try:
-            return cls.from_dict({**values, "name_or_path": name_or_dir}, **own_keywords(overrides))
+            return cls.from_dict(
+                {**values, "name_or_path": name_or_dir}, return_unused_kwargs, **own_keywords(overrides)
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -175,24 +182,31 @@ class XLMRobertaConfig:
         return cls.from_dict(read_json(path))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> XLMRobertaConfig:
-        """Build from a dictionary of fields, then `overrides`; TypeError for one that is neither a field nor in it."""
+    def from_dict(cls, values: dict[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """Build from a dictionary of fields, then `overrides`, of which those that are neither a field nor in it are a
+        TypeError, or with `return_unused_kwargs` in the dictionary beside the result."""
         values = {name: value for name, value in values.items() if name != "max_length"}  # of text generation, in 4.x
-        known = {own.name for own in fields(cls)} | {"num_labels", "torch_dtype", "name_or_path"} | set(values)
+        known = {own.name for own in fields(cls)} | set(values)
+        known |= {"num_labels", "torch_dtype", "name_or_path", "attn_implementation"}
         given = inspect.signature(cls).parameters.values()  # a subclass written elsewhere may add some
         known |= {parameter.name for parameter in given if parameter.kind is not parameter.VAR_KEYWORD}
-        for name in overrides:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                raise TypeError(
-                    f"{name!r} is no field of {cls.__name__}" + (f"; is {close[0]!r} meant?" if close else "")
-                )
-        values = {**values, **overrides}
+        unused = {name: value for name, value in overrides.items() if name not in known}
+        values |= {name: value for name, value in overrides.items() if name in known}
         if "id2label" in overrides and "label2id" not in overrides:
             values.pop("label2id", None)  # it would describe the labels that were overridden
         if "torch_dtype" in overrides and "dtype" not in overrides:
             values.pop("dtype", None)
-        return cls(**values)
+        config = cls(**values)
+        for name in () if return_unused_kwargs else unused:
+            raise config.unknown_field(name)
+        return (config, unused) if return_unused_kwargs else config
+
+    def unknown_field(self, name: str) -> TypeError:
+        """The error for a keyword that means nothing here."""
+        close = difflib.get_close_matches(name, [*vars(self), "num_labels", "torch_dtype"], 1)
+        return TypeError(
+            f"{name!r} is no field of {type(self).__name__}" + (f"; is {close[0]!r} meant?" if close else "")
+        )
 
     @property
     def num_labels(self) -> int:
@@ -305,7 +319,8 @@ class XLMRobertaConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field and extra key, `dtype` as its name; a deep copy."""
         dtype = None if self.dtype is None else str(to_dtype(self.dtype)).removeprefix("torch.")
-        return {**_own_copy(vars(self)), "dtype": dtype}
+        kept = {name: value for name, value in vars(self).items() if name != "_attn_implementation"}
+        return {**_own_copy(kept), "dtype": dtype}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """`to_dict` without the fields that config.json leaves out at their default."""

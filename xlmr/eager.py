@@ -108,11 +108,13 @@ def dense_attention(
     """Attention through the whole matrix of weights, for what no kernel computes: per-query masks, and the weights
     themselves. q [B, H, Q, D], k and v [B, H, K, D], additive `mask` broadcastable to [B, H, Q, K]
     → output [B, H, Q, D] and weights (after dropout, as in the reference) [B, H, Q, K]."""
-    scores = q @ k.transpose(-1, -2) * softmax_scale
+    scores, device = q @ k.transpose(-1, -2) * softmax_scale, q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # as autocast does for softmax on a GPU
     lowest = torch.finfo(scores.dtype).min / 2  # half of it, so that no score added to it overflows
-    weights = torch.softmax(scores + mask.clamp(min=lowest).to(scores.dtype), dim=-1)
-    weights = F.dropout(weights.to(v.dtype), dropout_p)
-    return weights @ v, weights
+    mask = mask.to(torch.promote_types(mask.dtype, scores.dtype)).clamp(min=lowest)
+    weights = F.dropout(torch.softmax(scores + mask.to(scores.dtype), dim=-1), dropout_p)
+    return weights.to(v.dtype) @ v, weights
 
 
 def rows_at_once(x: Tensor) -> int:

@@ -22,15 +22,19 @@ MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Keywords of transformers' from_pretrained, save_pretrained and pipeline: how it does it, which decides nothing here, …
 WITHOUT_EFFECT = {
-    "_commit_hash", "attn_implementation", "finetuning_task", "fix_mistral_regex", "framework", "from_slow", "legacy",
-    "legacy_format", "low_cpu_mem_usage", "max_memory", "num_workers", "offload_folder", "offload_state_dict",
-    "resume_download", "save_function", "save_peft_format", "trust_remote_code", "use_fast", "use_safetensors",
-    "verbose", "weights_only",
+    "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "adapter_name", "allow_all_kernels",
+    "attn_implementation", "disable_mmap", "experts_implementation", "finetuning_task", "fix_mistral_regex",
+    "framework", "from_slow", "legacy", "legacy_format", "low_cpu_mem_usage", "max_memory", "mirror", "num_workers",
+    "offload_buffers", "offload_folder", "offload_state_dict", "resume_download", "save_function",
+    "save_original_format", "save_peft_format", "tqdm_class", "trust_remote_code", "use_fast", "use_kernels",
+    "use_safetensors", "verbose", "weights_only",
 }  # fmt: skip
 # … and what: allowed as nothing (None, False, {}) only, which is their default there.
 NOT_OFFERED = {
-    "do_lower_case", "force_download", "from_flax", "from_tf", "gguf_file", "key_mapping", "proxies", "push_to_hub",
-    "quantization_config", "sp_model_kwargs", "state_dict", "use_auth_token", "variant",
+    "adapter_kwargs", "commit_message", "create_pr", "device_mesh", "distributed_checkpoint", "distributed_config",
+    "do_lower_case", "force_download", "from_flax", "from_tf", "fusion_config", "generation_config", "gguf_file",
+    "kernel_config", "key_mapping", "private", "proxies", "push_to_hub", "quantization_config", "repo_id",
+    "sp_model_kwargs", "state_dict", "tp_plan", "tp_size", "use_auth_token", "variant",
 }  # fmt: skip
 
 
@@ -73,9 +77,11 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     subfolder: str = "",
 ) -> Path | None:
     """The path of one file of a checkpoint, fetched if `name_or_dir` names a hub repository; None if it has none.
+    force_download: even if the hub's cache has it.
 
     A directory always wins over a hub name. `filename` must be a bare name and `subfolder` a relative path without
     "..". Symbolic links are followed: the hub's cache is made of them. OSError if there is neither such a directory
@@ -91,7 +97,10 @@ def resolve(
         return path if path.is_file() else None
     if directory.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise OSError(f"{name!r} is neither a checkpoint directory nor a name on the Hugging Face hub")
-    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    options = {
+        "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+        "force_download": force_download,
+    }  # fmt: skip
     return _resolve_on_hub(name, "/".join((*parts, filename)), options)
 
 

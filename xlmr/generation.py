@@ -11,6 +11,15 @@ from torch import Tensor
 from .cache import KeyValueCache
 from .inputs import check_length
 
+# What transformers' generate offers besides: allowed as the value that changes nothing, or None.
+NEUTRAL = {
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "early_stopping": False, "length_penalty": 1.0,
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "min_p": 0.0,
+    "typical_p": 1.0, "output_scores": False, "output_logits": False, "output_attentions": False,
+    "output_hidden_states": False, "return_dict_in_generate": False, "synced_gpus": False, "generation_config": None,
+    "logits_processor": None, "stopping_criteria": None, "streamer": None,
+}  # fmt: skip
+
 
 @torch.no_grad()
 def generate(
@@ -30,14 +39,17 @@ def generate(
     generator: torch.Generator | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
+    **others: Any,
 ) -> Tensor:
     """Continues prompts [B, S] by at most `max_new_tokens` (20), or up to `max_length` tokens in all; returns prompts
     and continuations [B, S + new].
 
     A text that has ended (`eos_token_id`, by default the config's) is filled with `pad_token_id`. Greedy unless
     `do_sample`; then the `top_k` best words (0: all) compete, of these the fewest whose probabilities reach `top_p`.
-    Raises ValueError where config.is_decoder is not set, or where a text would outgrow the positions.
+    Raises ValueError where config.is_decoder is not set, or where a text would outgrow the positions, and TypeError for
+    what only transformers' generate offers, such as beams.
     """
+    check_neutral(others)
     config = self.config
     if not config.is_decoder:
         raise ValueError("generate needs a decoder: this model's config.is_decoder is False")
@@ -69,6 +81,15 @@ def generate(
         if bool(done.all()):
             break
     return input_ids
+
+
+def check_neutral(others: dict[str, Any]) -> None:
+    """Refuses what is not in NEUTRAL, or not neutral."""
+    for name, value in others.items():
+        if name not in NEUTRAL:
+            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+        if value is not None and value != NEUTRAL[name]:
+            raise TypeError(f"{name} is {value!r}: only {NEUTRAL[name]!r} is offered, greedy search or sampling")
 
 
 def prepare_inputs_for_generation(

@@ -12,7 +12,7 @@ from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, 
 from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
-from .inputs import Arguments, as_targets, check_positions, class_labels
+from .inputs import Arguments, as_targets, check_positions, check_tensors, class_labels
 from .model import XLMRobertaModel
 from .outputs import (
     CausalLMOutput,
@@ -336,12 +336,13 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
         )
         head = self.classifier
         logits = head.rows(encoded.first_rows()) if ours else head(encoded.layout.pad(encoded.x))
-        loss = None if labels is None else self.loss(logits, labels.to(logits.device))
+        loss = None if labels is None else self.loss(logits, labels)
         return self.returned(SequenceClassifierOutput(loss, logits, **shared), return_dict)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """By config.problem_type, which the first labels decide if it is None."""
-        config = self.config
+        check_tensors(labels=labels)
+        config, labels = self.config, labels.to(logits.device)
         if config.problem_type is None:
             integers = labels.dtype in (torch.long, torch.int)
             several = "single_label_classification" if integers else "multi_label_classification"

@@ -232,6 +232,7 @@ def check_packed(tables: Tables, input_ids: Tensor, cu_seqlens: Tensor, max_seql
 def class_labels(labels: Tensor | None, shape: tuple[int, ...], classes: int) -> Any:
     """`labels`, which may be flat, as int64 of `shape`, or None; refuses those of another shape, and those that are not
     −100 (none) or a class below `classes`."""
+    check_tensors(labels=labels)
     if labels is None:
         return None
     if labels.shape not in (shape, (math.prod(shape),)):
@@ -252,6 +253,7 @@ def as_targets(labels: Tensor, logits: Tensor) -> Tensor:
 
 def check_positions(name: str, positions: Tensor, batch: int) -> None:
     """Refuses positions that are not integers [B] or [B, 1]; any value is allowed."""
+    check_tensors(**{name: positions})
     if positions.dtype not in INTEGERS:
         raise TypeError(f"{name} has dtype {positions.dtype}: give torch.long or torch.int")
     if positions.shape not in ((batch,), (batch, 1)):

@@ -42,7 +42,7 @@ from .varlen import Layout, Sequences, packed_positions
 
 
 class XLMRobertaSelfAttention(AttentionBlock):
-    def __init__(self, config: XLMRobertaConfig, layer_idx: int, cross: bool = False):
+    def __init__(self, config: XLMRobertaConfig, layer_idx: int = 0, cross: bool = False):
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
         self.attention_head_size = config.hidden_size // config.num_attention_heads
@@ -132,7 +132,7 @@ class XLMRobertaIntermediate(RowBlock):
 class XLMRobertaAttention(AttentionBlock):
     contains = ("self", "output")
 
-    def __init__(self, config: XLMRobertaConfig, layer_idx: int, cross: bool = False):
+    def __init__(self, config: XLMRobertaConfig, layer_idx: int = 0, cross: bool = False):
         super().__init__()
         self.is_cross_attention = cross
         self.self = XLMRobertaSelfAttention(config, layer_idx, cross)
@@ -147,7 +147,7 @@ class XLMRobertaAttention(AttentionBlock):
 class XLMRobertaLayer(SequenceBlock):
     contains: tuple[str, ...] = ("attention", "intermediate", "output")
 
-    def __init__(self, config: XLMRobertaConfig, layer_idx: int):
+    def __init__(self, config: XLMRobertaConfig, layer_idx: int = 0):
         super().__init__()
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
         self.is_causal = config.is_decoder
@@ -286,7 +286,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """The forward pass up to the last layer's rows; `needs` (reads_first, labels, every_position) go to
         varlen.plan. `wanted` names the only rows (sorted int64 [R]) that the caller reads of the last layer: where
         nothing else is to be seen, no other is computed there."""
-        if self.encoder.checkpointing is not None and self.training:
+        if getattr(self.encoder, "checkpointing", None) is not None and self.training:
             if inputs.past_key_values is not None:
                 raise ValueError("gradient checkpointing computes layers twice, which a cache would remember: leave "
                                  "out past_key_values, or call gradient_checkpointing_disable()")  # fmt: skip
@@ -300,7 +300,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             self.hand_to_new_layers()
             state = given.begin(every_position=whole, **needs)
             picks = ours and not state.causal and collected.nothing and state.layout.dense is None
-            if picks and wanted is not None and not given.given.is_meta:
+            if picks and wanted is not None:
                 state.rows = wanted(state.layout)
             x = run(self.encoder, self.embed(given, state.layout), state)
         finally:
@@ -348,5 +348,5 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
 
     def hand_to_new_layers(self) -> None:
         """Gives the model's ops to layers that were added after it was built."""
-        if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in self.encoder.layer):
+        if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in getattr(self.encoder, "layer", ())):
             self._hand_down(self._ops, self._why)

@@ -41,13 +41,14 @@ class ModelOutput(OrderedDict):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if value is not None:
-            super().__setitem__(name, value)
-        elif name in self:
+        if value is None and name in self:
             super().__delitem__(name)
+        elif value is not None and (name in self or name in getattr(self, "__dataclass_fields__", ())):
+            super().__setitem__(name, value)
         super().__setattr__(name, value)
 
     def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
         setattr(self, key, value)
 
     def __reduce__(self) -> tuple[Any, ...]:

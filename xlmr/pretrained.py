@@ -16,7 +16,7 @@ from . import checkpoint
 from .block import Block
 from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
-from .files import own_keywords
+from .files import own_keywords, to_dtype
 from .ops import Ops, resolve
 from .outputs import ModelOutput
 
@@ -108,6 +108,10 @@ class XLMRobertaPreTrainedModel(Block):
             if isinstance(module, XLMRobertaPreTrainedModel):
                 module._unpad = unpad
 
+    def set_attn_implementation(self, attn_implementation: str | None) -> None:
+        """Taken, so that code written for transformers runs: attention is computed by `ops` whatever its name there."""
+        self.config._attn_implementation = attn_implementation
+
     def backend_report(self) -> str:
         """Which path computes this model, and why, in words."""
         return self._why
@@ -140,6 +144,16 @@ class XLMRobertaPreTrainedModel(Block):
         (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""
         return checkpoint.load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
+    @classmethod
+    def _from_config(
+        cls, config: XLMRobertaConfig, *, dtype: Any = None, torch_dtype: Any = None, **options: Any
+    ) -> Any:
+        """A model with first values, in `dtype` or else that of the configuration, which is told of it: what
+        transformers' AutoModel.from_config calls."""
+        dtype = next((given for given in (dtype, torch_dtype, config.dtype) if given is not None), None)
+        config.dtype = None if dtype is None else to_dtype(dtype)
+        return cls(config, **own_keywords(options)).to(config.dtype)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -169,12 +183,23 @@ class XLMRobertaPreTrainedModel(Block):
         if isinstance(bias, nn.Parameter):
             bias.zero_()
 
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        """What is tied to what in this model and in those inside it, where config.tie_word_embeddings says so."""
+        ties: dict[str, str] = {}
+        for path, module in self.named_modules():
+            if isinstance(module, XLMRobertaPreTrainedModel) and module.config.tie_word_embeddings:
+                own, prefix = module._tied_weights_keys or {}, f"{path}." if path else ""
+                if not isinstance(own, Mapping):  # as in transformers 4
+                    raise TypeError(f"_tied_weights_keys of {type(module).__name__} is {own}: give {{tied: tied to}}")
+                ties |= {prefix + tied: prefix + source for tied, source in own.items()}
+        return ties
+
     def tie_weights(self) -> None:
-        """Makes each key of `_tied_weights_keys` the same Parameter as its value, where config.tie_word_embeddings."""
-        if self.config.tie_word_embeddings:
-            for tied, source in self._tied_weights_keys.items():
-                module, _, name = tied.rpartition(".")
-                setattr(self.get_submodule(module), name, self.get_parameter(source))
+        """Makes each key of `all_tied_weights_keys` the same Parameter as its value."""
+        for tied, source in self.all_tied_weights_keys.items():
+            module, _, name = tied.rpartition(".")
+            setattr(self.get_submodule(module), name, self.get_parameter(source))
 
     def returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
         """`output`, or its tuple where the call, or else the configuration, asks for that."""
@@ -274,16 +299,21 @@ class XLMRobertaPreTrainedModel(Block):
         """Recomputes every n-th layer in the backward pass instead of keeping its activations."""
         if offload or every_n_layers < 1:
             raise ValueError(f"every_n_layers {every_n_layers}, offload {offload}: allowed are at least 1, and False")
-        encoder = self.base_model.encoder
-        encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        encoder.checkpoint_every = every_n_layers
+        for encoder in self._owners("checkpointing"):
+            encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+            encoder.checkpoint_every = every_n_layers
 
     def activation_checkpointing_disable(self) -> None:
-        self.base_model.encoder.checkpointing = None
+        for encoder in self._owners("checkpointing"):
+            encoder.checkpointing = None
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        return self.base_model.encoder.checkpointing is not None
+        return any(encoder.checkpointing is not None for encoder in self._owners("checkpointing"))
+
+    def _owners(self, setting: str) -> list[Any]:
+        """The blocks with that attribute: one as a rule, more where somebody put several base models into his own."""
+        return [module for module in self.modules() if isinstance(module, Block) and setting in vars(module)]
 
     # The names before transformers 5.23, which PEFT and most code still use.
 
@@ -301,7 +331,9 @@ class XLMRobertaPreTrainedModel(Block):
 
     def enable_input_require_grads(self) -> None:
         """Makes the embeddings' output require gradients, so that a frozen model passes them on to adapters."""
-        self.base_model.embeddings.require_grads = True
+        for embeddings in self._owners("require_grads"):
+            embeddings.require_grads = True
 
     def disable_input_require_grads(self) -> None:
-        self.base_model.embeddings.require_grads = False
+        for embeddings in self._owners("require_grads"):
+            embeddings.require_grads = False

@@ -5,9 +5,15 @@ from torch import Tensor
 
 
 def tracing() -> bool:
-    """Whether torch.jit.trace or torch.export records this call for other inputs: values must not decide anything."""
-    # is_exporting() is True inside torch.compile as well, up to torch 2.11; the flag behind it is not.
-    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
+    """Whether values must decide nothing: torch.jit.trace or torch.export records this call for other inputs, a
+    transform of torch.func runs it for many at once, or its tensors are fake and have none."""
+    if torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        # is_exporting() is True inside torch.compile as well, up to torch 2.11; the flag behind it is not.
+        return torch.compiler._is_exporting_flag
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return fake is not None or torch._C._functorch.maybe_current_level() is not None
 
 
 def recorded() -> bool:

@@ -158,13 +158,13 @@ def plan(
 ) -> Layout:
     """Decides which rows of a batch are computed; one host read at most (two for a 4-D mask).
 
-    mask: [B, K], any dtype, non-zero keeps; or [B, S, K] / [B, 1 | H, S, K], bool (True keeps) or additive float; one
-    whose query rows are all equal is a key-padding mask; None keeps all. K is `keys`: S, more with past keys, or the
-    length of the other sequence in cross attention. Tokens whose mask is 0 are left out, unless the answer depends on
-    one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
+    mask: [B | 1, K], any dtype, non-zero keeps; or [B, S, K] / [B, 1 | H, S, K], bool (True keeps) or additive float;
+    one whose query rows are all equal is a key-padding mask; None keeps all. K is `keys`: S, more with past keys, or
+    the length of the other sequence in cross attention. Tokens whose mask is 0 are left out, unless the answer depends
+    on one: `every_position`; `weights` (the attention weights are asked for); a per-query mask; K ≠ S; `reads_first` (a
     head reads column 0) while a row's first token is masked; a label ≠ −100 where the mask is 0; a row with no real
-    token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself). While
-    torch.jit or torch.export trace, nothing is read: every position is computed, under a dense mask.
+    token. With `causal` a query sees no later key, the last query the last key (a 4-D mask speaks for itself). Where
+    values must decide nothing (see `tracing`), nothing is read: every position is computed, under a dense mask.
     """
     if reads_first and batch and not seqlen:
         raise ValueError("the sequences have no token, and the first of each is read: give <s> and </s> at least")
@@ -174,14 +174,16 @@ def plan(
         causal = False
         mask, dense = _reduce(mask, batch, seqlen, keys)
     keep = None if mask is None else mask.to(device) != 0
+    if keep is not None and keep.shape == (1, keys):
+        keep = keep.expand(batch, keys)
     if keep is not None and keep.shape != (batch, keys):
         raise ValueError(
-            f"attention_mask has shape {tuple(keep.shape)}: allowed are [batch, keys] = {(batch, keys)}, "
+            f"attention_mask has shape {tuple(keep.shape)}: allowed are [batch | 1, keys] = {(batch, keys)}, "
             f"[batch, 1 | heads, {seqlen}, {keys}] and None"
         )
     if dense is not None:
         return replace(_every_row(batch, seqlen, keys, device), dense=dense)
-    if tracing():
+    if tracing() or device.type == "meta":
         keep = torch.ones(batch, keys, dtype=torch.bool, device=device) if keep is None else keep
         return replace(_every_row(batch, seqlen, keys, device), dense=_dense(keep, seqlen, keys, causal, device))
     if keep is None or keep.numel() == 0:
@@ -260,7 +262,7 @@ def _reduce(mask: Tensor, batch: int, seqlen: int, keys: int) -> tuple[Tensor | 
         mask = additive(mask != 0, torch.float32)
     lowest = torch.finfo(mask.dtype).min
     mask = mask.to(torch.promote_types(mask.dtype, torch.float32))  # which holds the bounds of any dtype of scores
-    if tracing():
+    if tracing() or mask.is_meta:
         return None, mask
     row = mask[:, :1, :1]
     binary = (row == 0) | (row <= lowest / 2)

@@ -373,10 +373,24 @@ def test_what_makes_a_word_of_a_single_word(model_file: Path, beside: str) -> No
         assert ("solo" in tokenizer.tokenize(text)) == ("solo" in theirs.tokenize(text))
 
 
-def test_added_tokens_may_want_the_same_space(tokenizer: Any) -> None:
-    tokenizer.add_tokens([AddedToken("x", rstrip=True), " y"])
-    batch = tokenizer("x y", return_offsets_mapping=True)
-    assert (batch.tokens()[1:-1], batch["offset_mapping"][1:-1]) == (["x", " y"], [(0, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("x y", [("x", False, True), (" y", False, False)]),
+        ("x \n\n z", [("x", False, True), ("\n", False, False)]),
+        ("x \n", [("x", False, True), ("\n", True, False)]),
+        ("x \n\n z", [("x", False, False), ("\n", False, True)]),
+        ("x \n y", [("x", False, True), ("\n", False, False), ("y", True, False)]),
+        ("<mask>\x1c <mask>\x1f\t<mask>", []),
+    ],
+)
+def test_added_tokens_may_want_the_same_space(tokenizer: Any, text: str, tokens: list[tuple[str, bool, bool]]) -> None:
+    """What the token before has taken is no reason to leave one out, unless that takes what stands before it, too."""
+    theirs = reference()
+    added = [transformers.AddedToken(t, lstrip=left, rstrip=right, normalized=False) for t, left, right in tokens]
+    tokenizer.add_tokens(added)
+    theirs.add_tokens(added)
+    assert dict(tokenizer(text, return_offsets_mapping=True)) == dict(theirs(text, return_offsets_mapping=True))
 
 
 def test_adding_tokens(tokenizer: Any) -> None:

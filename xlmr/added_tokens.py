@@ -11,6 +11,7 @@ from typing import Any
 
 WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  # categories of Unicode
 JOINERS = "\u200c\u200d"
+SEPARATORS = "\x1c\x1d\x1e\x1f"  # white space for Python alone
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,14 @@ class AddedVocabulary:
             token = self.tokens[self.ids[text[start:stop]]]
             if token.single_word and _touches_word(text, start, stop):
                 continue
-            start = max(start, end)  # where the token before has taken white space that this one starts with
-            while token.lstrip and start > end and text[start - 1].isspace():
+            while token.lstrip and start > end and _is_space(text[start - 1]):
                 start -= 1
-            while token.rstrip and stop < len(text) and text[stop].isspace():
+            while token.rstrip and stop < len(text) and _is_space(text[stop]):
                 stop += 1
+            if token.lstrip and start < end:  # the token before has taken white space that this one starts with
+                start = end
+                if start >= stop:
+                    continue
             if start > end:
                 yield end, start, None
             yield start, stop, self.ids[token.content]
@@ -130,6 +134,10 @@ class _Matcher:
                     end = start + len(word)  # the slice is shorter at the end of the text
                     yield start, end
                     break
+
+
+def _is_space(character: str) -> bool:
+    return character.isspace() and character not in SEPARATORS
 
 
 def _touches_word(text: str, start: int, stop: int) -> bool:

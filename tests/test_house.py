@@ -92,7 +92,7 @@ RULES = {
     "xlmr/training_text": Rule({"torch", "xlmr.encode", "xlmr.tokenizer"}),
     "xlmr/varlen": Rule({"torch"}),
     "xlmr/verify": Rule(TASKS | {"xlmr.encode"}),
-    "xlmr/vocabulary": Rule(WORDS),
+    "xlmr/vocabulary": Rule(WORDS | {"xlmr.files"}),
     "xlmr/weights": Rule({"safetensors", "torch", "xlmr.files"}),
 }
 MODULE_CLASSES = {"xlmr/activations", "xlmr/block"}  # the only files that define nn.Module classes

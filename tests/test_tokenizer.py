@@ -182,10 +182,9 @@ def assert_same_alignment(batch: Any, expected: Any, row: int) -> None:
     assert batch.word_ids(row) == expected.word_ids(row)
     assert batch.sequence_ids(row) == expected.sequence_ids(row)
     assert batch.n_sequences == expected.n_sequences
-    for name, count in {"token_to_chars": size, "token_to_word": size, "token_to_sequence": size}.items():
-        assert [getattr(batch, name)(row, i) for i in range(count)] == [
-            getattr(expected, name)(row, i) for i in range(count)
-        ]
+    for name in ("token_to_chars", "token_to_word", "token_to_sequence"):
+        indices = range(size + 2)  # two past the end
+        assert [getattr(batch, name)(row, i) for i in indices] == [getattr(expected, name)(row, i) for i in indices]
     for name in ("char_to_token", "char_to_word", "word_to_tokens"):
         for sequence in range(expected.n_sequences):
             arguments = [(row, i, sequence) for i in range(12)]
@@ -228,11 +227,33 @@ def test_decode_takes_ids_tensors_and_batches(ours: Any) -> None:
         ours.decode(ids[1]) + ours.decode(ours.mask_token_id)
         == ours.convert_ids_to_tokens(ids[1]).strip("▁") + "<mask>"
     )
-    assert (ours.decode([]), ours.batch_decode([])) == ("", [])
     with pytest.raises(ValueError, match=rf"token id {len(ours)} .* 0 to {len(ours) - 1}"):
         ours.decode([0, len(ours)])
     with pytest.raises(ValueError, match="token id is -100"):
         ours.convert_ids_to_tokens([-100])
+
+
+IDS: list[Any] = [[], [5, 6], (5, 6), range(4), torch.tensor([5, 6]), np.array([5]), np.int64(5), torch.tensor(5), [[]]]
+
+
+@pytest.mark.parametrize("ids", IDS, ids=repr)
+def test_decode_and_batch_decode_read_ids_as_transformers_does(ours: Any, theirs: Any, ids: Any) -> None:
+    how = {"skip_special_tokens": True, "spaces_between_special_tokens": False, "use_source_tokenizer": False}
+    assert ours.decode(ids, **how) == theirs.decode(ids, **how)
+    assert ours.batch_decode(ids, **how) == theirs.batch_decode(ids, **how)
+    assert ours.decode(ours("la casa"), **how) == theirs.decode(theirs("la casa"), **how)
+
+
+@pytest.mark.parametrize("wrong", [None, "5", b"5", 1.5, [1.5], ["5"], [5, [5]], [None], {5: 5}.items()])
+def test_what_are_no_ids_is_told(ours: Any, wrong: Any) -> None:
+    for read in (ours.decode, ours.convert_ids_to_tokens):
+        with pytest.raises(TypeError, match=r"token ids? (are|is) .*(int is needed|allowed: an int)"):
+            read(wrong)
+    for tokens in (5, None, ["la", 5]):
+        with pytest.raises(TypeError, match=r"a token is .*; allowed: a str, or a list of them"):
+            ours.convert_tokens_to_ids(tokens)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'skip_special'"):
+        ours.decode([5], skip_special=True)
 
 
 # Rows of ids

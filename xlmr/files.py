@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Keywords of transformers' from_pretrained, save_pretrained and pipeline: how it does it, which decides nothing here, …
+# Keywords of transformers' from_pretrained, save_pretrained, decode and pipeline: how it does it, which decides nothing
+# here, …
 WITHOUT_EFFECT = {
     "_commit_hash", "attn_implementation", "finetuning_task", "fix_mistral_regex", "framework", "from_slow", "legacy",
     "legacy_format", "low_cpu_mem_usage", "max_memory", "num_workers", "offload_folder", "offload_state_dict",
-    "resume_download", "save_function", "save_peft_format", "trust_remote_code", "use_fast", "use_safetensors",
-    "verbose", "weights_only",
+    "resume_download", "save_function", "save_peft_format", "spaces_between_special_tokens", "trust_remote_code",
+    "use_fast", "use_safetensors", "use_source_tokenizer", "verbose", "weights_only",
 }  # fmt: skip
 # … and what: allowed as nothing (None, False, {}) only, which is their default there.
 NOT_OFFERED = {

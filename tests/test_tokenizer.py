@@ -497,6 +497,13 @@ WRONG_CALLS: list[tuple[tuple, dict[str, Any], type[Exception], str]] = [
     (("a",), {"padding": "most"}, ValueError, r"padding is 'most'; allowed: 'longest', 'max_length'"),
     (("a",), {"truncation": 1}, ValueError, "truncation is 1; allowed: 'longest_first'"),
     (("a",), {"max_length": "9"}, TypeError, r"max_length is '9' \(str\); an int is needed"),
+    (
+        ("a",),
+        {"max_length": 10**19, "padding": "max_length"},
+        ValueError,
+        "rows of 10000000000000000000 tokens: more than 16777216 are",
+    ),
+    (("a",), {"padding": True, "pad_to_multiple_of": 2**40}, ValueError, "rows of 1099511627776 tokens"),
     (("a",), {"max_length": -1, "truncation": True}, ValueError, "max_length is -1; it must be at least 0"),
     (("a",), {"max_length": 1, "truncation": True}, ValueError, "max_length is 1; the special tokens alone take 2"),
     (("a", "b"), {"max_length": 3, "truncation": True}, ValueError, "the special tokens alone take 4"),

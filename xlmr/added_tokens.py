@@ -150,8 +150,10 @@ def tokens_by_id(entries: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
     """The added tokens of a checkpoint by id, from (id, token); ValueError for what is no id, or one given twice."""
     tokens: dict[int, Any] = {}
     for index, token in entries:
-        if isinstance(index, bool) or not isinstance(index, (int, str)) or not str(index).isdecimal():
-            raise ValueError(f"the checkpoint gives an added token the id {index!r}; an integer from 0 up is needed")
+        if type(index) not in (int, str) or not re.fullmatch("[0-9]{1,18}", str(index)):
+            raise ValueError(
+                f"the checkpoint gives an added token the id {index!r:.40}; an integer from 0 up is needed"
+            )
         if int(index) in tokens:
             raise ValueError(f"the checkpoint gives two added tokens the id {index}")
         tokens[int(index)] = token

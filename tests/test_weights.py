@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
@@ -226,6 +226,25 @@ def test_an_exception_at_any_step_changes_nothing(
             path.unlink()
         for name, data in before.items():
             (tmp_path / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "writer", "error"),
+    [
+        ("model.safetensors", "xlmr.weights.save_file", SafetensorError("I/O error: No space left on device")),
+        ("pytorch_model.bin", "torch.save", RuntimeError("enforce fail at inline_container.cc")),
+    ],
+)
+def test_a_full_disk_is_an_os_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, writer: str, error: Exception
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(writer, fail)
+    with pytest.raises(OSError, match=f"{kind} cannot be written: {error}"):
+        write(tmp_path, kind)
+    assert names(tmp_path) == []
 
 
 # Hostile files

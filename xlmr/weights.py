@@ -238,7 +238,10 @@ def _write_file(weights: Mapping[str, Tensor], path: Path) -> None:
             weight = weight.clone()
         seen.add(weight.data_ptr())
         whole[name] = weight
-    if path.name.endswith(".bin"):
-        torch.save(whole, path)
-    else:
-        save_file(whole, path, metadata={"format": "pt"})
+    try:
+        if path.name.endswith(".bin"):
+            torch.save(whole, path)
+        else:
+            save_file(whole, path, metadata={"format": "pt"})
+    except (SafetensorError, RuntimeError) as error:  # what a full disk is to the one library and the other
+        raise OSError(f"{path.name} cannot be written: {error}") from error

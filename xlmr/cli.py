@@ -366,7 +366,8 @@ def _share(rows: list[dict[str, Any]]) -> str:
 def _convert(args: argparse.Namespace) -> None:
     done = convert(args.source, args.target)
     for path in done.left_out:
-        print(f"{path} is not copied: it is large, and no weights that xlmr reads", file=sys.stderr)
+        reason = "large, and no weights that xlmr reads" if path.is_file() else "no file"
+        print(f"{path} is not copied: it is {reason}", file=sys.stderr)
     if args.json:
         print_json({"path": str(args.target), "weights": done.weights, "bytes": done.size})
     else:
@@ -374,7 +375,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _encoder(args: argparse.Namespace, **options: Any) -> Encoder:
-    where = args.model or demo.CHECKPOINT
+    where = demo.CHECKPOINT if args.model is None else args.model
     return load(where, device=args.device, dtype=args.dtype, backend=args.backend, **options)
 
 

@@ -380,3 +380,11 @@ def test_a_closed_pipe_ends_quietly(checkpoint: Path) -> None:
     process.stdout.close()
     _, err = process.communicate(b"a\n" * 500)
     assert (process.returncode, err) == (141, b"")
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_streams_are_none(run: Any, monkeypatch: Any, closed: str) -> None:
+    """`>&-` in a shell: Python has no stream then."""
+    monkeypatch.setattr(sys, closed, None)
+    assert cli.main(["embed", "a", "--device", "cpu"]) == 0
+    assert cli.main(["fill-mask", "no mask", "--device", "cpu"]) == 1

@@ -5,7 +5,6 @@ they cost. Equal lengths are a rectangle as they lie.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +17,7 @@ from xlmr.kernels.attention import cost
 from xlmr.varlen import Sequences
 
 from . import sweep
+from .command import exit_with
 from .harness import Case
 from .shapes import lengths
 
@@ -103,4 +103,4 @@ def cases(dtype: str) -> Iterable[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.main("bench_attention", __doc__, cases))
+    exit_with(sweep.main, "bench_attention", __doc__, cases)

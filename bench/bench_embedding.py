@@ -1,6 +1,5 @@
 """Embedding lookup, sum and LayerNorm against torch: `python -m bench.bench_embedding`."""
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from xlmr.kernels.embedding import cost
 
 from . import sweep
+from .command import exit_with
 from .harness import Case
 
 WORDS = 250002 if sweep.GPU else 8192  # a gradient of 250,002 rows takes a CPU longer than all the rest
@@ -49,4 +49,4 @@ def cases(dtype: str) -> Iterable[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.main("bench_embedding", __doc__, cases))
+    exit_with(sweep.main, "bench_embedding", __doc__, cases)

@@ -31,6 +31,7 @@ import xlmr
 from xlmr.demo import CHECKPOINT, HELD_OUT
 
 from . import harness
+from .command import exit_with
 from .shapes import BASE, DTYPES
 
 MODELS = {
@@ -265,4 +266,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -1,6 +1,5 @@
 """Residual add + LayerNorm, and GELU + LayerNorm, against torch and Liger: `python -m bench.bench_layer_norm`."""
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from xlmr.kernels.layer_norm import cost
 
 from . import sweep
+from .command import exit_with
 from .harness import Case
 
 EPS = 1e-5
@@ -55,4 +55,4 @@ def cases(dtype: str) -> Iterable[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.main("bench_layer_norm", __doc__, cases))
+    exit_with(sweep.main, "bench_layer_norm", __doc__, cases)

@@ -3,7 +3,6 @@
 The shapes are a layer's: the projection to queries, keys and values, the attention's output, and the feed-forward.
 """
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from xlmr.kernels.linear import cost
 
 from . import sweep
+from .command import exit_with
 from .harness import Case
 
 
@@ -62,4 +62,4 @@ def cases(dtype: str) -> Iterable[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.main("bench_linear", __doc__, cases))
+    exit_with(sweep.main, "bench_linear", __doc__, cases)

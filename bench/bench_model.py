@@ -36,6 +36,7 @@ import xlmr
 from xlmr.demo import CHECKPOINT, HELD_OUT
 
 from . import harness, providers
+from .command import exit_with
 from .forward import ROOFS, ROOT, Found, Wrong, add_utilisation, measure, peak_memory
 from .providers import PROVIDERS
 from .shapes import BASE, cases, lengths
@@ -183,4 +184,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -25,6 +25,7 @@ import xlmr
 from xlmr.demo import CHECKPOINT
 
 from . import harness
+from .command import exit_with
 from .shapes import BASE, DTYPES, batch, lengths
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -150,4 +151,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -1,7 +1,6 @@
 """The softmax over the vocabulary, cross entropy and top words, against torch with logits in memory, Liger and CCE:
 `python -m bench.bench_vocab_softmax`."""
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from xlmr.kernels.vocab_softmax import cost
 
 from . import sweep
+from .command import exit_with
 from .harness import Case
 
 WORDS, FEW, TOP = 250002, 8192, 5
@@ -73,4 +73,4 @@ def cases(dtype: str) -> Iterable[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.main("bench_vocab_softmax", __doc__, cases))
+    exit_with(sweep.main, "bench_vocab_softmax", __doc__, cases)

@@ -28,7 +28,6 @@ import csv
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
+from .command import exit_with
 
 KEY = (
     "kernel_name", "kernel_provider", "kernel_operation_mode", "extra_benchmark_config_str", "x_name", "x_value",
@@ -205,4 +205,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -54,6 +54,7 @@ from xlmr.ops import gradients
 from xlmr.varlen import Sequences
 
 from . import harness
+from .command import exit_with
 
 INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
@@ -580,4 +581,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from . import harness
+from .command import exit_with
 
 ROOT = Path(__file__).parent.parent
 MOST = 8  # a process has its own context on the GPU, and spends seconds on imports
@@ -51,4 +52,4 @@ def start(log: Path, number: int, count: int, arguments: list[str]) -> "subproce
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -6,13 +6,13 @@ The bytes are those of the memory itself, so that a kernel served by the L2 lies
 
 import argparse
 import csv
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from . import harness, plots, roofline
+from .command import exit_with
 
 SCALES = {
     "ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0,
@@ -100,4 +100,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -10,7 +10,6 @@ import argparse
 import bisect
 import itertools
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from xlmr.kernels import attention, embedding, layer_norm, linear, vocab_softmax
 from xlmr.ops import COMPUTED, Ops, traced
 
 from . import harness, plots
+from .command import exit_with
 from .shapes import BASE, DTYPES, batch, lengths
 
 STEPS = 5
@@ -299,4 +299,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

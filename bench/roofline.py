@@ -7,12 +7,12 @@ library's matrix product (bench.harness.roofs), so that a point above the slope 
 import argparse
 import csv
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import harness, plots
+from .command import exit_with
 
 
 def points(rows: Iterable[Mapping[str, Any]], provider: str, mode: str) -> list[dict[str, Any]]:
@@ -63,4 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

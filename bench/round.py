@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from . import harness, report
+from .command import exit_with
 
 # Those that take longest last; their weights on a CPU: the seconds that each takes on two cores.
 KERNELS = {"attention": 35, "layer_norm": 15, "embedding": 15, "linear": 50, "vocab_softmax": 75}
@@ -115,4 +116,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

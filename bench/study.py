@@ -8,7 +8,6 @@ import copy
 import functools
 import itertools
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from xlmr.kernels import _launch
 from xlmr.ops import EAGER, Ops, triton
 
 from . import bench_attention, bench_vocab_softmax, forward, harness, plots, providers, shapes, sweep
+from .command import exit_with
 from .shapes import BASE, PAIR, lengths
 
 HERE = Path(__file__).parent / "studies"
@@ -265,4 +265,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

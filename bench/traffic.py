@@ -21,7 +21,6 @@ import argparse
 import importlib
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from xlmr.ops import gradients
 from xlmr.varlen import Sequences
 
 from . import harness
+from .command import exit_with
 
 LIMIT = 1.15  # × the minimum, for the kernels that bandwidth bounds
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # the interpreter cannot multiply bf16
@@ -340,4 +340,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

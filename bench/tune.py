@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from xlmr.kernels._launch import Config
 
 from . import harness, loads, tables
 from .candidates import Gate, limits, neighbours, same_bits, standing
+from .command import exit_with
 from .tables import Entry
 
 Call = Callable[[], Any]
@@ -238,4 +238,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from bench import compare, harness
 
 STORED = harness.RESULTS / "round_cpu"
+BENCH = sorted(Path(harness.__file__).parent.glob("*.py"))
 TIMES = ("y_value_20", "y_value_50", "y_value_80")
 Factor = Callable[[compare.Key], float]
 
@@ -137,3 +140,21 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "a.csv"), str(other)])
         with pytest.raises(SystemExit, match=message):
             compare.main()
+
+
+def test_a_closed_pipe_ends_a_command_quietly() -> None:
+    """What `| head` does."""
+    command = [sys.executable, "-m", "bench.compare", str(STORED), str(STORED)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert process.returncode == 141
+    assert "Error" not in err
+
+
+def test_every_command_ends_so() -> None:
+    """Except for what others run as a part of themselves, which pass on a value."""
+    ends = [path.read_text(encoding="utf-8").partition('if __name__ == "__main__":\n')[2] for path in BENCH]
+    own = {path.name for path, end in zip(BENCH, ends, strict=True) if end and not end.startswith("    exit_with(")}
+    assert own == {"bench_training.py", "cold.py"}

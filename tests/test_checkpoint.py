@@ -339,6 +339,16 @@ def test_one_warning_tells_all(saved: Path, tmp_path: Path, caplog: pytest.LogCa
     ]
 
 
+def test_a_warning_shows_no_name_that_could_steer_a_terminal_or_fill_it(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = {"\x1b[31m\n": torch.ones(1), "k" * 10**6: torch.ones(1)}
+    XLMRobertaModel.from_pretrained(
+        variant(saved / "XLMRobertaModel", tmp_path / "v", lambda state: {**state, **extra}, {})
+    )
+    assert caplog.messages[0].splitlines()[1].endswith(r": '\x1b[31m\n', 'kkkkkkkkkkkk...kkkkkkkkkkkkk'")
+
+
 # Refusals
 
 

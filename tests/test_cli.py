@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,15 @@ def test_control_characters_do_not_reach_the_terminal(run: Any) -> None:
     assert status == 0
     assert "\x1b" not in out
     assert "\x07" not in out
+
+
+def test_json_is_one_line_whatever_ends_one(run: Any) -> None:
+    text = "a\u2028b\u2029c\x85d\x9be"
+    status, out, _ = run("embed", "--json", stdin=text.encode())
+    assert status == 0
+    [line] = out.splitlines()
+    assert json.loads(line)["text"] == text
+    assert line.isprintable()
 
 
 @pytest.mark.parametrize("stdin", ["a b\n\nc\n", "a b\r\n\r\nc\r\n", "\ufeffa b\n\nc"])
@@ -254,6 +264,24 @@ def test_convert_leaves_out_large_files_and_names_them(
     assert {path.name for path in source.iterdir()} - {path.name for path in target.iterdir()} == {"model.onnx"}
 
 
+def test_convert_follows_links_to_files_and_no_others(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    """Links to directories may form a loop, and a pipe is never at its end."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(checkpoint, source)
+    (source / "tokenizer.json").rename(tmp_path / "blob")
+    (source / "tokenizer.json").symlink_to(tmp_path / "blob")
+    for name in ("a", "b"):
+        (source / name).symlink_to(source)
+    (source / "none").symlink_to("nothing")
+    os.mkfifo(source / "pipe")
+    assert cli.main(["convert", str(source), str(target)]) == 0
+    told = sorted(capsys.readouterr().err.splitlines())
+    assert told == [f"{source / name} is not copied: it is no file" for name in ("a", "b", "none", "pipe")]
+    left_out = {"a", "b", "none", "pipe"}
+    assert {path.name for path in source.iterdir()} - {path.name for path in target.iterdir()} == left_out
+    assert (target / "tokenizer.json").read_bytes() == (tmp_path / "blob").read_bytes()
+
+
 def test_info_says_which_path_computes_and_why(run: Any, fill: Any) -> None:
     status, out, _ = run("info", "--json")
     facts = json.loads(out)
@@ -310,10 +338,14 @@ def test_a_users_mistake_is_one_line_and_status_1(
     assert err.count("\n") == 1
 
 
-def test_a_missing_checkpoint_is_named(run: Any, tmp_path: Path) -> None:
-    status, out, err = run("embed", "a", model=tmp_path / "nowhere")
-    assert (status, out) == (1, "")
-    assert str(tmp_path / "nowhere") in err
+@pytest.mark.parametrize("command", [["embed"], ["fill-mask"], ["rerank", "a"], ["info"]], ids=" ".join)
+def test_a_missing_checkpoint_is_named(run: Any, tmp_path: Path, command: list[str]) -> None:
+    """Also the empty name: of a variable that is not set, say."""
+    for model in (tmp_path / "nowhere", ""):
+        texts = [] if command == ["info"] else ["<mask>"]
+        status, out, err = run(*command, *texts, model=model)
+        assert (status, out) == (1, "")
+        assert f"{str(model)!r} is neither a" in err
 
 
 @pytest.mark.parametrize(
@@ -348,3 +380,11 @@ def test_a_closed_pipe_ends_quietly(checkpoint: Path) -> None:
     process.stdout.close()
     _, err = process.communicate(b"a\n" * 500)
     assert (process.returncode, err) == (141, b"")
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_streams_are_none(run: Any, monkeypatch: Any, closed: str) -> None:
+    """`>&-` in a shell: Python has no stream then."""
+    monkeypatch.setattr(sys, closed, None)
+    assert cli.main(["embed", "a", "--device", "cpu"]) == 0
+    assert cli.main(["fill-mask", "no mask", "--device", "cpu"]) == 1

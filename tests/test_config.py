@@ -214,6 +214,8 @@ def test_overrides(tmp_path: Path) -> None:
         ({"model_type": "xlm-roberta-xl"}, "model_type is 'xlm-roberta-xl'.*normalise before attention"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2' .another architecture.; allowed: 'xlm-roberta', 'roberta'"),
         ({"model_type": ["xlm-roberta"]}, "model_type is"),
+        ({"architectures": True}, "architectures is True; it must be a list of names"),
+        ({"architectures": ["XLMRobertaModel", 1]}, "architectures is"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_name(values: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -224,6 +226,12 @@ def test_a_wrong_value_is_refused_by_its_name(values: dict[str, Any], message: s
         XLMRobertaConfig.from_pretrained(tmp_path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_keys_that_mean_nothing_here_are_kept_whatever_they_are(tmp_path: Path) -> None:
+    given = {"self": 1, "cls": 2, "values": 3, "overrides": 4, "": 5, "a b": 6, "auto_map": 7}
+    write(tmp_path / "config.json", given)
+    assert XLMRobertaConfig.from_pretrained(tmp_path).to_dict().items() >= given.items()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

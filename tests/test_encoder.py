@@ -495,6 +495,7 @@ def test_directories_that_are_refused(written: Write, files: dict[str, Any], mes
         ({"model_type": "gpt2"}, "model_type 'gpt2', where 'xlm-roberta' and 'bert' are read"),
         ({"vocab_size": 40}, "the tokenizer has 72 tokens, the model's embeddings 40 rows"),
         ({"architectures": ["XLMRobertaForSequenceClassification"]}, "lacks weights of its XLMRobertaForSeq"),
+        ({"architectures": 5}, "architectures is 5; it must be a list of names"),
     ],
 )
 def test_other_architectures_and_missing_parts_are_refused(

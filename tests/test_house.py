@@ -93,7 +93,7 @@ RULES = {
     "xlmr/values": Rule({"torch"}),
     "xlmr/varlen": Rule({"torch", "xlmr.values"}),
     "xlmr/verify": Rule(TASKS | {"xlmr.encode"}),
-    "xlmr/vocabulary": Rule(WORDS),
+    "xlmr/vocabulary": Rule(WORDS | {"xlmr.files"}),
     "xlmr/weights": Rule({"safetensors", "torch", "xlmr.files"}),
 }
 MODULE_CLASSES = {"xlmr/activations", "xlmr/block"}  # the only files that define nn.Module classes

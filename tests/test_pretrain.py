@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +182,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-4"]
     with pytest.raises(ValueError, match="holds a run at step 4: resume"):
         train(tmp_path / "parts")
+    with (tmp_path / "parts" / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')  # what a kill leaves
     torch.manual_seed(99)
     parts = train(tmp_path / "parts", resume=True)
     assert whole["epochs"] >= 1  # so that the order of the texts was drawn anew on the way
@@ -295,14 +298,46 @@ def test_bad_input_is_named(
         ({"config": replaced(config, vocab_size=9)}, "config says vocab_size 9: set vocab_size to"),
         ({"config": replaced(config, pad_token_id=0)}, "pad_token_id is 0 in the config, 1 in the tokenizer"),
         ({"recipe": replace(TINY, max_length=49)}, "max_length is 49: this model takes at most 48"),
+        ({"recipe": replace(TINY, max_length=4)}, "max_length is 4: at least 5 is needed"),
+        ({"save_every": 0}, "save_every is 0: at least 1 is needed"),
+        ({"log_every": -5}, "log_every is -5: at least 1 is needed"),
+        ({"init": tmp_path}, "config and init are both given"),
     ]
     for settings, message in wrong:
         with pytest.raises(ValueError, match=message):
             train(**settings)
     with pytest.raises(ValueError, match=r"mask_probability is 2\.0: give a share"):
         replace(TINY, mask_probability=2.0)
-    with pytest.raises(ValueError, match="steps is 0: at least 1"):
-        replace(TINY, steps=0)
+    for setting in ({"steps": 0}, {"clip": math.nan}, {"learning_rate": math.nan}):
+        [(name, value)] = setting.items()
+        with pytest.raises(ValueError, match=f"{name} is {value}: at least"):
+            replace(TINY, **setting)
     with pytest.raises(RuntimeError, match="the loss became nan before step 6: lower the learning rate"):
         train(recipe=replace(TINY, learning_rate=1e30))
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_damaged_state_is_named(
+    text: Path, tmp_path: Path, config: XLMRobertaConfig, tokenizer: XLMRobertaTokenizer
+) -> None:
+    recipe = replace(TINY, steps=1)
+    pretrain.pretrain([text], tmp_path, config=config, tokenizer=tokenizer, recipe=recipe, progress=False)
+    state = tmp_path / "checkpoint-1" / "training.pt"
+    whole = state.read_bytes()
+    torch.save([1], state)
+    other = state.read_bytes()
+    torch.save({"step": 1}, state)
+    for damaged in (other, state.read_bytes(), whole[:-100], b"x", b""):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"training\.pt is damaged .*; go on from .*checkpoint-1 with --init"):
+            pretrain.pretrain([text], tmp_path, recipe=recipe, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e4])
+def test_what_is_logged_of_held_out_text_is_json(monkeypatch: pytest.MonkeyPatch, loss: float) -> None:
+    """Also where no token was masked, and where the perplexity is past the largest number."""
+    monkeypatch.setattr(pretrain, "held_out_loss", lambda *args: loss)
+    run = SimpleNamespace(model=None, tokenizer=None, masker=None, recipe=TINY, encode=SimpleNamespace(max_length=9))
+    found = pretrain._held_out(run, None)  # type: ignore[arg-type]
+    assert set(found) == ({"held_out_loss", "held_out_perplexity"} if math.isfinite(loss) else set())
+    json.dumps(found, allow_nan=False)

@@ -182,10 +182,9 @@ def assert_same_alignment(batch: Any, expected: Any, row: int) -> None:
     assert batch.word_ids(row) == expected.word_ids(row)
     assert batch.sequence_ids(row) == expected.sequence_ids(row)
     assert batch.n_sequences == expected.n_sequences
-    for name, count in {"token_to_chars": size, "token_to_word": size, "token_to_sequence": size}.items():
-        assert [getattr(batch, name)(row, i) for i in range(count)] == [
-            getattr(expected, name)(row, i) for i in range(count)
-        ]
+    for name in ("token_to_chars", "token_to_word", "token_to_sequence"):
+        indices = range(size + 2)  # two past the end
+        assert [getattr(batch, name)(row, i) for i in indices] == [getattr(expected, name)(row, i) for i in indices]
     for name in ("char_to_token", "char_to_word", "word_to_tokens"):
         for sequence in range(expected.n_sequences):
             arguments = [(row, i, sequence) for i in range(12)]
@@ -228,11 +227,33 @@ def test_decode_takes_ids_tensors_and_batches(ours: Any) -> None:
         ours.decode(ids[1]) + ours.decode(ours.mask_token_id)
         == ours.convert_ids_to_tokens(ids[1]).strip("▁") + "<mask>"
     )
-    assert (ours.decode([]), ours.batch_decode([])) == ("", [])
     with pytest.raises(ValueError, match=rf"token id {len(ours)} .* 0 to {len(ours) - 1}"):
         ours.decode([0, len(ours)])
     with pytest.raises(ValueError, match="token id is -100"):
         ours.convert_ids_to_tokens([-100])
+
+
+IDS: list[Any] = [[], [5, 6], (5, 6), range(4), torch.tensor([5, 6]), np.array([5]), np.int64(5), torch.tensor(5), [[]]]
+
+
+@pytest.mark.parametrize("ids", IDS, ids=repr)
+def test_decode_and_batch_decode_read_ids_as_transformers_does(ours: Any, theirs: Any, ids: Any) -> None:
+    how = {"skip_special_tokens": True, "spaces_between_special_tokens": False, "use_source_tokenizer": False}
+    assert ours.decode(ids, **how) == theirs.decode(ids, **how)
+    assert ours.batch_decode(ids, **how) == theirs.batch_decode(ids, **how)
+    assert ours.decode(ours("la casa"), **how) == theirs.decode(theirs("la casa"), **how)
+
+
+@pytest.mark.parametrize("wrong", [None, "5", b"5", 1.5, [1.5], ["5"], [5, [5]], [None], {5: 5}.items()])
+def test_what_are_no_ids_is_told(ours: Any, wrong: Any) -> None:
+    for read in (ours.decode, ours.convert_ids_to_tokens):
+        with pytest.raises(TypeError, match=r"token ids? (are|is) .*(int is needed|allowed: an int)"):
+            read(wrong)
+    for tokens in (5, None, ["la", 5]):
+        with pytest.raises(TypeError, match=r"a token is .*; allowed: a str, or a list of them"):
+            ours.convert_tokens_to_ids(tokens)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'skip_special'"):
+        ours.decode([5], skip_special=True)
 
 
 # Rows of ids
@@ -373,10 +394,24 @@ def test_what_makes_a_word_of_a_single_word(model_file: Path, beside: str) -> No
         assert ("solo" in tokenizer.tokenize(text)) == ("solo" in theirs.tokenize(text))
 
 
-def test_added_tokens_may_want_the_same_space(tokenizer: Any) -> None:
-    tokenizer.add_tokens([AddedToken("x", rstrip=True), " y"])
-    batch = tokenizer("x y", return_offsets_mapping=True)
-    assert (batch.tokens()[1:-1], batch["offset_mapping"][1:-1]) == (["x", " y"], [(0, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("x y", [("x", False, True), (" y", False, False)]),
+        ("x \n\n z", [("x", False, True), ("\n", False, False)]),
+        ("x \n", [("x", False, True), ("\n", True, False)]),
+        ("x \n\n z", [("x", False, False), ("\n", False, True)]),
+        ("x \n y", [("x", False, True), ("\n", False, False), ("y", True, False)]),
+        ("<mask>\x1c <mask>\x1f\t<mask>", []),
+    ],
+)
+def test_added_tokens_may_want_the_same_space(tokenizer: Any, text: str, tokens: list[tuple[str, bool, bool]]) -> None:
+    """What the token before has taken is no reason to leave one out, unless that takes what stands before it, too."""
+    theirs = reference()
+    added = [transformers.AddedToken(t, lstrip=left, rstrip=right, normalized=False) for t, left, right in tokens]
+    tokenizer.add_tokens(added)
+    theirs.add_tokens(added)
+    assert dict(tokenizer(text, return_offsets_mapping=True)) == dict(theirs(text, return_offsets_mapping=True))
 
 
 def test_adding_tokens(tokenizer: Any) -> None:
@@ -462,6 +497,13 @@ WRONG_CALLS: list[tuple[tuple, dict[str, Any], type[Exception], str]] = [
     (("a",), {"padding": "most"}, ValueError, r"padding is 'most'; allowed: 'longest', 'max_length'"),
     (("a",), {"truncation": 1}, ValueError, "truncation is 1; allowed: 'longest_first'"),
     (("a",), {"max_length": "9"}, TypeError, r"max_length is '9' \(str\); an int is needed"),
+    (
+        ("a",),
+        {"max_length": 10**19, "padding": "max_length"},
+        ValueError,
+        "rows of 10000000000000000000 tokens: more than 16777216 are",
+    ),
+    (("a",), {"padding": True, "pad_to_multiple_of": 2**40}, ValueError, "rows of 1099511627776 tokens"),
     (("a",), {"max_length": -1, "truncation": True}, ValueError, "max_length is -1; it must be at least 0"),
     (("a",), {"max_length": 1, "truncation": True}, ValueError, "max_length is 1; the special tokens alone take 2"),
     (("a", "b"), {"max_length": 3, "truncation": True}, ValueError, "the special tokens alone take 4"),

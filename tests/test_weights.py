@@ -1,5 +1,6 @@
 """Weight files: every format, hostile files, and what an interrupted save leaves."""
 
+import codecs
 import functools
 import itertools
 import json
@@ -7,6 +8,7 @@ import os
 import pickle
 import shutil
 import struct
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
@@ -94,6 +96,15 @@ def test_the_first_of_several_kinds_counts(tmp_path: Path) -> None:
 def test_the_format_before_torch_1_6(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert equal(read(tmp_path), STATE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int64", "bool", "uint16", "complex64"])
+def test_tensors_and_parameters_of_every_kind_are_read_from_a_pickle(tmp_path: Path, dtype: str) -> None:
+    tensor = torch.zeros(2, dtype=getattr(torch, dtype))
+    state = {"a": tensor, "b": torch.nn.Parameter(tensor, requires_grad=False), "c": tensor.clone(), "d": tensor[1:]}
+    state["b"].attribute = state["c"].attribute = 1  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert {name: weight.dtype for name, weight in read(tmp_path).items()} == dict.fromkeys("abcd", tensor.dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,6 +228,25 @@ def test_an_exception_at_any_step_changes_nothing(
             (tmp_path / name).write_bytes(data)
 
 
+@pytest.mark.parametrize(
+    ("kind", "writer", "error"),
+    [
+        ("model.safetensors", "xlmr.weights.save_file", SafetensorError("I/O error: No space left on device")),
+        ("pytorch_model.bin", "torch.save", RuntimeError("enforce fail at inline_container.cc")),
+    ],
+)
+def test_a_full_disk_is_an_os_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, writer: str, error: Exception
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(writer, fail)
+    with pytest.raises(OSError, match=f"{kind} cannot be written: {error}"):
+        write(tmp_path, kind)
+    assert names(tmp_path) == []
+
+
 # Hostile files
 
 
@@ -252,6 +282,13 @@ def test_an_index_that_lies(tmp_path: Path, weight_map: Any, error: type[Excepti
         read(tmp_path)
 
 
+def test_an_index_of_safetensors_leads_to_no_pickle(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.bin")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.bin"}}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.bin is refused: its header claims"):
+        read(tmp_path)
+
+
 def safetensors(header: Any, size: int, length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + bytes(size)
@@ -281,6 +318,11 @@ def entry(start: int, stop: int, shape: Any = (2,), dtype: str = "F32") -> dict[
         "overflow": safetensors({"a": entry(0, 8, [2**62, 2**62])}, 8),
         "negative": safetensors({"a": entry(0, 8, [-2])}, 8),
         "unknown dtype": safetensors({"a": entry(0, 8, [2], "F99")}, 8),
+        "a name twice": safetensors(b'{"a": %b, "a": %b}' % ((json.dumps(entry(0, 8)).encode(),) * 2), 8),
+        "a field twice": safetensors(
+            b'{"a": {"dtype": "F32", "dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}', 8
+        ),
+        "nested too deeply": safetensors(b'{"a": ' + b"[" * 100_000, 8),
         "pickle": pickle.dumps({}),
     }.items(),
     ids=lambda item: item[0],
@@ -298,8 +340,27 @@ class Evil:
     target = ""
 
 
+class Call:
+    """What torch.load allows in a pickle of tensors, though no tensor needs it: memory and time without bound."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> Any:
+        return self.function, self.args
+
+
 def bin_of(value: Any, path: Path) -> None:
     torch.save(value, path)
+
+
+def legacy(value: Any, path: Path) -> None:
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def tar_of(value: Any, path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("tensors"))
 
 
 def compressed(value: Any, path: Path) -> None:
@@ -321,6 +382,11 @@ def pickled(value: Any, path: Path) -> None:
     [
         (bin_of, {"a": Evil()}, "asks to run code"),
         (pickled, {"a": Evil()}, "asks to run code"),
+        (bin_of, {"a": Call(bytearray, 10**12)}, "asks to run code, '.* bytearray'"),
+        (legacy, {"a": Call(bytearray, 10**12)}, "asks to run code, '.* bytearray'"),
+        (bin_of, [Call(codecs.encode, "é" * 10**6, "punycode")], "asks to run code, '_codecs encode'"),
+        (bin_of, {"a": Call(torch.Tensor, 10**6)}, "its weights claim 4000000 bytes"),
+        (tar_of, {}, "it is a tar archive"),
         (compressed, {"a": torch.zeros(2)}, "its archive is compressed"),
         (bin_of, {"state_dict": {"a": torch.zeros(2)}}, "no state dict"),
         (bin_of, [torch.zeros(2)], "no state dict"),

@@ -11,6 +11,7 @@ from typing import Any
 
 WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  # categories of Unicode
 JOINERS = "\u200c\u200d"
+SEPARATORS = "\x1c\x1d\x1e\x1f"  # white space for Python alone
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,14 @@ class AddedVocabulary:
             token = self.tokens[self.ids[text[start:stop]]]
             if token.single_word and _touches_word(text, start, stop):
                 continue
-            start = max(start, end)  # where the token before has taken white space that this one starts with
-            while token.lstrip and start > end and text[start - 1].isspace():
+            while token.lstrip and start > end and _is_space(text[start - 1]):
                 start -= 1
-            while token.rstrip and stop < len(text) and text[stop].isspace():
+            while token.rstrip and stop < len(text) and _is_space(text[stop]):
                 stop += 1
+            if token.lstrip and start < end:  # the token before has taken white space that this one starts with
+                start = end
+                if start >= stop:
+                    continue
             if start > end:
                 yield end, start, None
             yield start, stop, self.ids[token.content]
@@ -132,6 +136,10 @@ class _Matcher:
                     break
 
 
+def _is_space(character: str) -> bool:
+    return character.isspace() and character not in SEPARATORS
+
+
 def _touches_word(text: str, start: int, stop: int) -> bool:
     """Whether a word goes on at either side, vowel signs and joiners included, which are none of Python's \\w."""
     beside = text[max(start - 1, 0) : start] + text[stop : stop + 1]
@@ -142,8 +150,10 @@ def tokens_by_id(entries: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
     """The added tokens of a checkpoint by id, from (id, token); ValueError for what is no id, or one given twice."""
     tokens: dict[int, Any] = {}
     for index, token in entries:
-        if isinstance(index, bool) or not isinstance(index, (int, str)) or not str(index).isdecimal():
-            raise ValueError(f"the checkpoint gives an added token the id {index!r}; an integer from 0 up is needed")
+        if type(index) not in (int, str) or not re.fullmatch("[0-9]{1,18}", str(index)):
+            raise ValueError(
+                f"the checkpoint gives an added token the id {index!r:.40}; an integer from 0 up is needed"
+            )
         if int(index) in tokens:
             raise ValueError(f"the checkpoint gives two added tokens the id {index}")
         tokens[int(index)] = token

@@ -45,16 +45,16 @@ class Encoding:
         return len(self.ids)
 
     def token_to_sequence(self, token: int) -> int | None:
-        """0 or 1, the text that the token comes from; None for special tokens and padding."""
-        return self.sequence_ids[token]
+        """0 or 1, the text that the token comes from; None for special tokens, padding and what is past the end."""
+        return self.sequence_ids[token] if token < len(self) else None
 
     def token_to_word(self, token: int) -> int | None:
-        """The word that the token is part of, None for special tokens and padding."""
-        return self.word_ids[token]
+        """The word that the token is part of; None where `token_to_sequence` gives it."""
+        return self.word_ids[token] if token < len(self) else None
 
     def token_to_chars(self, token: int) -> CharSpan | None:
-        """The characters that became the token, None for special tokens and padding."""
-        return None if self.sequence_ids[token] is None else CharSpan(*self.offsets[token])
+        """The characters that became the token; None where `token_to_sequence` gives it."""
+        return None if self.token_to_sequence(token) is None else CharSpan(*self.offsets[token])
 
     def word_to_tokens(self, word: int, sequence: int = 0) -> TokenSpan | None:
         """The tokens of a word, None if the row has none of them."""

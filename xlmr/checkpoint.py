@@ -339,9 +339,10 @@ def _report(model: str, where: str, info: dict[str, Any]) -> None:
 
 
 def _listed(names: Iterable[str], limit: int = 20) -> str:
-    """The names, those of all layers as one, at most `limit` of them."""
+    """The names, those of all layers as one, at most `limit` of them; what a file calls its weights may be anything."""
     unique = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
-    return ", ".join(unique[:limit]) + (f" and {len(unique) - limit} more" if len(unique) > limit else "")
+    shown = (name if name.isprintable() and len(name) < 200 else reprlib.repr(name) for name in unique[:limit])
+    return ", ".join(shown) + (f" and {len(unique) - limit} more" if len(unique) > limit else "")
 
 
 def save_model(

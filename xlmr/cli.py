@@ -44,12 +44,12 @@ VERIFIED = 6  # held-out sentences that `xlmr verify` computes by default
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line, `sys.argv` by default; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):  # a lone surrogate in a text is shown, not raised on
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a lone surrogate is shown
     args = _parsed(sys.argv[1:] if argv is None else list(argv))
     try:
         status = args.run(args) or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -187,7 +187,7 @@ def _embed(args: argparse.Namespace) -> None:
         texts,
         normalize=not args.no_normalize,
         max_length=args.max_length,
-        show_progress_bar=sys.stderr.isatty(),
+        show_progress_bar=sys.stderr is not None and sys.stderr.isatty(),
     )
     if args.output:
         write_atomically(args.output.parent, {args.output.name: lambda path: _save_array(path, found)})
@@ -366,7 +366,8 @@ def _share(rows: list[dict[str, Any]]) -> str:
 def _convert(args: argparse.Namespace) -> None:
     done = convert(args.source, args.target)
     for path in done.left_out:
-        print(f"{path} is not copied: it is large, and no weights that xlmr reads", file=sys.stderr)
+        reason = "large, and no weights that xlmr reads" if path.is_file() else "no file"
+        print(f"{path} is not copied: it is {reason}", file=sys.stderr)
     if args.json:
         print_json({"path": str(args.target), "weights": done.weights, "bytes": done.size})
     else:
@@ -374,7 +375,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _encoder(args: argparse.Namespace, **options: Any) -> Encoder:
-    where = args.model or demo.CHECKPOINT
+    where = demo.CHECKPOINT if args.model is None else args.model
     return load(where, device=args.device, dtype=args.dtype, backend=args.backend, **options)
 
 

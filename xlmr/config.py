@@ -105,7 +105,7 @@ class XLMRobertaConfig:
     _name_or_path: str = ""
     _attn_implementation: str | None = "sdpa"  # transformers' attention: taken and told, neither used nor written
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:  # "self" may be a key of config.json
         values = _own_copy(values)
         defaults = kind_of(values.get("model_type", self.model_type)).defaults
         torch_dtype, num_labels = values.pop("torch_dtype", None), values.pop("num_labels", None)
@@ -297,6 +297,8 @@ class XLMRobertaConfig:
             _check_choice(name, getattr(self, name, neutral), (neutral,))
         for name in ("bos_token_id", "eos_token_id"):
             _check_token_ids(name, getattr(self, name))
+        if not _are_names(self.architectures):
+            raise ValueError(f"architectures is {reprlib.repr(self.architectures)}; it must be a list of names or None")
         _check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         _check_choice("problem_type", self.problem_type, (None, *PROBLEM_TYPES))
         self._validate_combinations()
@@ -369,7 +371,9 @@ def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_own_code(auto_map: Any) -> None:
-    if auto_map and any(str(name).startswith(("AutoConfig", "AutoModel")) for name in auto_map):
+    if isinstance(auto_map, (dict, list)) and any(
+        str(name).startswith(("AutoConfig", "AutoModel")) for name in auto_map
+    ):
         raise ValueError(
             f"auto_map is {reprlib.repr(auto_map)}: the model is computed by the repository's own code (as are "
             "jina-embeddings-v3 and gte-multilingual), which is not run; give auto_map=None if the weights are those "
@@ -386,6 +390,10 @@ def _check_token_ids(name: str, value: Any) -> None:
     ids = value if isinstance(value, list) else [value]
     if value is not None and not all(type(i) is int for i in ids):
         raise ValueError(f"{name} is {reprlib.repr(value)}; it must be an integer, a list of integers or None")
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value))
 
 
 def _check_real(name: str, value: Any, smallest: float, largest: float) -> None:

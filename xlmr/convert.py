@@ -16,7 +16,7 @@ COPIED = 2**26  # bytes: files up to this size are copied
 
 
 class Converted(NamedTuple):
-    """How many weights were written, of how many bytes together; `left_out`: large files that were not copied."""
+    """How many weights were written, of how many bytes together; `left_out`: what was not copied."""
 
     weights: int
     size: int
@@ -26,24 +26,25 @@ class Converted(NamedTuple):
 def convert(source: Path, target: Path) -> Converted:
     """Make `target`, a new or empty directory, of `source`: it appears whole or not at all.
 
-    Files above COPIED that are no weights we read are left out: they are weights for other programs. ValueError for
-    directories that will not do, OSError and ValueError for weights that cannot be read.
+    Files above COPIED that are no weights we read are left out: they are weights for other programs. So are pipes and
+    the like, and links to anything but files. ValueError for directories that will not do, OSError and ValueError for
+    weights that cannot be read.
     """
     _check_directories(source, target)
     weights = read_weights(partial(resolve, source), str(source))
     left_out: list[Path] = []
 
-    def ignored(folder: str, names: list[str]) -> list[str]:
+    def ignore(folder: str, names: list[str]) -> list[str]:
         rewritten = [name for name in names if _is_weights(name)] if Path(folder) == source else []
         others = [Path(folder, name) for name in names if name not in rewritten]
-        large = [path for path in others if path.is_file() and path.stat().st_size > COPIED]
-        left_out.extend(large)
-        return [*rewritten, *(path.name for path in large)]
+        ignored = [path for path in others if not _is_copied(path)]
+        left_out.extend(ignored)
+        return [*rewritten, *(path.name for path in ignored)]
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as scratch:
         new = Path(scratch, "new")
-        shutil.copytree(source, new, ignore=ignored)
+        shutil.copytree(source, new, ignore=ignore)
         config = (new / "config.json").read_text(encoding="utf-8")
         write_weights(new, weights, config, "50GB", safe_serialization=True)
         os.replace(new, target)
@@ -59,6 +60,10 @@ def _check_directories(source: Path, target: Path) -> None:
         raise ValueError(f"{target} is inside {source}: give a directory outside")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"there is no config.json in {source}: it is no checkpoint")
+
+
+def _is_copied(path: Path) -> bool:
+    return path.stat().st_size <= COPIED if path.is_file() else path.is_dir() and not path.is_symlink()
 
 
 def _is_weights(name: str) -> bool:

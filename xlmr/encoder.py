@@ -517,8 +517,9 @@ def load(
 
 def _model_class(config: dict[str, Any], recipe: Recipe | None, pooling: Any) -> Any:
     """A cross-encoder's where modules.json, or else config.json, says so."""
-    architectures = config.get("architectures") or []
-    pairs = any(str(name).endswith("ForSequenceClassification") for name in architectures)
+    architectures = config.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    pairs = any(str(name).endswith("ForSequenceClassification") for name in named)
     pairs = pooling is None and (not recipe.pooling if recipe else pairs)
     return XLMRobertaForSequenceClassification if pairs else XLMRobertaModel
 

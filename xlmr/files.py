@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Keywords of transformers' from_pretrained, save_pretrained and pipeline: how it does it, which decides nothing here, …
+# Keywords of transformers' from_pretrained, save_pretrained, decode and pipeline: how it does it, which decides nothing
+# here, …
 WITHOUT_EFFECT = {
     "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "adapter_name", "allow_all_kernels",
     "attn_implementation", "disable_mmap", "experts_implementation", "finetuning_task", "fix_mistral_regex",
     "framework", "from_slow", "legacy", "legacy_format", "low_cpu_mem_usage", "max_memory", "mirror", "num_workers",
     "offload_buffers", "offload_folder", "offload_state_dict", "resume_download", "save_function",
-    "save_original_format", "save_peft_format", "tqdm_class", "trust_remote_code", "use_fast", "use_kernels",
-    "use_safetensors", "verbose", "weights_only",
+    "save_original_format", "save_peft_format", "spaces_between_special_tokens", "tqdm_class", "trust_remote_code",
+    "use_fast", "use_kernels", "use_safetensors", "use_source_tokenizer", "verbose", "weights_only",
 }  # fmt: skip
 # … and what: allowed as nothing (None, False, {}) only, which is their default there.
 NOT_OFFERED = {

@@ -6,10 +6,12 @@ that was stopped and resumed gives the same weights as one that was not, bit for
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -59,7 +61,7 @@ class Recipe:
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch_tokens": 1, "accumulate": 1}
         for name, value in asdict(self).items():
-            if value < least.get(name, 0):
+            if not value >= least.get(name, 0):
                 raise ValueError(f"{name} is {value}: at least {least.get(name, 0)} is needed")
         if self.seed >= 2**20:
             raise ValueError(f"seed is {self.seed}: at most {2**20 - 1} is allowed")
@@ -151,6 +153,11 @@ class Run:
         limit = longest(model, tokenizer)
         if recipe.max_length > limit:
             raise ValueError(f"max_length is {recipe.max_length}: this model takes at most {limit} tokens")
+        least = tokenizer.num_special_tokens_to_add(pair=True) + 1
+        if 0 < recipe.max_length < least:
+            raise ValueError(
+                f"max_length is {recipe.max_length}: at least {least} is needed, a pair of texts has so many"
+            )
         self.model, self.tokenizer, self.lines, self.recipe = model, tokenizer, lines, recipe
         self.encode = LineTokenizer(tokenizer, recipe.max_length or limit)
         self.masker = Masker(tokenizer, recipe.mask_probability)
@@ -212,7 +219,7 @@ class Run:
 
     def restore(self, checkpoint: Path) -> None:
         """Takes up the state that `save` wrote; the model has been loaded from the same directory."""
-        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+        state = _read_state(checkpoint)
         given = asdict(self.recipe) | {"files": self.lines.fingerprint()}
         before = state["recipe"] | {"files": state["files"]}
         changed = [
@@ -225,9 +232,20 @@ class Run:
         self.encode.texts, self.encode.cut = state["texts"]
 
 
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `Run.save` wrote besides model and tokenizer."""
+    path = checkpoint / STATE
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        return {key: state[key] for key in ("step", "tokens", "position", "texts", "recipe", "files", "optimizer")}
+    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError) as error:
+        advice = f"go on from {checkpoint} with --init and another --output"
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); {advice}") from error
+
+
 def _checkpoints(output: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if _step_of(path).isdigit()]
+    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and _step_of(path).isdecimal()]
     return sorted(found, key=lambda path: int(_step_of(path)))
 
 
@@ -304,6 +322,9 @@ def pretrain(
     read, RuntimeError for a loss that is not finite.
     """
     recipe = recipe or Recipe()
+    for name, steps in (("save_every", save_every), ("log_every", log_every)):
+        if steps < 1:
+            raise ValueError(f"{name} is {steps}: at least 1 is needed")
     output = Path(output)
     found = _checkpoints(output)
     if found and not resume:
@@ -312,6 +333,8 @@ def pretrain(
         )
     if found:
         init = tokenizer = found[-1]
+    elif config is not None and init is not None:
+        raise ValueError("config and init are both given: a new model has a config, one to go on from has its own")
     lines, held = Lines(texts), Lines([held_out]) if held_out else None
     if not isinstance(tokenizer, XLMRobertaTokenizer):
         tokenizer = _load_tokenizer(tokenizer if tokenizer is not None else init)
@@ -378,7 +401,12 @@ def _log_entry(run: Run, losses: list[Tensor]) -> dict[str, Any]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The entries, without a line that a kill cut short."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def _log_line(entry: dict[str, Any]) -> str:
@@ -388,7 +416,9 @@ def _log_line(entry: dict[str, Any]) -> str:
 def _held_out(run: Run, held: Lines) -> dict[str, float]:
     encode = LineTokenizer(run.tokenizer, run.encode.max_length)
     loss = held_out_loss(run.model, held, encode, run.masker, run.recipe)
-    return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss)}
+    if not math.isfinite(loss):  # NaN: of so little text no token was masked
+        return {}
+    return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700))}  # JSON has no infinity
 
 
 def _bar(progress: bool, total: int, initial: int) -> Any:

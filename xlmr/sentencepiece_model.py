@@ -327,7 +327,9 @@ def _read_charsmap(normalizer: Any) -> bytes:
                     charsmap = base64.b64decode(encoded, validate=True)
                 except binascii.Error as error:
                     raise ValueError(f"its precompiled_charsmap is not base64: {error}") from error
-            case {"type": "Strip"} | {"type": "Replace", "pattern": {"Regex": " {2,}"} | {"String": " " | " {2,}"}}:
+            case {"type": "Strip"}:
+                pass
+            case {"type": "Replace", "pattern": {"Regex": " {2,}"} | {"String": " " | " {2,}"}, "content": " " | "▁"}:
                 pass
             case _:
                 raise ValueError(f"its normalizer has {part!s:.80}, which XLM-R does not use")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# What json.dumps leaves as it is, though some readers end a line there, and terminals take orders from it.
+UNSEEN = re.compile("[\x7f-\x9f\u2028\u2029]")
+
 
 def print_json(value: dict[str, Any]) -> None:
     """One line of JSON, letters of all scripts as they are."""
-    print(json.dumps(value, ensure_ascii=False))
+    print(UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False)))
 
 
 def print_table(rows: Iterable[Sequence[Any]]) -> None:

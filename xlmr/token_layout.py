@@ -12,6 +12,7 @@ Span = tuple[int, int]  # of the tokens of one text: first, and one past the las
 Values = tuple[list[list], "list[list] | None"]  # one value a token, for each text and for its pair, if there are pairs
 RowSpans = tuple[int, Span, "Span | None"]  # the number of a row's text, the span of its tokens, and its pair's
 
+LONGEST = 2**24  # tokens that rows are padded to at most, above what any configuration has positions for
 PADDING: dict[Any, str] = {name: name for name in ("longest", "max_length", "do_not_pad")}
 PADDING |= {True: "longest", False: "do_not_pad"}
 TRUNCATION: dict[Any, str] = {name: name for name in ("longest_first", "only_first", "only_second", "do_not_truncate")}
@@ -87,7 +88,10 @@ class Padding:
         length = longest if self.strategy == "longest" else limit
         if self.strategy == "do_not_pad" or length is None:
             return None
-        return length if self.multiple is None else -(-length // self.multiple) * self.multiple
+        length = -(-length // (self.multiple or 1)) * (self.multiple or 1)
+        if length > LONGEST:
+            raise ValueError(f"padding would make rows of {length} tokens: more than {LONGEST} are never needed")
+        return length
 
 
 def kept_spans(

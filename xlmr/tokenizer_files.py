@@ -132,8 +132,11 @@ def _known_settings(config: dict[str, Any], model_config: dict[str, Any]) -> dic
         name: value for name, value in config.items() if value is not None and name in {*SETTINGS, *SPECIAL_TOKENS}
     }
     for name, kind in SETTINGS.items():
-        if name in known and not isinstance(known[name], kind):
-            raise ValueError(f"{CONFIG_FILE} gives {describe(known[name])} as {name}, which is of another type")
+        value = known.get(name)
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            raise ValueError(f"{CONFIG_FILE} gives {describe(value)} as {name}, which is of another type")
+    if config.get("add_prefix_space") is False:
+        known["add_prefix_space"] = False  # which the constructor refuses
     known["model_max_length"] = _longest_row(known.get("model_max_length"), model_config)
     return known
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .added_tokens import AddedToken, AddedVocabulary
-from .arguments import as_lists, integer
+from .arguments import as_lists, describe, integer
+from .files import refuse_unknown
 from .sentencepiece_model import CONTROL_PIECES, SPACE, SentencePieceModel
 
 SPECIAL_TOKENS = {
@@ -224,19 +225,21 @@ class Vocabulary:
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a token, or the ids of a list of them; that of <unk> for a token that is not in the vocabulary."""
-        if not isinstance(tokens, str):
+        if isinstance(tokens, (list, tuple)):
             return [self.convert_tokens_to_ids(token) for token in tokens]
+        if not isinstance(tokens, str):
+            raise TypeError(f"a token is {describe(tokens)}; allowed: a str, or a list of them")
         index = self._index(tokens)
         return self.unk_token_id if index is None else index
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The token of an id, or the tokens of a list or tensor of them; ValueError for an id that does not exist."""
-        ids = as_lists(ids)
+        ids = _read_ids(ids)
         if isinstance(ids, int):
             return self._token(ids)
         if skip_special_tokens:
             ids = [index for index in ids if index not in self._added.special_ids]
-        if ids and min(ids) >= 0 and max(ids) < len(self._model):  # the usual case, in one call
+        if {*map(type, ids)} == {int} and min(ids) >= 0 and max(ids) < len(self._model):  # the usual case, in one call
             return self._model.ids_to_pieces(ids)
         return [self._token(index) for index in ids]
 
@@ -246,14 +249,20 @@ class Vocabulary:
         return first.replace(SPACE, "") + rest.replace(SPACE, " ")
 
     def decode(
-        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **options: Any,
     ) -> Any:
-        """The text of an id, or of a list or tensor of ids; of several such rows the list of their texts.
+        """The text of an id, or of a list or tensor of ids, or of the input_ids of a dict; of several such rows the
+        list of their texts.
 
         `clean_up_tokenization_spaces`: remove the spaces before punctuation and English contractions; by default the
         attribute of that name. ValueError for an id that does not exist.
         """
-        ids = as_lists(token_ids)
+        refuse_unknown("decode", options)
+        ids = _read_ids(token_ids)
         ids = [ids] if isinstance(ids, int) else ids
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
@@ -263,10 +272,15 @@ class Vocabulary:
         return text
 
     def batch_decode(
-        self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **options: Any,
     ) -> list[str]:
-        """`decode` of each row of ids."""
-        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in as_lists(sequences)]
+        """`decode` as a list in any case: ids that are no list of rows are one row, as in transformers 5."""
+        texts = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces, **options)
+        return texts if isinstance(texts, list) else [texts]
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
@@ -274,3 +288,13 @@ class Vocabulary:
         for spaced, joined in _CLEAN_UP.items():
             text = text.replace(spaced, joined)
         return text
+
+
+def _read_ids(value: Any) -> Any:
+    """The id, or the list of ids or rows, in a tensor, a sequence or the input_ids of a dict; TypeError if none is."""
+    ids = as_lists(value["input_ids"] if isinstance(value, Mapping) else value)
+    if isinstance(ids, (int, list)):
+        return ids
+    if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)):
+        return list(ids)
+    raise TypeError(f"the token ids are {describe(value)}; allowed: an int, a list or a tensor of them")

@@ -5,14 +5,17 @@ sets: the one that counts is the first of WEIGHTS, the reference's order.
 """
 
 import functools
+import io
 import json
 import pickle
+import pickletools
 import re
 import secrets
+import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +25,13 @@ from torch import Tensor
 from .files import MAX_JSON_BYTES, check_bare_name, read_json, write_atomically
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# What pickles of tensors name. torch.load allows more, such as bytearray(2**40) and encodings that take hours.
+TENSOR_PARTS = re.compile(
+    r"collections OrderedDict|torch(\.cuda|\.storage)? \w+Storage"
+    r"|torch (Tensor|Size|device|bool|[a-z]*(int|float|complex)\d\w*)"
+    r"|torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
+)
 SHARD = re.compile(r"(pytorch_)?model-(.+-)?\d{5}-of-\d{5}\.(safetensors|bin)")
 
 
@@ -42,11 +52,14 @@ def read_weights(
     for name in names:
         path = find(name)
         if path is not None:
-            return _read_shards(find, path) if name.endswith(".json") else _read_file(path)
+            read = _read_safetensors if ".safetensors" in name else _read_file
+            return _read_shards(find, path, read) if name.endswith(".json") else read(path)
     raise FileNotFoundError(f"there are no weights in {where}; looked for {', '.join(names)}")
 
 
-def _read_shards(find: Callable[[str], Path | None], index: Path) -> dict[str, Tensor]:
+def _read_shards(
+    find: Callable[[str], Path | None], index: Path, read: Callable[[Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, the names of weights and their files")
@@ -56,7 +69,7 @@ def _read_shards(find: Callable[[str], Path | None], index: Path) -> dict[str, T
         path = find(name)
         if path is None:
             raise FileNotFoundError(f"{index} names {name}, which is not there")
-        shard = _read_file(path)
+        shard = read(path)
         for key in shard:
             if weight_map.get(key, name) != name or key in weights:
                 raise ValueError(f"{key!r} is in {name}, not only in {weight_map.get(key)} as {index} says")
@@ -68,21 +81,30 @@ def _read_shards(find: Callable[[str], Path | None], index: Path) -> dict[str, T
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    return read_pickle(path) if path.name.endswith(".bin") else _read_safetensors(path)
+    return _read_safetensors(path) if path.name.endswith(".safetensors") else read_pickle(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    # The library checks the header, and that the tensors fill the rest of the file with neither gap nor overlap.
+    # The library checks the header, and that the tensors fill the rest of the file with neither gap nor overlap; but of
+    # a name that is there twice it takes the last, and what looked at the file before may have taken the first.
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if length > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is refused: its header claims {length} bytes, more than {MAX_JSON_BYTES}")
+        if length > MAX_JSON_BYTES:
+            raise ValueError(f"{path} is refused: its header claims {length} bytes, more than {MAX_JSON_BYTES}")
+        header = file.read(length)
     try:
+        json.loads(header, object_pairs_hook=_once)
         with safe_open(path, framework="pt") as tensors:
             names = tensors.keys()
             return {name: tensors.get_tensor(name) for name in names}
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:  # RuntimeError: RecursionError, too
         raise ValueError(f"{path} is refused: damaged or no safetensors file: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return dict(pairs)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -90,8 +112,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"  # since torch 1.6; the older format cannot be mapped
-        if zipped:
-            _check_archive(path)
+            file.seek(0)
+            if zipped:
+                _check_archive(path)
+            else:
+                _check_old_format(file)
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
@@ -119,6 +144,22 @@ def _check_archive(path: Path) -> None:
         raise ValueError("its archive is compressed")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise ValueError("its archive claims more bytes than the file has")
+    _check_calls(io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")))  # as torch.load finds it
+
+
+def _check_old_format(file: IO[bytes]) -> None:
+    if tarfile.is_tarfile(file):
+        raise ValueError("it is a tar archive")
+    file.seek(0)
+    for _ in range(5):  # magic number, protocol, platform, the state dict, the names of its storages; then their bytes
+        _check_calls(file)
+
+
+def _check_calls(pickled: IO[bytes]) -> None:
+    """Refuse a pickle that calls anything but what tensors are made by."""
+    for opcode, name, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL" and not TENSOR_PARTS.fullmatch(str(name)):
+            raise ValueError(f"it asks to run code, {name!r:.80}")
 
 
 # Writing
@@ -197,7 +238,10 @@ def _write_file(weights: Mapping[str, Tensor], path: Path) -> None:
             weight = weight.clone()
         seen.add(weight.data_ptr())
         whole[name] = weight
-    if path.name.endswith(".bin"):
-        torch.save(whole, path)
-    else:
-        save_file(whole, path, metadata={"format": "pt"})
+    try:
+        if path.name.endswith(".bin"):
+            torch.save(whole, path)
+        else:
+            save_file(whole, path, metadata={"format": "pt"})
+    except (SafetensorError, RuntimeError) as error:  # what a full disk is to the one library and the other
+        raise OSError(f"{path.name} cannot be written: {error}") from error

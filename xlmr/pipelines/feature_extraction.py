@@ -25,7 +25,7 @@ class FeatureExtractionPipeline(Pipeline):
     def saved_class(cls, config: XLMRobertaConfig) -> type[XLMRobertaPreTrainedModel]:
         """The class that wrote the checkpoint, so that no weight is missing or left over; its base model is used. That
         alone is loaded where the head computes something else than ours."""
-        names = [config.kind.ours(name) for name in config.architectures or () if isinstance(name, str)]
+        names = [config.kind.ours(name) for name in config.architectures or ()]
         named = (vars(heads).get(name) for name in names if name)
         return next((c for c in named if isinstance(c, type) and issubclass(c, heads.XLMRobertaHead)), cls.model_class)
 

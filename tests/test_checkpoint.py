@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from processes import python
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -182,11 +183,13 @@ def test_the_hub_is_asked_again_where_the_caller_says_so(saved: Path, monkeypatc
 
     def download(name: str, filename: str, **options: Any) -> str:
         asked.append((filename, options["force_download"]))
+        if not (saved / "XLMRobertaModel" / filename).exists():
+            raise EntryNotFoundError(filename)
         return str(saved / "XLMRobertaModel" / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     XLMRobertaModel.from_pretrained("someone/model", force_download=True)
-    assert asked == [("config.json", True), ("model.safetensors", True)]
+    assert asked == [("config.json", True), ("adapter_config.json", True), ("model.safetensors", True)]
 
 
 def test_a_hub_name_from_the_cache(saved: Path, tmp_path: Path) -> None:

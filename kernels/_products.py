@@ -121,6 +121,7 @@ def _dw_kernel(
     part, split = tl.program_id(1), tl.program_id(2)
     d_ptr = of_part(part, dq_ptr, dk_ptr, dv_ptr, PARTS)
     start = split.to(tl.int64) * length
+    tl.assume(length > 0)  # else ptxas serialises wgmma, for what a loop that is never entered leaves in registers
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = _strided_product(
         d_ptr, x_ptr, stride_dn, stride_dm, 1, stride_xm, row, col, start, bound(length), T, acc,

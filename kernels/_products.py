@@ -42,7 +42,8 @@ CONFIGS: Table = {
     "sm_100": {
         **{(2, name): config(8, 4, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},
         **{(4, name): config(8, 3, BLOCK_M=128, BLOCK_N=64) for name in ("dx", "dw")},
-        **{(itemsize, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64) for itemsize in (2, 4)},
+        (2, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=64),
+        (4, "unaligned"): config(8, 2, BLOCK_M=64, BLOCK_N=32),
     },
     "gfx942": {
         **{(2, name): config(4, 2, BLOCK_M=128, BLOCK_N=128) for name in ("dx", "dw")},

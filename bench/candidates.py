@@ -17,6 +17,7 @@ from unittest import mock
 from xlmr.kernels import _launch
 from xlmr.kernels._launch import Config
 
+from . import compile_cases
 from .tables import Entry
 
 
@@ -76,9 +77,9 @@ class Gate:
         if target not in self.gate.TARGETS:
             raise ValueError(f"the compile gate knows {', '.join(self.gate.TARGETS)}, not {target}")
         self.target, self.cache, self.processes = target, cache, processes
-        kernels = {name: importlib.import_module(f"xlmr.kernels.{name}") for name in self.gate.CASES}
+        kernels = {name: importlib.import_module(f"xlmr.kernels.{name}") for name in compile_cases.KERNELS}
         self.modules = [*kernels.values(), *self.gate.SHARED]
-        self.cases = self.gate.cases(kernels)
+        self.cases = compile_cases.cases(kernels)
         self.present = self._recorded(self.cases).jobs
         self.entries = [self._recorded([case]).entries for case in self.cases]
 

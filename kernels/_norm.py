@@ -93,19 +93,123 @@ def rows_of(block, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def input_gradient(g, normal, rstd, mean_g, mean_gx):
+def _input_gradient(g, normal, rstd, mean_g, mean_gx):
     """dh of one tile: g = dy·w, normal = x̂ and, by row, rstd and the means of g and of g·x̂."""
     return rstd[:, None] * (g - mean_g[:, None] - normal * mean_gx[:, None])
 
 
 @triton.jit
-def store_partials(dw_ptr, db_ptr, cols, N: tl.constexpr, dw, db):
+def _store_gradients(dx_ptr, dh_ptr, rows, T, cols, N: tl.constexpr, dh, slope):
+    """dx = dh·∂h/∂x, and dh itself; nothing where a pointer is None."""
+    mask = (rows < T)[:, None] & (cols < N)[None, :]
+    store_tile(dx_ptr, (rows * N)[:, None], cols, mask, dh * slope)
+    store_tile(dh_ptr, (rows * N)[:, None], cols, mask, dh)
+
+
+@triton.jit
+def _store_partials(dw_ptr, db_ptr, cols, N: tl.constexpr, dw, db):
     """This program's row of partial sums; nothing where a pointer is None."""
     row = tl.program_id(0).to(tl.int64) * N
     if dw_ptr is not None:
         tl.store(dw_ptr + row + cols, dw, mask=cols < N)
     if db_ptr is not None:
         tl.store(db_ptr + row + cols, db, mask=cols < N)
+
+
+@triton.jit
+def norm_bwd(
+    locate: tl.constexpr, operands: tl.constexpr,  # functions, see below
+    inputs, w_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dh_ptr,  # None, as the next two: not wanted
+    dw_ptr, db_ptr,  # [programs, N]
+    T, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The backward pass of every num_programs-th block of BLOCK_T rows, from program_id on.
+
+    locate(inputs, rows, exists) → what is known of a block of rows before its columns
+    operands(inputs, located, start, N, BLOCK_N) → dy, h, ∂h/∂x of the columns from `start` on: fp32 [BLOCK_T, BLOCK_N],
+    dy and h 0 where there is no element
+    """
+    if BLOCK_N >= N:
+        _narrow_bwd(
+            locate, operands, inputs, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dh_ptr, dw_ptr, db_ptr, T, N, BLOCK_T, BLOCK_N
+        )
+    else:
+        if dx_ptr is not None or dh_ptr is not None:
+            _wide_bwd_dx(locate, operands, inputs, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dh_ptr, T, N, BLOCK_T, BLOCK_N)
+        if dw_ptr is not None or db_ptr is not None:
+            _wide_bwd_dw(locate, operands, inputs, mean_ptr, rstd_ptr, dw_ptr, db_ptr, T, N, BLOCK_T, BLOCK_N)
+
+
+@triton.jit
+def _narrow_bwd(
+    locate: tl.constexpr, operands: tl.constexpr, inputs, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dh_ptr, dw_ptr, db_ptr, T,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All gradients in one pass: the rows stay in registers."""
+    cols = tl.arange(0, BLOCK_N)
+    w = load_vector(w_ptr, cols, N)[None, :]
+    dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    block = tl.program_id(0)
+    while block * BLOCK_T < T:
+        rows = rows_of(block, BLOCK_T)
+        mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
+        located = locate(inputs, rows, rows < T)
+        dy, h, slope = operands(inputs, located, 0, N, BLOCK_N)
+        normal = (h - mean[:, None]) * rstd[:, None]
+        dw += tl.sum(dy * normal, axis=0)
+        db += tl.sum(dy, axis=0)
+        g = dy * w
+        dh = _input_gradient(g, normal, rstd, tl.sum(g, axis=1) / N, tl.sum(g * normal, axis=1) / N)
+        _store_gradients(dx_ptr, dh_ptr, rows, T, cols, N, dh, slope)
+        block += tl.num_programs(0)
+    _store_partials(dw_ptr, db_ptr, cols, N, dw, db)
+
+
+@triton.jit
+def _wide_bwd_dx(
+    locate: tl.constexpr, operands: tl.constexpr, inputs, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dh_ptr, T,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx and dh in two passes over each row."""
+    cols = tl.arange(0, BLOCK_N)
+    block = tl.program_id(0)
+    while block * BLOCK_T < T:
+        rows = rows_of(block, BLOCK_T)
+        mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
+        located = locate(inputs, rows, rows < T)
+        sum_g, sum_gx = tl.zeros([BLOCK_T, BLOCK_N], tl.float32), tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        for start in range(0, N, BLOCK_N):
+            dy, h, _ = operands(inputs, located, start, N, BLOCK_N)
+            g = dy * load_vector(w_ptr, start + cols, N)[None, :]
+            sum_g += g
+            sum_gx += g * (h - mean[:, None]) * rstd[:, None]
+        mean_g, mean_gx = tl.sum(sum_g, axis=1) / N, tl.sum(sum_gx, axis=1) / N
+        for start in range(0, N, BLOCK_N):
+            dy, h, slope = operands(inputs, located, start, N, BLOCK_N)
+            g = dy * load_vector(w_ptr, start + cols, N)[None, :]
+            dh = _input_gradient(g, (h - mean[:, None]) * rstd[:, None], rstd, mean_g, mean_gx)
+            _store_gradients(dx_ptr, dh_ptr, rows, T, start + cols, N, dh, slope)
+        block += tl.num_programs(0)
+
+
+@triton.jit
+def _wide_bwd_dw(
+    locate: tl.constexpr, operands: tl.constexpr, inputs, mean_ptr, rstd_ptr, dw_ptr, db_ptr, T,
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of dw and db: a block of columns of every row, then the next block."""
+    for start in range(0, N, BLOCK_N):
+        dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        block = tl.program_id(0)
+        while block * BLOCK_T < T:
+            rows = rows_of(block, BLOCK_T)
+            mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
+            dy, h, _ = operands(inputs, locate(inputs, rows, rows < T), start, N, BLOCK_N)
+            dw += tl.sum(dy * (h - mean[:, None]) * rstd[:, None], axis=0)
+            db += tl.sum(dy, axis=0)
+            block += tl.num_programs(0)
+        _store_partials(dw_ptr, db_ptr, start + tl.arange(0, BLOCK_N), N, dw, db)
 
 
 @triton.jit

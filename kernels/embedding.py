@@ -44,18 +44,14 @@ from ._norm import (
     bucket,
     check_affine,
     contiguous_rows,
-    input_gradient,
-    load_statistics,
     load_tile,
-    load_vector,
     new_partials,
+    norm_bwd,
     programs,
     row_stride,
     rows_of,
     store_affine,
-    store_partials,
     store_statistics,
-    store_tile,
     sum_partials,
 )
 
@@ -107,9 +103,10 @@ SPANS = config(4, 1, CHUNK=CHUNK, BLOCK_P=64, BLOCK_N=128)
 
 
 @triton.jit
-def _places(ids, strides, rows, row_strides, tokens, exists):
-    """Where each token's row of each table starts, and whether every table has it. The arguments before `tokens` are
-    tuples of three: words, token types, positions."""
+def _places(layout, tokens, exists):
+    """Where each token's row of each table starts, and whether every table has it. `layout`: pointers to the ids, their
+    strides, the tables' numbers of rows and strides of rows, each of words, token types and positions."""
+    ids, strides, rows, row_strides = layout
     words = tl.load(ids[0] + tokens * strides[0], mask=exists, other=0).to(tl.int64)
     types = tl.load(ids[1] + tokens * strides[1], mask=exists, other=0).to(tl.int64)
     positions = tl.load(ids[2] + tokens * strides[2], mask=exists, other=0).to(tl.int64)
@@ -138,10 +135,10 @@ def _embed_fwd_kernel(
 ):  # fmt: skip
     ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
     table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
-    tables = (word_ptr, type_ptr, position_ptr)
+    tables, layout = (word_ptr, type_ptr, position_ptr), (ids, strides, table_rows, row_strides)
     tokens = rows_of(tl.program_id(0), BLOCK_T)
     exists = tokens < T
-    places, known = _places(ids, strides, table_rows, row_strides, tokens, exists)
+    places, known = _places(layout, tokens, exists)
     poison = tl.where(known, 0.0, float("nan"))  # joins the mean: a row with a wrong id is NaN
     y_rows = (tokens * N)[:, None]
     cols = tl.arange(0, BLOCK_N)
@@ -172,10 +169,23 @@ def _embed_fwd_kernel(
 
 
 @triton.jit
-def _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N: tl.constexpr):
-    """dy·m of the columns from `start` on."""
-    dy = load_tile(dy_ptr, (tokens * stride_dym)[:, None], start + tl.arange(0, BLOCK_N), mask)
-    return dy * keep_factors(seed_ptr, tokens, start, levels, BLOCK_N)
+def _locate(inputs, tokens, exists):
+    """For norm_bwd: where the tokens' rows are."""
+    _, layout, _ = inputs
+    places, known = _places(layout, tokens, exists)
+    return tokens, exists, places, known
+
+
+@triton.jit
+def _operands(inputs, located, start, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For norm_bwd: dy·m, h and, as the tables' rows are added as they are, 1."""
+    tables, _, gradient = inputs
+    dy_ptr, stride_dym, seed_ptr, levels = gradient
+    tokens, exists, places, known = located
+    cols = start + tl.arange(0, BLOCK_N)
+    h = _hidden(tables, places, known, cols, N)
+    dy = load_tile(dy_ptr, (tokens * stride_dym)[:, None], cols, exists[:, None] & (cols < N)[None, :])
+    return dy * keep_factors(seed_ptr, tokens, start, levels, BLOCK_N), h, 1.0
 
 
 @triton.jit(do_not_specialize=["T", "word_rows", "type_rows", "position_rows", "levels"])
@@ -190,65 +200,11 @@ def _embed_bwd_kernel(
 ):  # fmt: skip
     ids, strides = (word_ids_ptr, type_ids_ptr, position_ids_ptr), (stride_word_id, stride_type_id, stride_position_id)
     table_rows, row_strides = (word_rows, type_rows, position_rows), (stride_word, stride_type, stride_position)
-    tables = (word_ptr, type_ptr, position_ptr)
-    cols = tl.arange(0, BLOCK_N)
-    first = tl.program_id(0)  # of the blocks of BLOCK_T tokens; then every num_programs-th
-    if BLOCK_N >= N:  # the row stays in registers
-        w = load_vector(w_ptr, cols, N)[None, :]
-        dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-        block = first
-        while block * BLOCK_T < T:
-            tokens = rows_of(block, BLOCK_T)
-            mean, rstd = load_statistics(mean_ptr, rstd_ptr, tokens, T)
-            places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
-            mask = (tokens < T)[:, None] & (cols < N)[None, :]
-            normal = (_hidden(tables, places, known, cols, N) - mean[:, None]) * rstd[:, None]
-            dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, 0, mask, BLOCK_N)
-            dw += tl.sum(dy * normal, axis=0)
-            db += tl.sum(dy, axis=0)
-            g = dy * w
-            dh = input_gradient(g, normal, rstd, tl.sum(g, axis=1) / N, tl.sum(g * normal, axis=1) / N)
-            store_tile(dh_ptr, (tokens * N)[:, None], cols, mask, dh)
-            block += tl.num_programs(0)
-        store_partials(dw_ptr, db_ptr, cols, N, dw, db)
-    else:
-        if dh_ptr is not None:  # two passes over each row
-            block = first
-            while block * BLOCK_T < T:
-                tokens = rows_of(block, BLOCK_T)
-                mean, rstd = load_statistics(mean_ptr, rstd_ptr, tokens, T)
-                places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
-                sum_g, sum_gx = tl.zeros([BLOCK_T, BLOCK_N], tl.float32), tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-                for start in range(0, N, BLOCK_N):
-                    mask = (tokens < T)[:, None] & (start + cols < N)[None, :]
-                    dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N)
-                    g = dy * load_vector(w_ptr, start + cols, N)[None, :]
-                    sum_g += g
-                    sum_gx += g * (_hidden(tables, places, known, start + cols, N) - mean[:, None]) * rstd[:, None]
-                mean_g, mean_gx = tl.sum(sum_g, axis=1) / N, tl.sum(sum_gx, axis=1) / N
-                for start in range(0, N, BLOCK_N):
-                    mask = (tokens < T)[:, None] & (start + cols < N)[None, :]
-                    dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N)
-                    g = dy * load_vector(w_ptr, start + cols, N)[None, :]
-                    normal = (_hidden(tables, places, known, start + cols, N) - mean[:, None]) * rstd[:, None]
-                    dh = input_gradient(g, normal, rstd, mean_g, mean_gx)
-                    store_tile(dh_ptr, (tokens * N)[:, None], start + cols, mask, dh)
-                block += tl.num_programs(0)
-        if dw_ptr is not None or db_ptr is not None:  # a block of columns of every row, then the next block
-            for start in range(0, N, BLOCK_N):
-                dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-                block = first
-                while block * BLOCK_T < T:
-                    tokens = rows_of(block, BLOCK_T)
-                    mean, rstd = load_statistics(mean_ptr, rstd_ptr, tokens, T)
-                    places, known = _places(ids, strides, table_rows, row_strides, tokens, tokens < T)
-                    mask = (tokens < T)[:, None] & (start + cols < N)[None, :]
-                    dy = _gradient(dy_ptr, seed_ptr, levels, tokens, stride_dym, start, mask, BLOCK_N)
-                    h = _hidden(tables, places, known, start + cols, N)
-                    dw += tl.sum(dy * (h - mean[:, None]) * rstd[:, None], axis=0)
-                    db += tl.sum(dy, axis=0)
-                    block += tl.num_programs(0)
-                store_partials(dw_ptr, db_ptr, start + cols, N, dw, db)
+    tables, layout = (word_ptr, type_ptr, position_ptr), (ids, strides, table_rows, row_strides)
+    inputs = (tables, layout, (dy_ptr, stride_dym, seed_ptr, levels))
+    norm_bwd(
+        _locate, _operands, inputs, w_ptr, mean_ptr, rstd_ptr, None, dh_ptr, dw_ptr, db_ptr, T, N, BLOCK_T, BLOCK_N
+    )
 
 
 @triton.jit(do_not_specialize=["T", "table_rows", "padding_idx"])

@@ -59,18 +59,14 @@ from ._norm import (
     bucket,
     check_affine,
     contiguous_rows,
-    input_gradient,
-    load_statistics,
     load_tile,
-    load_vector,
     new_partials,
+    norm_bwd,
     programs,
     row_stride,
     rows_of,
     store_affine,
-    store_partials,
     store_statistics,
-    store_tile,
     sum_partials,
 )
 
@@ -119,8 +115,9 @@ BACKWARD_CONFIGS: Table = {
 
 
 @triton.jit
-def _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N: tl.constexpr):
+def _hidden(inputs, rows, start, mask, BLOCK_N: tl.constexpr):
     """h and ∂h/∂x of the columns from `start` on, fp32 [R, BLOCK_N]; h is 0 where masked."""
+    x_ptr, r_ptr, seed_ptr, levels, stride_xm, stride_rm = inputs
     cols = start + tl.arange(0, BLOCK_N)
     h = load_tile(x_ptr, (rows * stride_xm)[:, None], cols, mask)
     if r_ptr is None:
@@ -142,13 +139,14 @@ def _layer_norm_fwd_kernel(
     stride_xm, stride_rm, T, eps,
     N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    inputs = (x_ptr, r_ptr, seed_ptr, levels, stride_xm, stride_rm)
     rows = rows_of(tl.program_id(0), BLOCK_T)
     exists = rows < T
     y_rows = (rows * N)[:, None]
     cols = tl.arange(0, BLOCK_N)
     if BLOCK_N >= N:  # the row stays in registers
         mask = exists[:, None] & (cols < N)[None, :]
-        h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, 0, mask, BLOCK_N)
+        h, _ = _hidden(inputs, rows, 0, mask, BLOCK_N)
         mean = tl.sum(h, axis=1) / N
         centred = tl.where(mask, h - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
@@ -156,23 +154,39 @@ def _layer_norm_fwd_kernel(
     else:  # three passes over the row
         total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_N):
-            mask = exists[:, None] & (start + cols < N)[None, :]
-            h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
+            h, _ = _hidden(inputs, rows, start, exists[:, None] & (start + cols < N)[None, :], BLOCK_N)
             total += h
         mean = tl.sum(total, axis=1) / N
         total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_N):
             mask = exists[:, None] & (start + cols < N)[None, :]
-            h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
+            h, _ = _hidden(inputs, rows, start, mask, BLOCK_N)
             centred = tl.where(mask, h - mean[:, None], 0.0)
             total += centred * centred
         rstd = tl.rsqrt(tl.sum(total, axis=1) / N + eps)
         for start in range(0, N, BLOCK_N):
             mask = exists[:, None] & (start + cols < N)[None, :]
-            h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
+            h, _ = _hidden(inputs, rows, start, mask, BLOCK_N)
             normal = (h - mean[:, None]) * rstd[:, None]
             store_affine(y_ptr, w_ptr, b_ptr, y_rows, start + cols, mask, N, normal, 1.0)
     store_statistics(mean_ptr, rstd_ptr, rows, exists, mean, rstd)
+
+
+@triton.jit
+def _locate(inputs, rows, exists):
+    """For norm_bwd."""
+    return rows, exists
+
+
+@triton.jit
+def _operands(inputs, located, start, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For norm_bwd: dy, h and ∂h/∂x of one tile."""
+    dy_ptr, stride_dym, of_hidden = inputs
+    rows, exists = located
+    cols = start + tl.arange(0, BLOCK_N)
+    mask = exists[:, None] & (cols < N)[None, :]
+    h, slope = _hidden(of_hidden, rows, start, mask, BLOCK_N)
+    return load_tile(dy_ptr, (rows * stride_dym)[:, None], cols, mask), h, slope
 
 
 @triton.jit(do_not_specialize=["T", "levels"])
@@ -186,65 +200,10 @@ def _layer_norm_bwd_kernel(
     stride_dym, stride_xm, stride_rm, T,
     N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.arange(0, BLOCK_N)
-    first = tl.program_id(0)  # of the blocks of BLOCK_T rows; then every num_programs-th
-    if BLOCK_N >= N:  # the row stays in registers
-        w = load_vector(w_ptr, cols, N)[None, :]
-        dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-        block = first
-        while block * BLOCK_T < T:
-            rows = rows_of(block, BLOCK_T)
-            mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
-            mask = (rows < T)[:, None] & (cols < N)[None, :]
-            h, slope = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, 0, mask, BLOCK_N)
-            dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], cols, mask)
-            normal = (h - mean[:, None]) * rstd[:, None]
-            dw += tl.sum(dy * normal, axis=0)
-            db += tl.sum(dy, axis=0)
-            g = dy * w
-            dh = input_gradient(g, normal, rstd, tl.sum(g, axis=1) / N, tl.sum(g * normal, axis=1) / N)
-            store_tile(dx_ptr, (rows * N)[:, None], cols, mask, dh * slope)
-            store_tile(dr_ptr, (rows * N)[:, None], cols, mask, dh)
-            block += tl.num_programs(0)
-        store_partials(dw_ptr, db_ptr, cols, N, dw, db)
-    else:
-        if dx_ptr is not None or dr_ptr is not None:  # two passes over each row
-            block = first
-            while block * BLOCK_T < T:
-                rows = rows_of(block, BLOCK_T)
-                mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
-                sum_g, sum_gx = tl.zeros([BLOCK_T, BLOCK_N], tl.float32), tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-                for start in range(0, N, BLOCK_N):
-                    mask = (rows < T)[:, None] & (start + cols < N)[None, :]
-                    h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
-                    dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], start + cols, mask)
-                    g = dy * load_vector(w_ptr, start + cols, N)[None, :]
-                    sum_g += g
-                    sum_gx += g * (h - mean[:, None]) * rstd[:, None]
-                mean_g, mean_gx = tl.sum(sum_g, axis=1) / N, tl.sum(sum_gx, axis=1) / N
-                for start in range(0, N, BLOCK_N):
-                    mask = (rows < T)[:, None] & (start + cols < N)[None, :]
-                    h, slope = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
-                    dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], start + cols, mask)
-                    g = dy * load_vector(w_ptr, start + cols, N)[None, :]
-                    dh = input_gradient(g, (h - mean[:, None]) * rstd[:, None], rstd, mean_g, mean_gx)
-                    store_tile(dx_ptr, (rows * N)[:, None], start + cols, mask, dh * slope)
-                    store_tile(dr_ptr, (rows * N)[:, None], start + cols, mask, dh)
-                block += tl.num_programs(0)
-        if dw_ptr is not None or db_ptr is not None:  # a block of columns of every row, then the next block
-            for start in range(0, N, BLOCK_N):
-                dw, db = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-                block = first
-                while block * BLOCK_T < T:
-                    rows = rows_of(block, BLOCK_T)
-                    mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, T)
-                    mask = (rows < T)[:, None] & (start + cols < N)[None, :]
-                    h, _ = _hidden(x_ptr, r_ptr, seed_ptr, levels, rows, stride_xm, stride_rm, start, mask, BLOCK_N)
-                    dy = load_tile(dy_ptr, (rows * stride_dym)[:, None], start + cols, mask)
-                    dw += tl.sum(dy * (h - mean[:, None]) * rstd[:, None], axis=0)
-                    db += tl.sum(dy, axis=0)
-                    block += tl.num_programs(0)
-                store_partials(dw_ptr, db_ptr, start + cols, N, dw, db)
+    inputs = (dy_ptr, stride_dym, (x_ptr, r_ptr, seed_ptr, levels, stride_xm, stride_rm))
+    norm_bwd(
+        _locate, _operands, inputs, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dr_ptr, dw_ptr, db_ptr, T, N, BLOCK_T, BLOCK_N
+    )
 
 
 @opaque

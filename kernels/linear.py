@@ -25,7 +25,8 @@ fly during an epilogue; the epilogue itself is exposed. Counted in cycles at K =
 store, 3,300 for the 13 instructions an element of a 16-bit GELU (7,900 with erf's 31). Hence 570–640 TFLOP/s at
 K ≤ 1024, 460–530 with GELU, 640–700 at K ≥ 3072. One text (T ≤ 64) streams the weights through 48 to 192 programs and
 waits for latency: 2–6 µs a launch.
-Backward goes through pointers and transposes a tile on its way to wgmma: 400–500 TFLOP/s for dx and dw.
+Backward goes through pointers, one tile a program (in 16 bits wgmma reads transposed operands as they lie): 400–500
+TFLOP/s for dx and dw.
 """
 
 from collections.abc import Sequence

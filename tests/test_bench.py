@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.flop_counter
+from processes import ROOT
 from torch import Tensor
 
 from bench import (
@@ -73,6 +74,20 @@ def test_what_is_wrong_or_missing_is_not_timed(capsys: pytest.CaptureFixture[str
     assert set(row) == set(harness.COLUMNS)
     assert row["roof"] == "bandwidth"
     assert row["fraction_of_roof"] == pytest.approx(4096 / 1e9 / (row["y_value_50"] / 1e3))
+
+
+@pytest.mark.parametrize(
+    ("script", "end"),
+    [
+        ("import bench.plots", r"\ANo module named 'matplotlib': pip install -c constraints.txt -e '.\[bench\]'\n"),
+        ("import bench; 1 / 0", r"(?s)\ATraceback .* in <module>\n.*ZeroDivisionError: division by zero\n"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_one_line(script: str, end: str) -> None:
+    command = [sys.executable, "-S", "-c", script]  # -S: without site-packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(end, done.stderr), done.stderr
 
 
 def test_a_sweep_is_cut_to_the_cases_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from . import harness
 from .command import exit_with
 
 ROOT = Path(__file__).parent.parent
-MOST = 8  # a process has its own context on the GPU, and spends seconds on imports
+MOST = 12  # a process has its own context on the GPU, and spends seconds on imports
 
 
 def main() -> int:

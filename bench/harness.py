@@ -235,8 +235,8 @@ def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _upstream(out: Any) -> list[Tensor]:
     """Random gradients, the same for every provider and dtype."""
     outputs = out if isinstance(out, tuple) else (out,)
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    generator = torch.Generator(outputs[0].device).manual_seed(1)  # a CPU would draw those of a GPU's cases for seconds
+    return [torch.randn(o.shape, generator=generator, device=o.device).to(o) for o in outputs]
 
 
 def _results(provider: Callable[..., Any], inputs: tuple[Any, ...], wanted: tuple[int, ...], backward: bool) -> Any:

@@ -46,7 +46,7 @@ def parts(out: Path, gpu: bool, tune: bool = False) -> list[Part]:
     csv, seconds = str(out / "kernels.csv"), "0.3" if gpu else "0.1"
     found = []
     if gpu:
-        found.append(Part("tests on the GPU", (*python, "bench.gpu_tests", "--out", str(out / "logs")), 160))
+        found.append(Part("tests on the GPU", (*python, "bench.gpu_tests", "--out", str(out / "logs")), 300))
     if gpu and tune:  # what follows is measured with what it found
         tuning = (*python, "bench.tune", "--write", "--out", str(out / "tune.json"))
         found.append(Part("tuning", tuning, 350, timed=True))

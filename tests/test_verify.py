@@ -51,7 +51,7 @@ def test_the_gradients_are_right(
     parameters = list(xlmr.XLMRobertaForMaskedLM.from_pretrained(checkpoint).parameters())
     assert rows["model, gradients"]["calls"] == len(parameters)
     assert rows["model, gradients"]["error"] > 0
-    if backend == "eager":
+    if backend == "eager" and device.type == "cpu":  # PyTorch's own kernels on a GPU may add in any order
         assert verify("--gradients", "--backend", backend) == (status, rows)  # the same at every run
 
 

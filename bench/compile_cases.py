@@ -115,8 +115,8 @@ def _attention(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
     for dtype, D in itertools.product(("bf16", "fp32"), (64, 80)):
         for queries, keys in ((1, 512), (512, 512)):
             yield f"attention {dtype} {queries}×{keys} head_dim {D}", attention(dtype, queries, keys, D, False, 0.0)
-        for queries, causal, dropout in ((512, False, 0.0), (64, True, DROPOUT))[D > 64 :]:
-            label = f"attention {dtype} head_dim {D}{', causal, dropout' * causal}, gradients"
+        for queries, causal, dropout in ((512, False, 0.0), (64, False, DROPOUT), (64, True, DROPOUT))[2 * (D > 64) :]:
+            label = f"attention {dtype} head_dim {D}{', causal' * causal}{', dropout' * (dropout > 0)}, gradients"
             yield label, _step(attention(dtype, queries, queries, D, causal, dropout))
     yield "attention fp16", attention("fp16", 512, 512, 64, False, 0.0)
 

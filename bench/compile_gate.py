@@ -7,6 +7,7 @@ with its own table, NVIDIA's least also with the "portable" one. Exit status 1 w
 - shared memory is more than the target has, or a stack or a spilled vector register is left;
 - a dot runs without its tensor-core instruction: mma.sync (sm_80), wgmma (sm_90) and tcgen05.mma (sm_100) from 64 rows
   a tile on and mma.sync below, v_mfma (gfx942). Dots of fp32 operands in "ieee" precision have none;
+- a kernel's wgmmas wait for one another, which ptxas remarks on: a loop that may be empty is enough for that;
 - a kernel or an entry of a table is reached by no case, or something does not compile.
 A public function that raises, or a shape without an entry in a table, ends it with the traceback.
 
@@ -25,6 +26,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import io
 import itertools
 import json
 import multiprocessing
@@ -33,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,6 +100,7 @@ class Measured:
     instructions: dict[str, int] = field(default_factory=dict)
     dots: list[Dot] = field(default_factory=list)
     plain_dots: int = 0  # without a tensor core
+    serialised: bool = False  # each wgmma waits for the one before
     error: str = ""
 
     def problems(self, target: Target) -> list[str]:
@@ -116,6 +119,8 @@ class Measured:
             found += [f"a dot on {name}" for name in sorted(self.instructions.keys() - wanted)]
         if self.plain_dots and not any(dot.exempt for dot in self.dots):
             found.append("a dot without tensor cores")
+        if self.serialised:
+            found.append("wgmma one after the other (ptxas' remark C7515)")
         return found
 
 
@@ -296,10 +301,12 @@ def compiled(job: Job, launched: bool = False) -> Measured:
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(mock.patch.dict(os.environ, TRITON_CACHE_DIR=directory))
         try:
+            stack.enter_context(mock.patch.dict(os.environ, TRITON_DUMP_PTXAS_LOG="1"))
+            log = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             kernel = triton.compile(job.source, target=TARGETS[job.target].gpu, options=job.options)
         except Exception as error:  # a compiler fails in many ways; the other kernels are still of interest
             return Measured(error=f"does not compile: {type(error).__name__}: {_one_line(error)}")
-        return measured(kernel.asm, kernel.metadata.shared)
+        return replace(measured(kernel.asm, kernel.metadata.shared), serialised="(C7515)" in log.getvalue())
 
 
 def measured(asm: Mapping[str, Any], shared: int) -> Measured:

@@ -227,7 +227,8 @@ BACKWARD_CONFIGS: Table = {
 
 @triton.jit
 def _visible(m, first, q_len, k_len, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row m sees its first visible[m] keys; all rows of the block see the first `full`, and none more than `end`."""
+    """Row m sees its first visible[m] keys; all rows of the block see the first `full`, and none more than `end`, which
+    is at least 1: ptxas lets a wgmma run on by itself only where it knows that the loop is entered."""
     if CAUSAL:
         hidden = k_len - q_len + 1
         visible = tl.minimum(m + hidden, k_len)
@@ -237,24 +238,18 @@ def _visible(m, first, q_len, k_len, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr
         visible = tl.zeros((BLOCK_M,), tl.int32) + k_len
         common = k_len
         end = k_len
-    return visible, bound(common // BLOCK_N * BLOCK_N), bound(end)
+    return visible, common // BLOCK_N * BLOCK_N, bound(tl.maximum(end, 1))
 
 
 @triton.jit
 def _load_tile(
     ptr, stride, start, count,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows start … start + BLOCK of a matrix [count, HEAD_DIM] → [BLOCK, BLOCK_D], zeros outside; MASKED: rows end."""
+    """Rows start … start + BLOCK of a matrix [count, HEAD_DIM] → [BLOCK, BLOCK_D], zeros outside."""
     n, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
     ptrs = ptr + tl.cast(start, tl.int64) * stride + (n * stride + d)
-    if MASKED:
-        tile = tl.load(ptrs, mask=(start + n < count) & (d < HEAD_DIM), other=0.0)
-    elif HEAD_DIM < BLOCK_D:
-        tile = tl.load(ptrs, mask=d < HEAD_DIM, other=0.0)
-    else:
-        tile = tl.load(ptrs)
-    return tile
+    return tl.load(ptrs, mask=(start + n < count) & (d < HEAD_DIM), other=0.0)
 
 
 @triton.jit
@@ -267,25 +262,23 @@ def _store_tile(ptr, tile, row, inside, head, heads, HEAD_DIM: tl.constexpr, BLO
 
 @triton.jit
 def _attend(
-    state, q, k_ptr, stride_kn, v_ptr, stride_vn, start, k_len, visible, scale_log2, seed_ptr, rows, levels,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    state, q, k_ptr, stride_kn, v_ptr, stride_vn, start, full, k_len, visible, scale_log2, seed_ptr, rows, levels,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The rows' (output, maximum, sum) once the keys start … start + BLOCK_N have been added."""
     acc, maximum, total = state
-    k = _load_tile(k_ptr, stride_kn, start, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
+    k = _load_tile(k_ptr, stride_kn, start, k_len, HEAD_DIM, BLOCK_N, BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
+    if start >= full:
         scores = tl.where((start + tl.arange(0, BLOCK_N))[None, :] < visible[:, None], scores, float("-inf"))
     new = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
-    shift = new
-    if MASKED:
-        shift = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key: −inf − −inf is NaN
+    shift = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key: −inf − −inf is NaN
     p = tl.math.exp2(scores * scale_log2 - shift[:, None])
     rescale = tl.math.exp2(maximum - shift)
     total = total * rescale + tl.sum(p, 1)
     if seed_ptr is not None:
         p = tl.where(keeps(seed_ptr, rows, start, levels, BLOCK_N), p, 0.0)
-    v = _load_tile(v_ptr, stride_vn, start, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
+    v = _load_tile(v_ptr, stride_vn, start, k_len, HEAD_DIM, BLOCK_N, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, new, total
 
@@ -316,18 +309,13 @@ def _attention_fwd_kernel(
     m = first + tl.arange(0, BLOCK_M)
     row = q_start + m
     visible, full, end = _visible(m, first, q_len, k_len, CAUSAL, BLOCK_M, BLOCK_N)
-    q = _load_tile(q_ptr, stride_qm, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    q = _load_tile(q_ptr, stride_qm, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     state = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), maximum, tl.zeros((BLOCK_M,), tl.float32))
-    for start in range(0, full, BLOCK_N):
+    for start in range(0, end, BLOCK_N):
         state = _attend(
-            state, q, k_ptr, stride_kn, v_ptr, stride_vn, start, k_len, visible, scale_log2,
-            seed_ptr, row * heads + head, levels, HEAD_DIM, BLOCK_N, BLOCK_D, False, PRECISION,
-        )  # fmt: skip
-    for start in range(full, end, BLOCK_N):
-        state = _attend(
-            state, q, k_ptr, stride_kn, v_ptr, stride_vn, start, k_len, visible, scale_log2,
-            seed_ptr, row * heads + head, levels, HEAD_DIM, BLOCK_N, BLOCK_D, True, PRECISION,
+            state, q, k_ptr, stride_kn, v_ptr, stride_vn, start, full, k_len, visible, scale_log2,
+            seed_ptr, row * heads + head, levels, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 
     acc, maximum, total = state
@@ -349,15 +337,15 @@ def _load_lse(ptr, inside):
 
 @triton.jit
 def _add_dq(
-    dq, q, dout, lse, delta, k_ptr, stride_kn, v_ptr, stride_vn, start, k_len, visible, scale_log2,
+    dq, q, dout, lse, delta, k_ptr, stride_kn, v_ptr, stride_vn, start, full, k_len, visible, scale_log2,
     seed_ptr, rows, levels, kept,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The rows' dq / softmax_scale once the keys start … start + BLOCK_N have been added."""
-    k = _load_tile(k_ptr, stride_kn, start, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-    v = _load_tile(v_ptr, stride_vn, start, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
+    k = _load_tile(k_ptr, stride_kn, start, k_len, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v = _load_tile(v_ptr, stride_vn, start, k_len, HEAD_DIM, BLOCK_N, BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
+    if start >= full:
         scores = tl.where((start + tl.arange(0, BLOCK_N))[None, :] < visible[:, None], scores, float("-inf"))
     p = tl.math.exp2(scores * scale_log2 - lse[:, None])
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -390,8 +378,8 @@ def _attention_bwd_dq_kernel(
     inside = m < q_len
     dout_ptr += q_start * stride_gm + head * stride_gh
     out_ptr += (q_start * heads + head) * HEAD_DIM
-    dout = _load_tile(dout_ptr, stride_gm, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    out = _load_tile(out_ptr, heads * HEAD_DIM, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    dout = _load_tile(dout_ptr, stride_gm, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    out = _load_tile(out_ptr, heads * HEAD_DIM, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + head * rows + row, delta, mask=inside)
 
@@ -400,40 +388,35 @@ def _attention_bwd_dq_kernel(
         k_ptr += k_start * stride_kn + head * stride_kh
         v_ptr += k_start * stride_vn + head * stride_vh
         visible, full, end = _visible(m, first, q_len, k_len, CAUSAL, BLOCK_M, BLOCK_N)
-        q = _load_tile(q_ptr, stride_qm, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        q = _load_tile(q_ptr, stride_qm, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
         lse = _load_lse(lse_ptr + head * rows + row, inside)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for start in range(0, full, BLOCK_N):
+        for start in range(0, end, BLOCK_N):
             dq = _add_dq(
-                dq, q, dout, lse, delta, k_ptr, stride_kn, v_ptr, stride_vn, start, k_len, visible, scale_log2,
-                seed_ptr, row * heads + head, levels, kept, HEAD_DIM, BLOCK_N, BLOCK_D, False, PRECISION,
-            )  # fmt: skip
-        for start in range(full, end, BLOCK_N):
-            dq = _add_dq(
-                dq, q, dout, lse, delta, k_ptr, stride_kn, v_ptr, stride_vn, start, k_len, visible, scale_log2,
-                seed_ptr, row * heads + head, levels, kept, HEAD_DIM, BLOCK_N, BLOCK_D, True, PRECISION,
+                dq, q, dout, lse, delta, k_ptr, stride_kn, v_ptr, stride_vn, start, full, k_len, visible, scale_log2,
+                seed_ptr, row * heads + head, levels, kept, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
         _store_tile(dq_ptr, dq * (scale_log2 / LOG2_E), row, inside, head, heads, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _add_dkv(
-    dk, dv, k, v, q_ptr, stride_qm, dout_ptr, stride_gm, lse_ptr, delta_ptr, start, q_len, since, scale_log2,
+    dk, dv, k, v, q_ptr, stride_qm, dout_ptr, stride_gm, lse_ptr, delta_ptr, start, full, q_len, since, scale_log2,
     seed_ptr, row, heads, head, column, levels, kept,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys' dk / softmax_scale and dv / kept once the queries start … start + BLOCK_M have been added. Scores lie
     transposed, [BLOCK_N, BLOCK_M]: p and ds are left factors as they are."""
     m = start + tl.arange(0, BLOCK_M)
-    q = _load_tile(q_ptr, stride_qm, start, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    dout = _load_tile(dout_ptr, stride_gm, start, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    q = _load_tile(q_ptr, stride_qm, start, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dout = _load_tile(dout_ptr, stride_gm, start, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     lse = _load_lse(lse_ptr + m, m < q_len)
     if q.dtype == tl.float32:  # rounded as forward's, or the probabilities would not add up to 1 under its lse
         scores = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
     else:
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    if MASKED:
+    if start < full:
         scores = tl.where(m[None, :] >= since[:, None], scores, float("-inf"))
     p = tl.math.exp2(scores * scale_log2 - lse[None, :])
     if seed_ptr is not None:
@@ -486,26 +469,19 @@ def _attention_bwd_dkv_kernel(
     if CAUSAL:
         since = n + q_len - k_len
         begin = tl.minimum(tl.maximum(first + q_len - k_len, 0), q_len)
-        full = tl.minimum(tl.maximum(first + BLOCK_N - 1 + q_len - k_len, begin), q_len)
+        full = first + BLOCK_N - 1 + q_len - k_len
     since = tl.where(n < k_len, since, q_len)
     full = tl.where(first + BLOCK_N > k_len, q_len, full)
-    begin, full = bound(begin), bound(begin + (full - begin + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
 
-    k = _load_tile(k_ptr, stride_kn, first, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    v = _load_tile(v_ptr, stride_vn, first, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    k = _load_tile(k_ptr, stride_kn, first, k_len, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v = _load_tile(v_ptr, stride_vn, first, k_len, HEAD_DIM, BLOCK_N, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(begin, full, BLOCK_M):
+    for done in range(0, bound(tl.maximum(q_len - begin, 1)), BLOCK_M):  # entered once at least, see _visible
         dk, dv = _add_dkv(
-            dk, dv, k, v, q_ptr, stride_qm, dout_ptr, stride_gm, lse_ptr, delta_ptr, start, q_len, since, scale_log2,
-            seed_ptr, q_start, heads, head, first, levels, kept,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, dk_ptr is not None, dv_ptr is not None, True, PRECISION,
-        )  # fmt: skip
-    for start in range(full, bound(q_len), BLOCK_M):
-        dk, dv = _add_dkv(
-            dk, dv, k, v, q_ptr, stride_qm, dout_ptr, stride_gm, lse_ptr, delta_ptr, start, q_len, since, scale_log2,
-            seed_ptr, q_start, heads, head, first, levels, kept,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, dk_ptr is not None, dv_ptr is not None, False, PRECISION,
+            dk, dv, k, v, q_ptr, stride_qm, dout_ptr, stride_gm, lse_ptr, delta_ptr, begin + done, full, q_len, since,
+            scale_log2, seed_ptr, q_start, heads, head, first, levels, kept,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, dk_ptr is not None, dv_ptr is not None, PRECISION,
         )  # fmt: skip
     if dk_ptr is not None:
         _store_tile(dk_ptr, dk * (scale_log2 / LOG2_E), k_start + n, n < k_len, head, heads, HEAD_DIM, BLOCK_D)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from xlmr.kernels._dropout import keeps
 from xlmr.kernels._launch import config, pick
 
 CONFIGS = {
@@ -37,6 +38,17 @@ def _product_kernel(x_ptr, w_ptr, y_ptr, K: tl.constexpr, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
+def _waiting_kernel(x_ptr, y_ptr, seed_ptr, end):
+    m, d = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    q, acc = tl.load(x_ptr + m * 64 + d), tl.zeros((64, 64), tl.float32)
+    for start in range(0, end, 64):  # never, as far as the compiler knows
+        k = tl.load(x_ptr + (start + m) * 64 + d, mask=start + m < end, other=0.0)
+        p = tl.where(keeps(seed_ptr, tl.arange(0, 64), start, 32768, 64), tl.dot(q, k.T), 0.0)
+        acc = tl.dot(p.to(k.dtype), k, acc)
+    tl.store(y_ptr + m * 64 + d, acc)
+
+
+@triton.jit
 def _spilling_kernel(x_ptr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets)
@@ -53,6 +65,11 @@ def product(bucket):
     _product_kernel[(1,)](x, x, y, K=1024, **pick(CONFIGS, x.device, bucket).meta)
 
 
+def waiting():
+    x, seed = torch.empty(1024, 64, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+    _waiting_kernel[(1,)](x, torch.empty(64, 64), seed, 1024, num_warps=4)
+
+
 def spilling():
     _spilling_kernel[(1,)](torch.empty(65536), BLOCK=65536, num_warps=4)
 """
@@ -62,7 +79,7 @@ from bench import compile_gate
 import compiled
 
 cases = [(bucket, functools.partial(compiled.product, bucket)) for bucket in ("sound", "shared", "warps")]
-cases.append(("spilling", compiled.spilling))
+cases += [("waiting", compiled.waiting), ("spilling", compiled.spilling)]
 for _ in "again", "cached":
     rows, problems = compile_gate.gate(cases, [compiled], ["sm_90"], pathlib.Path(sys.argv[1]), processes=2)
     print(json.dumps({"rows": rows, "problems": problems}))
@@ -137,6 +154,7 @@ def test_compile_gate_reports_what_is_planted(tmp_path: Path) -> None:
     assert problems["sound"] == []
     assert problems["shared"] == ["256 KiB of shared memory, 227 are there"]
     assert problems["warps"] == ["a dot without wgmma", "a dot on mma.sync"]
+    assert problems["waiting"] == ["wgmma one after the other (ptxas' remark C7515)"]
     assert len(problems["spilling"]) == 1
     assert problems["spilling"][0].startswith("a stack of ")
     of_the_run = [problem for problem in first["problems"] if not problem.startswith("compiled._")]
@@ -144,7 +162,7 @@ def test_compile_gate_reports_what_is_planted(tmp_path: Path) -> None:
         "not covered: compiled.CONFIGS['portable']['unused'] is chosen by no case",
         "not covered: compiled._forgotten_kernel is launched by no case",
     ]
-    assert len(first["problems"]) == len(of_the_run) + 4
+    assert len(first["problems"]) == len(of_the_run) + 5
 
 
 def test_traffic_gate_reports_what_is_planted(tmp_path: Path) -> None:

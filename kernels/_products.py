@@ -62,7 +62,7 @@ def of_part(part, q, k, v, PARTS: tl.constexpr):
     if PARTS > 1:
         if part == 1:
             chosen = k
-        elif part == 2:
+        if part == 2:
             chosen = v
     return chosen
 

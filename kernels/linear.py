@@ -120,7 +120,7 @@ CONFIGS: Table = {
         (2, "medium"): config(8, 4, BLOCK_M=128, BLOCK_N=128),
         (2, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=256),
         (4, "unaligned"): config(8, 3, BLOCK_M=64, BLOCK_N=64),
-        (4, "text"): config(4, 6, BLOCK_M=64, BLOCK_N=32),
+        (4, "text"): config(8, 6, BLOCK_M=64, BLOCK_N=32),
         (4, "small"): config(4, 4, BLOCK_M=64, BLOCK_N=64),
         (4, "medium"): config(8, 3, BLOCK_M=128, BLOCK_N=128),
         (4, "large"): config(8, 3, BLOCK_M=128, BLOCK_N=128),

@@ -76,14 +76,14 @@ FEW = 64  # rows up to which the weights' stream, not the product, is the cost
 # Not measured yet: chosen by compiling for each target (no spills up to 16 candidates, with targets and a second pass).
 CONFIGS: Table = {
     "portable": {
-        (2, "few"): config(4, 2, BLOCK_M=64, BLOCK_V=64),
-        (2, "many"): config(4, 2, BLOCK_M=64, BLOCK_V=64),
+        (2, "few"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
+        (2, "many"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (4, "few"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
     },
     "sm_80": {
         (2, "few"): config(8, 4, BLOCK_M=64, BLOCK_V=128),
-        (2, "many"): config(8, 3, BLOCK_M=64, BLOCK_V=128),
+        (2, "many"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (4, "few"): config(8, 3, BLOCK_M=128, BLOCK_V=64),  # four warps and 64 rows spill with five candidates
         (4, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
     },

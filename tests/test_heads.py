@@ -164,7 +164,8 @@ def test_labels_may_be_flat_and_bytes(name: str) -> None:
     assert torch.allclose(ours(**given, labels=labels).loss, reference(**given, labels=labels).loss, rtol=1e-5)
 
 
-def test_topk_packed_is_the_softmax_of_the_padded_logits() -> None:
+@pytest.mark.parametrize("hooked", ["", "roberta", "lm_head", "lm_head.decoder"])
+def test_topk_packed_is_the_softmax_of_the_padded_logits(hooked: str) -> None:
     _, ours = build("ForMaskedLM")
     mask = masks()["right"]
     given = inputs("MaskedLM", mask)
@@ -175,7 +176,11 @@ def test_topk_packed_is_the_softmax_of_the_padded_logits() -> None:
         rows = torch.tensor([0, 3, 12, 14, 22, 32])
         targets = torch.tensor([5, 90, 17])
         packed = given["input_ids"][keep(mask)], cu_seqlens, S
+        seen = []
+        if hooked:
+            ours.get_submodule(hooked).register_forward_hook(lambda *call: seen.append(call))
         values, words = ours.topk_packed(*packed, rows=rows, k=4)
+        assert len(seen) == bool(hooked)
         assert torch.equal(words, scores[rows].topk(4).indices)
         assert torch.allclose(values, scores[rows].topk(4).values, atol=1e-5)
         values, words = ours.topk_packed(*packed, rows=rows, k=2, targets=targets)

@@ -102,10 +102,14 @@ def test_a_mask_for_all_texts() -> None:
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.integers(0, 99))
-def test_packed_entry_equals_each_text_alone(lengths: list[int], causal: bool, seed: int) -> None:
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_packed_entry_equals_each_text_alone(lengths: list[int], causal: bool, hooked: bool, seed: int) -> None:
+    """Also where a hook sees the sequences, padded."""
     torch.manual_seed(seed)
     _, ours = build("Model", num_hidden_layers=2, is_decoder=causal, use_cache=False)
+    seen = []
+    if hooked:
+        ours.encoder.layer[0].register_forward_hook(lambda module, args, output: seen.append(args[0].dim()))
     texts = [torch.randint(4, 97, (n,)) for n in lengths]
     for text in texts:
         text[2:3] = 1  # a pad token among the real ones takes no position
@@ -116,6 +120,7 @@ def test_packed_entry_equals_each_text_alone(lengths: list[int], causal: bool, s
         packed = ours.forward_packed(torch.cat(texts), cu_seqlens, max(lengths))
         some = ours.forward_packed(torch.cat(texts), cu_seqlens.int(), 20, rows=rows)
         alone = [ours(text[None]).last_hidden_state[0] for text in texts if len(text)]
+    assert {*seen} == ({3} if hooked else set())
     assert torch.allclose(packed, torch.cat(alone) if alone else packed, atol=1e-5)
     assert torch.allclose(some, packed[rows], atol=1e-5)
 

@@ -263,7 +263,11 @@ def vocab_topk(
     x [T, N], weight [V, N] → log-probabilities [T, k] (fp32 or fp64) and word ids int64 [T, k]. With `targets` [M] only
     those words compete, while the softmax stays that of the whole vocabulary.
     """
-    logits = linear(x, weight, bias)
+    return top_words(linear(x, weight, bias), k, targets)
+
+
+def top_words(logits: Tensor, k: int, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`vocab_topk` of logits [T, V] that are there."""
     scores = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if targets is None:
         values, words = scores.topk(k, dim=-1)

@@ -14,6 +14,7 @@ from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
 from .inputs import Arguments, as_targets, check_positions, check_tensors, class_labels
 from .model import XLMRobertaModel
+from .ops import top_words
 from .outputs import (
     CausalLMOutput,
     MaskedLMOutput,
@@ -209,13 +210,12 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
         """The k most probable words at the tokens `rows` (sorted int64 [R]) of packed texts (as in
         XLMRobertaModel.forward_packed), best first: log-probabilities fp32 [R, k] and ids [R, k]. The head computes
         those rows only. With `targets` [M] only those words compete; the softmax stays that of the whole vocabulary."""
-        if not (plain(self.roberta) and plain(self.lm_head) and plain(self.lm_head.decoder, nn.Linear)):
-            raise RuntimeError("topk_packed needs a model that nobody replaced or hooked: call it padded")
         if not 1 <= k <= (self.config.vocab_size if targets is None else len(targets)):
             raise ValueError(f"k is {k}: allowed are 1 to the number of words that compete")
-        x = self.lm_head.transform(self.roberta.forward_packed(input_ids, cu_seqlens, max_seqlen, rows=rows))
-        decoder = self.lm_head.decoder
-        return self.ops.vocab_topk(x, decoder.weight, decoder.bias, k, targets)
+        x, decoder = self.roberta.forward_packed(input_ids, cu_seqlens, max_seqlen, rows=rows), self.lm_head.decoder
+        if not (plain(self.lm_head) and plain(decoder, nn.Linear)):
+            return top_words(self.lm_head(x[None])[0], k, targets)
+        return self.ops.vocab_topk(self.lm_head.transform(x), decoder.weight, decoder.bias, k, targets)
 
 
 class XLMRobertaForCausalLM(XLMRobertaLanguageModel):

@@ -38,7 +38,7 @@ from .inputs import Arguments, Inputs, Tables, check_packed
 from .ops import dense_attention
 from .outputs import BaseModelOutput
 from .pretrained import XLMRobertaPreTrainedModel
-from .varlen import Layout, Sequences, packed_positions
+from .varlen import Layout, Sequences, packed_positions, padded_places
 
 
 class XLMRobertaSelfAttention(AttentionBlock):
@@ -328,20 +328,25 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """Texts laid end to end: ids [T], text b being the tokens cu_seqlens[b] … cu_seqlens[b + 1] → [T, N].
 
         cu_seqlens [B + 1] int32 or int64; no text longer than max_seqlen. `rows` (sorted int64 [R]): only these rows of
-        the last layer are computed → [R, N]. Never synchronises with the device. Every block must be ours and unhooked.
+        the last layer are computed → [R, N]. Never synchronises with the device. Where somebody replaced or hooked a
+        block, all are called padded, as in `forward`.
         """
-        if not (untouched(self.embeddings) and untouched(self.encoder)):
-            raise RuntimeError("forward_packed needs blocks that nobody replaced or hooked: call the model padded")
         tables = self.tables
         check_packed(tables, input_ids, cu_seqlens, max_seqlen, rows)
         if position_ids is None:
             position_ids = packed_positions(input_ids, cu_seqlens, tables.offset - 1)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        self.hand_to_new_layers()
-        x = self.embeddings.rows(input_ids, token_type_ids, position_ids)
         sequences = Sequences.packed(cu_seqlens, max_seqlen).known_to_fit(input_ids.numel(), input_ids.numel())
         layout = Layout(cu_seqlens.numel() - 1, max_seqlen, sequences)
+        if not (plain(self) and untouched(self.embeddings) and untouched(self.encoder)):
+            seqlen = max(max_seqlen, 1)
+            layout = replace(layout, seqlen=seqlen, indices=padded_places(cu_seqlens, seqlen, input_ids.numel()))
+            given = input_ids, torch.ones_like(input_ids), token_type_ids, position_ids
+            x = layout.unpad(self(*map(layout.pad, given))[0])
+            return x if rows is None else x[rows]
+        self.hand_to_new_layers()
+        x = self.embeddings.rows(input_ids, token_type_ids, position_ids)
         causal = self.config.is_decoder
         x = self.encoder.rows(x, Pass(layout, causal, rows=None if causal else rows))
         return x[rows] if causal and rows is not None else x

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from . import eager
-from .eager import dense_attention
+from .eager import dense_attention, top_words
 from .prepacked import PackedLinear
 from .prepacked import unsupported as unpackable
 
 __all__ = [
     "BACKENDS", "EAGER", "Check", "Ops", "checked", "checked_gradients", "compare", "dense_attention",
-    "for_inference", "gradients", "prepacked", "resolve", "traced", "triton",
+    "for_inference", "gradients", "prepacked", "resolve", "top_words", "traced", "triton",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "eager", "prepacked", "triton")

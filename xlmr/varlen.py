@@ -221,6 +221,13 @@ def packed_positions(input_ids: Tensor, cu_seqlens: Tensor, padding_idx: int) ->
     return (count - before) * real + padding_idx
 
 
+def padded_places(cu_seqlens: Tensor, seqlen: int, tokens: int) -> Tensor:
+    """Where the packed tokens lie in the padded batch: flat positions b·seqlen + s, int64 [T]."""
+    shift = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device) * seqlen - cu_seqlens[:-1]
+    shift = shift.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
+    return torch.arange(tokens, device=shift.device) + shift
+
+
 def _packed(keep: Tensor, lens: list[int], batch: int, seqlen: int) -> Layout:
     cu_seqlens = F.pad(keep.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     indices = torch.nonzero_static(keep.flatten(), size=sum(lens)).squeeze(1)

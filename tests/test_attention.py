@@ -478,6 +478,7 @@ WRONG = [
     (spans([4, 5], [-1, 4], [4, 5]), "of the 9 rows of k"),
     (spans([4, 5], [0, 4], [4, -1]), "of the 9 rows of k"),
     (replace(spans([4, 5], [0, 4], [4, 5]), max_k=4), "0 to 4 keys each"),
+    (packed(4, 5).known_to_fit(9, 9).with_queries(torch.tensor([*range(8), 9])), "cut the 9 rows"),  # one outside
 ]
 OVERLAP = spans([4, 5], [0, 3], [4, 5]), r"k_starts \[0, 3\], k_lens \[4, 5\]"
 NOT_ON_A_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a device-side assertion ends the process's CUDA")
@@ -521,7 +522,6 @@ def test_what_fits_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(looks) == 2
     s.check(9, 9, disjoint=True)
     assert len(looks) == 5
-    s.with_queries(torch.tensor([0, 4])).check(2, 9, disjoint=True)
     mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1]])
     for layout in (plan(3, 3, mask, device=mask.device, every_position=every) for every in (False, True)):
         rows = 9 if layout.indices is None else 7

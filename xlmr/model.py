@@ -66,7 +66,9 @@ class XLMRobertaSelfAttention(AttentionBlock):
         q, k, v = (t.unflatten(-1, (-1, self.attention_head_size)) for t in (q, k, v))
         if state.cache is not None and not self.is_cross_attention:
             k, v = extended(k, v, state.cache, self.layer_idx, layout.batch)
-        sequences = layout.sequences if state.rows is None else layout.sequences.with_queries(state.rows)
+        sequences = layout.sequences
+        if state.rows is not None:  # sorted rows of x: checked where they were given, or made so
+            sequences = sequences.with_queries(state.rows).known_to_fit(len(q), len(k))
         if layout.dense is None:
             causal = state.causal and not self.is_cross_attention
             out = self.ops.attention(q, k, v, sequences, self.scaling, causal, rate(self.dropout))
@@ -328,8 +330,8 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """Texts laid end to end: ids [T], text b being the tokens cu_seqlens[b] … cu_seqlens[b + 1] → [T, N].
 
         cu_seqlens [B + 1] int32 or int64; no text longer than max_seqlen. `rows` (sorted int64 [R]): only these rows of
-        the last layer are computed → [R, N]. Never synchronises with the device. Where somebody replaced or hooked a
-        block, all are called padded, as in `forward`.
+        the last layer are computed → [R, N]. Never synchronises with the device, but where somebody replaced or hooked
+        a block: then all are called padded, as in `forward`.
         """
         tables = self.tables
         check_packed(tables, input_ids, cu_seqlens, max_seqlen, rows)

@@ -17,7 +17,7 @@ def tracing() -> bool:
 
 
 def recorded() -> bool:
-    """Whether this call becomes part of a graph: of torch.compile, torch.jit.trace or torch.export."""
+    """Whether this call becomes part of a graph of torch.compile, or values must decide nothing (see `tracing`)."""
     return torch.compiler.is_compiling() or tracing()
 
 

@@ -43,9 +43,7 @@ class Sequences:
         """The same keys for the queries `rows` only: sorted int64 [R] rows of q, which becomes q[rows]."""
         bounds = torch.cat([self.q_starts, self.q_starts[-1:] + self.q_lens[-1:]])
         cut = torch.searchsorted(rows, bounds.to(rows.dtype), out_int32=True)
-        fewer = replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=min(self.max_q, rows.numel()))
-        fewer._fits.update((rows.numel(), keys, disjoint) for _, keys, disjoint in self._fits)
-        return fewer
+        return replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=rows.numel())
 
     def known_to_fit(self, rows: int, keys: int) -> "Sequences":
         """Itself, made in a way that leaves `check` nothing to find."""

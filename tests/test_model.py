@@ -330,7 +330,7 @@ def test_values_on_a_gpu_are_asserted_there(
         ours.forward_packed(ids()[0], torch.tensor(bounds), 12, rows=torch.tensor(rows))
 
 
-def test_chunked_feed_forward() -> None:
+def test_chunked_feed_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, ours = build("Model", chunk_size_feed_forward=4)
     with torch.no_grad():
         tokens = ids()
@@ -339,7 +339,7 @@ def test_chunked_feed_forward() -> None:
         ours.config.chunk_size_feed_forward = 0
         for layer in ours.encoder.layer:
             layer.chunk_size_feed_forward = 0
-        ours.ops = replace(EAGER, rows_at_once=lambda x: 7)
+        monkeypatch.setattr("xlmr.eager.ROWS", 7)
         torch.testing.assert_close(ours(tokens, RIGHT)[0], expected, atol=1e-6, rtol=1e-5)
     _, ours = build("Model", chunk_size_feed_forward=4)
     with pytest.raises(ValueError, match="11 tokens: chunk_size_feed_forward 4 must divide it"):

@@ -6,6 +6,7 @@ on rows [T, N] (T tokens, N hidden units, H heads of D units), where only attent
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,11 +175,11 @@ class XLMRobertaLayer(SequenceBlock):
             x = run(self.crossattention, x, state)
         if not (plain(self.intermediate) and plain(self.output)):
             return self.feed_forward(x, state.layout)
-        # The reference cuts the sequence into chunks; rows do as well, since each is treated alone.
-        size = self.chunk_size_feed_forward * state.layout.batch or self.ops.rows_at_once(x)
-        if len(x) <= size:
-            return self.feed_forward(x, state.layout)
-        return torch.cat([self.feed_forward(chunk, state.layout) for chunk in x.split(size)])
+        feed_forward = partial(self.feed_forward, layout=state.layout)
+        if size := self.chunk_size_feed_forward * state.layout.batch:
+            # The reference cuts the sequence into chunks; rows do as well, since each is treated alone.
+            return torch.cat([feed_forward(chunk) for chunk in x.split(size)])
+        return self.ops.in_chunks(feed_forward, x)
 
     def feed_forward(self, x: Tensor, layout: Layout) -> Tensor:
         return run_rows(self.output, layout, run_rows(self.intermediate, layout, x), x)

@@ -42,10 +42,10 @@ class Ops:
     gelu_layer_norm: Callable[..., torch.Tensor]
     vocab_cross_entropy: Callable[..., torch.Tensor]
     vocab_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    rows_at_once: Callable[[torch.Tensor], int]
+    in_chunks: Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
 
 
-COMPUTED = tuple(field.name for field in fields(Ops) if field.name != "rows_at_once")  # the fields that compute tensors
+COMPUTED = tuple(field.name for field in fields(Ops) if field.name != "in_chunks")  # the fields that compute tensors
 
 EAGER = Ops(
     embed=eager.embed,
@@ -57,7 +57,7 @@ EAGER = Ops(
     gelu_layer_norm=eager.gelu_layer_norm,
     vocab_cross_entropy=eager.vocab_cross_entropy,
     vocab_topk=eager.vocab_topk,
-    rows_at_once=eager.rows_at_once,
+    in_chunks=eager.in_chunks,
 )
 
 
@@ -81,7 +81,7 @@ def triton() -> Ops:
         gelu_layer_norm=layer_norm.gelu_layer_norm,
         vocab_cross_entropy=vocab_softmax.vocab_cross_entropy,
         vocab_topk=vocab_softmax.vocab_topk,
-        rows_at_once=_launch.rows_at_once,
+        in_chunks=_launch.in_chunks,
     )
 
 

@@ -42,6 +42,9 @@ collect_ignore = [] if HAS_TRITON else [f"test_{name}.py" for name in KERNEL_TES
 if HAS_TRITON:
     from triton.runtime import interpreter
 
+    from xlmr import ops
+
+    ops.triton()  # decorates the kernels, which reads the variable: some tests take it away, the first of a run perhaps
     prepared = functools.cache(interpreter._patch_lang)
 
     def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:

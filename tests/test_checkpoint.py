@@ -294,6 +294,7 @@ def test_what_transformers_is_told_about_saving(tmp_path: Path) -> None:
     how: dict[str, Any] = {
         "save_function": torch.save,
         "push_to_hub": False,
+        "token": "hf_token",
         "variant": None,
         "save_original_format": True,
         "max_shard_size": "1.5GB",
@@ -303,8 +304,6 @@ def test_what_transformers_is_told_about_saving(tmp_path: Path) -> None:
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     model.save_pretrained(tmp_path / "c", False)
     assert not (tmp_path / "c").exists()
-    with pytest.raises(TypeError, match="push_to_hub is True"):
-        model.save_pretrained(tmp_path / "c", push_to_hub=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_shards'"):
         model.save_pretrained(tmp_path / "c", max_shards=2)
 
@@ -426,6 +425,24 @@ def test_transformers_loads_what_is_saved(tmp_path: Path, name: str, options: di
     a, b = map(json.loads, texts)
     del b["transformers_version"]
     assert a == b
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "4KB"}])
+def test_a_variant_is_saved_beside_the_others(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Under transformers' names; saved again, each replaces its own and no other: "fp" nothing of "fp-16"."""
+    ours, theirs, variants = tmp_path / "ours", tmp_path / "theirs", (None, "fp", "fp-16")
+    for names in (lambda path: path.name, lambda path: "any"):  # of shards, where one of that name stands already
+        models = {name: randomised(XLMRobertaModel(XLMRobertaConfig(**SIZES))) for name in variants}
+        for name, model in models.items():
+            model.save_pretrained(ours, variant=name, **options)
+        for name, model in models.items():
+            _, again, _ = load_both("XLMRobertaModel", ours, variant=name)
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+            again.save_pretrained(theirs, variant=name, **options)
+        assert sorted(map(names, ours.iterdir())) == sorted(map(names, theirs.iterdir()))
+    with pytest.raises(ValueError, match=r"variant 'a/b' gives 'model\.a/b\.safetensors' as a file name"):
+        model.save_pretrained(tmp_path / "c", variant="a/b")
+    assert not (tmp_path / "c").exists()
 
 
 def test_tied_weights_are_written_once_and_untied_ones_all(saved: Path, tmp_path: Path) -> None:

@@ -352,11 +352,13 @@ def save_model(
     max_shard_size: int | str = "50GB",
     safe_serialization: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
+    variant: str | None = None,
 ) -> None:
     """Write config.json and the weights into `directory`, and remove the weights of a checkpoint that stood there.
 
     max_shard_size: bytes, or a string such as "5GB" (10⁹ bytes); a larger model becomes several files and an index.
     safe_serialization: model.safetensors, else pytorch_model.bin.  state_dict: weights to write instead of the model's.
+    variant: "fp16" makes it model.fp16.safetensors, beside weights of other variants and of none, which stay.
     Tied weights are written once. Names are those of transformers' class for config.model_type: a BERT head's base
     model is stored as `bert.`, not `roberta.`.
 
@@ -379,4 +381,4 @@ def save_model(
     config.architectures = [config.kind.theirs(type(model).__name__)]
     config.dtype = next((weight.dtype for weight in state.values() if weight.is_floating_point()), config.dtype)
     config.validate()
-    write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization)
+    write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization, variant)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .family import Kind, kind_of
 from .files import own_keywords, read_json, refuse_unknown, resolve, to_dtype, write_atomically
+from .hub import Pushable, take_keywords
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ WRITTEN_IF_SET = (
 
 
 @dataclass(init=False, eq=False, repr=False)
-class XLMRobertaConfig:
+class XLMRobertaConfig(Pushable):
     """The configuration of every XLM-RoBERTa model; keyword arguments only, with the defaults of transformers' class.
 
     model_type: one of xlmr.family.KINDS; "roberta", "camembert" and "bert" stand for those encoders, which the same
@@ -335,12 +336,17 @@ class XLMRobertaConfig:
         values = self.to_diff_dict() if use_diff else self.to_dict()
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **options: Any
+    ) -> None:
         """Write config.json, atomically, into `save_directory` (made if missing); ValueError where `validate` finds
-        one."""
+        one. push_to_hub: upload it besides; its keywords are taken, repo_id is by default the directory's name."""
+        hub = take_keywords(options, save_directory)
         refuse_unknown("save_pretrained", options)
         self.validate()
         write_atomically(save_directory, {"config.json": self.to_json_string()})
+        if push_to_hub:
+            self.push_to_hub(**hub)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write `to_json_string` into one file."""

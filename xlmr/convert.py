@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .files import resolve
-from .weights import SHARD, WEIGHTS, read_weights, write_weights
+from .weights import WEIGHTS, is_shard, read_weights, write_weights
 
 COPIED = 2**26  # bytes: files up to this size are copied
 
@@ -35,7 +35,7 @@ def convert(source: Path, target: Path) -> Converted:
     left_out: list[Path] = []
 
     def ignore(folder: str, names: list[str]) -> list[str]:
-        rewritten = [name for name in names if _is_weights(name)] if Path(folder) == source else []
+        rewritten = [name for name in names if name in WEIGHTS or is_shard(name)] if Path(folder) == source else []
         others = [Path(folder, name) for name in names if name not in rewritten]
         ignored = [path for path in others if not _is_copied(path)]
         left_out.extend(ignored)
@@ -64,7 +64,3 @@ def _check_directories(source: Path, target: Path) -> None:
 
 def _is_copied(path: Path) -> bool:
     return path.stat().st_size <= COPIED if path.is_file() else path.is_dir() and not path.is_symlink()
-
-
-def _is_weights(name: str) -> bool:
-    return name in WEIGHTS or SHARD.fullmatch(name) is not None

@@ -28,14 +28,14 @@ WITHOUT_EFFECT = {
     "framework", "from_slow", "legacy", "legacy_format", "low_cpu_mem_usage", "max_memory", "mirror", "num_workers",
     "offload_buffers", "offload_folder", "offload_state_dict", "resume_download", "save_function",
     "save_original_format", "save_peft_format", "spaces_between_special_tokens", "tqdm_class", "trust_remote_code",
-    "use_fast", "use_kernels", "use_safetensors", "use_source_tokenizer", "verbose", "weights_only",
+    "use_fast", "use_kernels", "use_safetensors", "use_source_tokenizer", "use_temp_dir", "verbose", "weights_only",
 }  # fmt: skip
 # … and what: allowed as nothing (None, False, {}) only, which is their default there.
 NOT_OFFERED = {
-    "adapter_kwargs", "commit_message", "create_pr", "device_mesh", "distributed_checkpoint", "distributed_config",
-    "do_lower_case", "force_download", "from_flax", "from_tf", "fusion_config", "generation_config", "gguf_file",
-    "kernel_config", "key_mapping", "private", "proxies", "push_to_hub", "quantization_config", "repo_id",
-    "sp_model_kwargs", "state_dict", "tp_plan", "tp_size", "use_auth_token", "variant",
+    "adapter_kwargs", "device_mesh", "distributed_checkpoint", "distributed_config", "do_lower_case", "force_download",
+    "from_flax", "from_tf", "fusion_config", "generation_config", "gguf_file", "kernel_config", "key_mapping",
+    "proxies", "quantization_config", "sp_model_kwargs", "state_dict", "tags", "tp_plan", "tp_size", "use_auth_token",
+    "variant",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from .block import Block
 from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
 from .files import own_keywords, to_dtype
+from .hub import Pushable, take_keywords
 from .ops import Ops, resolve
 from .outputs import ModelOutput
 
@@ -40,7 +41,7 @@ def check_config(config: Any, cls: type) -> None:
             )
 
 
-class XLMRobertaPreTrainedModel(Block):
+class XLMRobertaPreTrainedModel(Block, Pushable):
     """Base class of XLMRobertaModel and the heads.
 
     backend: "auto" (resolved from the device of the parameters, again whenever they move), "eager", "prepacked" (eager
@@ -159,12 +160,20 @@ class XLMRobertaPreTrainedModel(Block):
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        variant: str | None = None,
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model. Nothing where another process
-        is the main one."""
+        is the main one. push_to_hub: uploads them besides; its keywords are taken, repo_id is by default the
+        directory's name."""
+        hub = take_keywords(kwargs, save_directory)
+        saving = {"state_dict": state_dict, "variant": variant, **own_keywords(kwargs)}
         if is_main_process:
-            checkpoint.save_model(self, save_directory, state_dict=state_dict, **own_keywords(kwargs))
+            checkpoint.save_model(self, save_directory, **saving)
+        if is_main_process and push_to_hub:
+            self.push_to_hub(**hub, **saving)
 
     def init_weights(self) -> None:
         """The reference's name for post_init."""

@@ -21,6 +21,7 @@ from .added_tokens import AddedToken, tokens_by_id
 from .arguments import as_lists, check_side, choice, describe, integer
 from .batch_encoding import BatchEncoding, CharSpan, Encoding, TokenSpan
 from .files import own_keywords, refuse_unknown, write_atomically
+from .hub import Pushable, take_keywords
 from .texts import Segmenter, read_texts, with_targets
 from .token_layout import TRUNCATION, Padding, TokenLayout, Values, kept_spans, pad_row, row_length, special_count
 from .tokenizer_files import LARGEST_LIMIT, NO_LIMIT, VOCAB_FILE, read_checkpoint, read_model, write_checkpoint
@@ -31,7 +32,7 @@ __all__ = ["AddedToken", "BatchEncoding", "CharSpan", "TokenSpan", "XLMRobertaTo
 logger = logging.getLogger(__name__)
 
 
-class XLMRobertaTokenizer(Vocabulary):
+class XLMRobertaTokenizer(Vocabulary, Pushable):
     """Texts to XLM-R's ids and back.
 
     Args:
@@ -126,12 +127,19 @@ class XLMRobertaTokenizer(Vocabulary):
         return tokenizer
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, filename_prefix: str | None = None, **options: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
     ) -> tuple[str, ...]:
         """Write what this class and transformers load back, with or without protobuf; return the paths.
 
         `tokenizer.json` is for transformers: its Rust tokenizer gives other ids where the two libraries disagree.
+        push_to_hub: upload the files besides; its keywords are taken, repo_id is by default the directory's name.
         """
+        hub = take_keywords(options, save_directory)
         refuse_unknown("save_pretrained", options)
         config = {
             **self.init_kwargs,
@@ -146,7 +154,10 @@ class XLMRobertaTokenizer(Vocabulary):
             "tokenizer_class": "XLMRobertaTokenizer",
             "truncation_side": self.truncation_side,
         }
-        return write_checkpoint(save_directory, filename_prefix, self._model, config)
+        written = write_checkpoint(save_directory, filename_prefix, self._model, config)
+        if push_to_hub:
+            self.push_to_hub(**hub, filename_prefix=filename_prefix)
+        return written
 
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None

@@ -32,7 +32,6 @@ TENSOR_PARTS = re.compile(
     r"|torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2"
     r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
 )
-SHARD = re.compile(r"(pytorch_)?model-(.+-)?\d{5}-of-\d{5}\.(safetensors|bin)")
 
 
 # Reading
@@ -48,13 +47,25 @@ def read_weights(
     FileNotFoundError if there are no weights or a shard is missing, ValueError for damaged or hostile files.
     """
     names = [name for name in WEIGHTS if use_safetensors in (None, "safetensors" in name)]
-    names = [".".join([*name.split(".")[:-1], variant, name.split(".")[-1]]) for name in names] if variant else names
+    names = [_name(name, variant) for name in names]
     for name in names:
         path = find(name)
         if path is not None:
             read = _read_safetensors if ".safetensors" in name else _read_file
             return _read_shards(find, path, read) if name.endswith(".json") else read(path)
     raise FileNotFoundError(f"there are no weights in {where}; looked for {', '.join(names)}")
+
+
+def _name(name: str, variant: str | None) -> str:
+    """What the file `name` is called in a variant: "fp16" stands before what follows the last dot."""
+    stem, _, suffix = name.rpartition(".")
+    return check_bare_name(f"{stem}.{variant}.{suffix}", f"variant {variant!r}") if variant else name
+
+
+def is_shard(name: str, variant: str | None = None) -> bool:
+    """Whether a file of this name is a part of weights, those of `variant`."""
+    own = re.escape(f".{variant}") if variant else ""
+    return bool(re.fullmatch(rf"(pytorch_)?model{own}-([0-9a-f]{{8}}-)?\d{{5}}-of-\d{{5}}\.(safetensors|bin)", name))
 
 
 def _read_shards(
@@ -166,24 +177,30 @@ def _check_calls(pickled: IO[bytes]) -> None:
 
 
 def write_weights(
-    directory: Path, state: Mapping[str, Tensor], config: str, max_shard_size: int | str, safe_serialization: bool
+    directory: Path,
+    state: Mapping[str, Tensor],
+    config: str,
+    max_shard_size: int | str,
+    safe_serialization: bool,
+    variant: str | None = None,
 ) -> None:
-    """Replace the weights and config.json (its text `config`) in `directory`; save_model says what a break does.
+    """Replace the weights (those of `variant`) and config.json (its text `config`) in `directory`; save_model says what
+    a break does.
 
     One rename turns the old checkpoint into the new one: that of the file looked for first into its place, or away if
     the old one's comes before it in WEIGHTS. Until then new shards lie beside the old ones, under other names.
     """
     standing = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     shards = _split(state, _parse_size(max_shard_size))
-    stem, suffix = ("model", ".safetensors") if safe_serialization else ("pytorch_model", ".bin")
-    files, main = _files(shards, stem, suffix, standing)
+    names = [_name(name, variant) for name in WEIGHTS]
+    files, main = _files(shards, names[:2] if safe_serialization else names[2:], standing)
     if "config.json" not in standing or (directory / "config.json").read_bytes() != config.encode():
         files["config.json"] = config
-    old = [name for name in WEIGHTS if name in standing]
-    hidden = bool(old) and WEIGHTS.index(old[0]) < WEIGHTS.index(main)
+    old = [name for name in names if name in standing]
+    hidden = bool(old) and names.index(old[0]) < names.index(main)
     late = {main: 1, "config.json": 2} if hidden else {"config.json": 1, main: 2}
     ordered = {name: files[name] for name in sorted(files, key=lambda name: late.get(name, 0))}
-    stale = [*reversed(old), *(name for name in sorted(standing) if SHARD.fullmatch(name))]
+    stale = [*reversed(old), *(name for name in sorted(standing) if is_shard(name, variant))]
     write_atomically(directory, ordered, [name for name in stale if name not in files])
 
 
@@ -210,22 +227,25 @@ def _parse_size(size: int | str) -> int:
     return number
 
 
-def _files(shards: list[dict[str, Tensor]], stem: str, suffix: str, standing: set[str]) -> tuple[dict[str, Any], str]:
-    """What to write under which names, and the one among them that is looked for first."""
+def _files(shards: list[dict[str, Tensor]], names: list[str], standing: set[str]) -> tuple[dict[str, Any], str]:
+    """What to write under which names, and the one among them that is looked for first: one of `names`, that of a whole
+    file and that of an index."""
+    whole, index = names
     if len(shards) == 1:
-        return {stem + suffix: functools.partial(_write_file, shards[0])}, stem + suffix
-    names = [f"{stem}-{i:05d}-of-{len(shards):05d}{suffix}" for i in range(1, len(shards) + 1)]
-    if standing.intersection(names):
-        names = [name.replace("-", f"-{tag}-", 1) for tag in [secrets.token_hex(4)] for name in names]
-    named = dict(zip(names, shards, strict=True))
+        return {whole: functools.partial(_write_file, shards[0])}, whole
+    stem, _, suffix = whole.rpartition(".")
+    for tag in ("", f"-{secrets.token_hex(4)}"):
+        parts = [f"{stem}{tag}-{i:05d}-of-{len(shards):05d}.{suffix}" for i in range(1, len(shards) + 1)]
+        if not standing.intersection(parts):
+            break
+    named = dict(zip(parts, shards, strict=True))
     sizes = {
         "total_parameters": sum(weight.numel() for shard in shards for weight in shard.values()),
         "total_size": sum(weight.nbytes for shard in shards for weight in shard.values()),
     }
-    index = {"metadata": sizes, "weight_map": {key: name for name, shard in named.items() for key in shard}}
+    listed = {"metadata": sizes, "weight_map": {key: name for name, shard in named.items() for key in shard}}
     files: dict[str, Any] = {name: functools.partial(_write_file, shard) for name, shard in named.items()}
-    main = f"{stem}{suffix}.index.json"
-    return {**files, main: json.dumps(index, indent=2, sort_keys=True) + "\n"}, main
+    return {**files, index: json.dumps(listed, indent=2, sort_keys=True) + "\n"}, index
 
 
 def _write_file(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Uploading to the Hugging Face hub, by huggingface_hub: what save_pretrained writes is what the repository gets."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+
+
+class Pushable:
+    """Base of whatever has a save_pretrained."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **saving: Any,
+    ) -> Any:
+        """Write this into a temporary directory and upload that in one commit; return huggingface_hub's CommitInfo.
+
+        repo_id: of a model repository, made if missing.  commit_message: by default "Upload", and the class.  private:
+        of a new repository; None is its owner's default.  token: by default that of `hf auth login`.  revision: a
+        branch, made if missing.  create_pr: opens a pull request with the commit.  saving: keywords of save_pretrained.
+
+        Other files of the repository stay, and no model card is written. ImportError without huggingface_hub, whose
+        errors pass through.
+        """
+        try:
+            from huggingface_hub import HfApi
+        except ImportError as error:
+            raise ImportError("uploading needs huggingface_hub: pip install 'xlmr[hub]'") from error
+        hub = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, **saving)  # type: ignore[attr-defined]
+            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/"):
+                hub.create_branch(repo_id, branch=revision, exist_ok=True)
+            return hub.upload_folder(
+                repo_id=repo_id, folder_path=directory, revision=revision, create_pr=create_pr,
+                commit_message=commit_message or f"Upload {type(self).__name__}", commit_description=commit_description,
+            )  # fmt: skip
+
+
+def take_keywords(options: dict[str, Any], save_directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keywords of push_to_hub among those of save_pretrained, which loses them; the repository is by default called
+    as the directory is."""
+    taken = {name: options.pop(name) for name in KEYWORDS if name in options}
+    return {**taken, "repo_id": taken.get("repo_id") or Path(save_directory).absolute().name}

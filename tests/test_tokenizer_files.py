@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import json
+import pickle
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import sentencepiece
 import tokenizers
 import transformers
 from hypothesis import given, settings
-from tokenizer_oracle import LINES, judge, nasty_texts, ordinary_texts, proto, reference
+from hypothesis import strategies as st
+from tokenizer_oracle import LINES, WORDS, judge, nasty_texts, ordinary_texts, proto, reference
 
 from xlmr import XLMRobertaTokenizer
 from xlmr.sentencepiece_model import SentencePieceModel
@@ -68,6 +71,47 @@ def test_a_tokenizer_json_without_rules_of_normalisation(both: Any, text: str) -
     text = re.sub("[\0<▁]", "", text)  # no names of special tokens, which are split off before, and no ▁ but for spaces
     ours = SentencePieceModel.from_tokenizer_json(content)
     assert ours.encode([text]) == [theirs.encode(text).ids]
+
+
+@pytest.fixture(scope="module")
+def lower(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """transformers' tokenizer with sentence-transformers' do_lower_case, ours of what it saved, and where."""
+    theirs = reference()
+    engine = theirs.backend_tokenizer
+    rules = [tokenizers.normalizers.Lowercase(), engine.normalizer]
+    engine.normalizer = tokenizers.normalizers.Sequence(rules)
+    directory = tmp_path_factory.mktemp("lower")
+    theirs.save_pretrained(directory)
+    return theirs, XLMRobertaTokenizer.from_pretrained(directory), directory
+
+
+cased_words = st.sampled_from([*WORDS, *map(str.upper, WORDS), *map(str.title, WORDS), "İIİ", "ΣΑΣ", "Å", "<mask>"])
+
+
+@given(text=st.lists(cased_words, max_size=9).map(" ".join))
+@settings(max_examples=100)
+def test_lower_case_gives_the_reference_s_ids_and_offsets(lower: Any, text: str) -> None:
+    theirs, ours, _ = lower
+    assert dict(ours(text, return_offsets_mapping=True)) == dict(theirs(text, return_offsets_mapping=True))
+
+
+def test_lower_case_is_saved(lower: Any, model_file: Path, tmp_path: Path) -> None:
+    """In tokenizer.json alone: a sentencepiece model, which would be read in its stead, cannot say it."""
+    theirs, _, directory = lower
+    texts = ["PARIS İ", "ΣΑΣ <mask> Dog"]
+    expected = theirs(texts).input_ids
+    ours = XLMRobertaTokenizer(model_file, do_lower_case=True)
+    assert ours(texts).input_ids == pickle.loads(pickle.dumps(ours))(texts).input_ids == expected
+    (tmp_path / "saved").mkdir()
+    shutil.copy(model_file, tmp_path / "saved")
+    paths = ours.save_pretrained(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [TOKENIZER, CONFIG]
+    assert sorted(paths) == [str(tmp_path / "saved" / name) for name in (TOKENIZER, CONFIG)]
+    engine = tokenizers.Tokenizer.from_file(paths[0])
+    assert [encoding.ids for encoding in engine.encode_batch(texts)] == expected
+    assert XLMRobertaTokenizer.from_pretrained(tmp_path / "saved")(texts).input_ids == expected
+    shutil.copy(directory / TOKENIZER, model_file.parent)  # both, as transformers 4 wrote it
+    assert XLMRobertaTokenizer.from_pretrained(model_file.parent)(texts).input_ids == expected
 
 
 def test_a_tokenizer_json_gives_back_the_model(both: Any) -> None:
@@ -218,6 +262,10 @@ def put(*path: Any) -> Change:
     return change
 
 
+def in_turn(*normalizers: Any) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": normalizers}
+
+
 HOSTILE: list[tuple[Change, str]] = [
     (put("model", None), "model.vocab must be a list"),
     (put("model", "type", "BPE"), "is a BPE, XLM-R's is a Unigram"),
@@ -235,7 +283,8 @@ HOSTILE: list[tuple[Change, str]] = [
     (put("model", "vocab", 9, ["\ud800", -1.0]), "surrogate"),
     (put("model", "vocab", 1, ["[PAD]", 0.0]), "must start with <s>, <pad>, </s>, <unk>"),
     (put("model", "unk_id", 0), "unk_id 3"),
-    (put("normalizer", {"type": "Lowercase"}), "its normalizer has .*Lowercase.*, which XLM-R does not use"),
+    (put("normalizer", {"type": "NFKC"}), "its normalizer has .*NFKC.*, which XLM-R does not use"),
+    (lambda x: put("normalizer", in_turn(x["normalizer"], {"type": "Lowercase"}))(x), "normalizer has .*Lowercase"),
     (put("normalizer", {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "x"}), "normalizer has .*Replace"),
     (put("normalizer", {"type": "Replace", "pattern": {"String": " "}, "content": ""}), "normalizer has .*Replace"),
     (put("normalizer", "Precompiled"), "which is no component"),
@@ -383,8 +432,6 @@ def test_what_transformers_is_told_about_its_tokenizers(model_file: Path, tmp_pa
     assert tokenizer("Paris").input_ids == XLMRobertaTokenizer.from_pretrained(model_file.parent)("Paris").input_ids
     tokenizer.save_pretrained(tmp_path / "saved", legacy_format=False, push_to_hub=False)
     assert not any(name in (tmp_path / "saved" / CONFIG).read_text() for name in how)
-    with pytest.raises(TypeError, match="do_lower_case is True: this is not offered here"):
-        XLMRobertaTokenizer.from_pretrained(**path, do_lower_case=True)
     with pytest.raises(ValueError, match="add_prefix_space is False: "):
         XLMRobertaTokenizer.from_pretrained(**path, add_prefix_space=False)
     with pytest.raises(TypeError, match="unexpected keyword argument 'legacy_formats'"):

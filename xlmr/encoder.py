@@ -320,14 +320,10 @@ class Encoder:
     # What computes
 
     def _tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
-        return self.tokenizer(self._cased(texts), truncation=True, max_length=max_length)["input_ids"]
+        return self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(self._cased(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _cased(self, texts: list[str]) -> list[str]:
-        """In lower case where the directory says so; Σ becomes σ at the end of a word too, as in the reference."""
-        return [text.replace("Σ", "σ").lower() for text in texts] if self.recipe.lower_case else texts
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     @torch.no_grad()
     def _run(
@@ -497,7 +493,8 @@ def load(
     config = read_json(path)
     check_architecture(config, name_or_dir)
     cls = _model_class(config, recipe, pooling)
-    tokenizer = XLMRobertaTokenizer.from_pretrained(name_or_dir, subfolder=folder, **source)
+    lower_case = recipe is not None and recipe.lower_case
+    tokenizer = XLMRobertaTokenizer.from_pretrained(name_or_dir, subfolder=folder, do_lower_case=lower_case, **source)
     device = choose_device(device)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "backend": for_inference(backend, device)}
     if cls is XLMRobertaModel:

@@ -32,10 +32,9 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 # … and what: allowed as nothing (None, False, {}) only, which is their default there.
 NOT_OFFERED = {
-    "adapter_kwargs", "device_mesh", "distributed_checkpoint", "distributed_config", "do_lower_case", "force_download",
-    "from_flax", "from_tf", "fusion_config", "generation_config", "gguf_file", "kernel_config", "key_mapping",
-    "proxies", "quantization_config", "sp_model_kwargs", "state_dict", "tags", "tp_plan", "tp_size", "use_auth_token",
-    "variant",
+    "adapter_kwargs", "device_mesh", "distributed_checkpoint", "distributed_config", "force_download", "from_flax",
+    "from_tf", "fusion_config", "generation_config", "gguf_file", "kernel_config", "key_mapping", "proxies",
+    "quantization_config", "sp_model_kwargs", "state_dict", "tags", "tp_plan", "tp_size", "use_auth_token", "variant",
 }  # fmt: skip
 
 

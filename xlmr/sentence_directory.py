@@ -95,8 +95,9 @@ class Recipe:
 
     pooling: modes of xlmr.encode.pool, joined. include_prompt: whether a prompt's tokens are pooled. steps: what is
     applied to the pooled vectors, [n, D] → [n, D'], one after the other. prompts: texts put before a text, by name.
-    max_length: tokens, None where the directory declares no limit. truncate_dim: how many numbers a vector keeps.
-    hidden_size: of the last layer, where declared. folder: where the model and its tokenizer are in the directory.
+    max_length: tokens, None where the directory declares no limit. lower_case: of the texts that `load`'s tokenizer
+    takes. truncate_dim: how many numbers a vector keeps. hidden_size: of the last layer, where declared. folder: where
+    the model and its tokenizer are in the directory.
     """
 
     pooling: tuple[str, ...] = ("mean",)

@@ -31,6 +31,7 @@ _CHARSMAP = 2  # field of its NormalizerSpec
 WHITE_SPACE = dict.fromkeys(
     [*range(9, 14), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000], " "
 )
+LOWER_CASE = {"type": "Lowercase"}  # a normaliser of tokenizer.json
 _UNKNOWN, _CONTROL = 2, 3  # values of SentencePiece.type
 _UNSUPPORTED = {3: 1, 24: 0, 35: 0}  # TrainerSpec: model_type other than Unigram, ▁ as a suffix, byte fallback
 
@@ -39,10 +40,12 @@ class SentencePieceModel:
     """A Unigram vocabulary; ids are XLM-R's. Immutable and safe to share between threads.
 
     `proto` holds the bytes of a `sentencepiece.bpe.model` file. ValueError if they are none that XLM-R could have.
+    lower_case: texts are put in lower case before anything else, which such a file cannot say.
     """
 
-    def __init__(self, proto: bytes) -> None:
+    def __init__(self, proto: bytes, lower_case: bool = False) -> None:
         self.proto = proto
+        self.lower_case = lower_case
         try:
             self._processor = SentencePieceProcessor(model_proto=_renumber(proto))
         except (RuntimeError, TypeError, OSError) as error:
@@ -72,10 +75,14 @@ class SentencePieceModel:
     @classmethod
     def from_tokenizer_json(cls, content: dict[str, Any]) -> SentencePieceModel:
         """Rebuild the model from a parsed `tokenizer.json`; ValueError if that describes any other pipeline."""
-        return cls(_proto_from_tokenizer_json(content))
+        return cls(_proto_from_tokenizer_json(content), lowers(content))
+
+    def in_lower_case(self) -> SentencePieceModel:
+        """The model that puts texts in lower case first."""
+        return self if self.lower_case else type(self)(self.proto, lower_case=True)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return type(self), (self.proto,)
+        return type(self), (self.proto, self.lower_case)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SentencePieceModel:
         return self
@@ -85,8 +92,8 @@ class SentencePieceModel:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of every text, in one call that uses all cores. ValueError if a text is not Unicode."""
-        if self._spaces:
-            texts = [text.translate(self._spaces) for text in texts]
+        if self._spaces or self.lower_case:
+            texts = [self._prepared(text) for text in texts]
         try:
             if len(texts) == 1:  # no threads to start
                 return [self._processor.encode(texts[0])]
@@ -102,7 +109,7 @@ class SentencePieceModel:
         Positions are code points of the text before normalisation, without the spaces around the piece. What a single
         character expands to (㍿ to 株式会社) keeps that character, however many pieces it is cut into.
         """
-        text = text.translate(self._spaces)
+        given, text = text, self._prepared(text)
         pieces: list[str] = self._processor.encode(text, out_type=str)
         normalized, origin = self._processor.normalize(text, with_offsets=True)
         size, spans, stop = len(normalized), [], 0
@@ -117,7 +124,16 @@ class SentencePieceModel:
             while end > origin[last] + 1 and self._is_removed(text[end - 1]):
                 end -= 1
             spans.append((origin[first], end))
+        if len(text) > len(given):  # İ has two letters in lower case
+            begin = [position for position, letter in enumerate(given) for _ in letter.lower()]
+            spans = [(begin[start], begin[end - 1] + 1) for start, end in spans]
         return pieces, spans
+
+    def _prepared(self, text: str) -> str:
+        """What sentencepiece is given of a text; in lower case letter by letter: σ at the end of a word, too."""
+        if self.lower_case:
+            text = text.replace("Σ", "σ").lower()
+        return text.translate(self._spaces)
 
     def _is_removed(self, character: str) -> bool:
         """Whether normalisation leaves nothing of it: spaces and most control characters."""
@@ -149,14 +165,16 @@ class SentencePieceModel:
         token_ids = {token["content"]: token["id"] for token in added_tokens}
         first, last = ({"SpecialToken": {"id": content, "type_id": 0}} for content in (bos, eos))
         text, pair = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        rules: list[dict[str, Any]] = [LOWER_CASE] if self.lower_case else []
+        if self._charsmap:
+            encoded = base64.b64encode(self._charsmap).decode()
+            rules.append({"type": "Precompiled", "precompiled_charsmap": encoded})
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
             "added_tokens": added_tokens,
-            "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(self._charsmap).decode()}
-            if self._charsmap
-            else None,
+            "normalizer": {"type": "Sequence", "normalizers": rules} if len(rules) > 1 else next(iter(rules), None),
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
             "post_processor": {
                 "type": "TemplateProcessing",
@@ -271,6 +289,11 @@ def vocabulary_size(content: dict[str, Any]) -> int:
     raise ValueError("its model.vocab must be a list of [piece, score]")
 
 
+def lowers(content: dict[str, Any]) -> bool:
+    """Whether a parsed `tokenizer.json` puts texts in lower case."""
+    return LOWER_CASE in _components(content.get("normalizer"), "normalizers")
+
+
 def _proto_from_tokenizer_json(content: dict[str, Any]) -> bytes:
     vocabulary_size(content)
     model = content["model"]
@@ -318,7 +341,8 @@ def _components(value: Any, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _read_charsmap(normalizer: Any) -> bytes:
-    """The precompiled normalisation rules; the other normalisers allowed only touch spaces, as sentencepiece does."""
+    """The precompiled normalisation rules; the other normalisers allowed only touch spaces, as sentencepiece does, or
+    go before."""
     charsmap = b""
     for part in _components(normalizer, "normalizers"):
         match part:
@@ -328,6 +352,8 @@ def _read_charsmap(normalizer: Any) -> bytes:
                 except binascii.Error as error:
                     raise ValueError(f"its precompiled_charsmap is not base64: {error}") from error
             case {"type": "Strip"}:
+                pass
+            case {"type": "Lowercase"} if not charsmap:  # behind the rules it would make other letters
                 pass
             case {"type": "Replace", "pattern": {"Regex": " {2,}"} | {"String": " " | " {2,}"}, "content": " " | "▁"}:
                 pass

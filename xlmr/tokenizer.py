@@ -47,6 +47,8 @@ class XLMRobertaTokenizer(Vocabulary, Pushable):
         clean_up_tokenization_spaces: whether decode removes spaces before punctuation.
         split_special_tokens: whether special tokens written in a text are cut like any other word.
         add_prefix_space: a text begins with ▁, as in pre-training; nothing else is offered.
+        do_lower_case: texts are put in lower case first, letter by letter, but not the added and special tokens in
+            them; also where the `tokenizer_file` says so. It is saved there, where transformers 5 does not look for it.
         special_tokens: bos_token, eos_token, sep_token, cls_token, unk_token, pad_token, mask_token; str or AddedToken.
 
     A text is cut at the added and special tokens in it first, verbatim, then each stretch between them is given to
@@ -73,6 +75,7 @@ class XLMRobertaTokenizer(Vocabulary, Pushable):
         clean_up_tokenization_spaces: bool = False,
         split_special_tokens: bool = False,
         add_prefix_space: bool = True,
+        do_lower_case: bool = False,
         name_or_path: str = "",
         **special_tokens: Any,
     ) -> None:
@@ -93,7 +96,8 @@ class XLMRobertaTokenizer(Vocabulary, Pushable):
 
         extra = extra_special_tokens.values() if isinstance(extra_special_tokens, Mapping) else extra_special_tokens
         decoder = {**tokens_by_id((added_tokens_decoder or {}).items()), **files.added}
-        super().__init__(files.model, special_tokens, [*additional_special_tokens, *extra], decoder)
+        model = files.model.in_lower_case() if do_lower_case else files.model
+        super().__init__(model, special_tokens, [*additional_special_tokens, *extra], decoder)
 
     @classmethod
     def from_pretrained(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .added_tokens import tokens_by_id
 from .arguments import describe
 from .files import read_json, resolve, write_atomically
-from .sentencepiece_model import OTHER_TOKENIZER, SentencePieceModel, vocabulary_size
+from .sentencepiece_model import OTHER_TOKENIZER, SentencePieceModel, lowers, vocabulary_size
 from .vocabulary import SPECIAL_TOKENS
 
 VOCAB_FILE = "sentencepiece.bpe.model"
@@ -74,17 +74,18 @@ def read_checkpoint(name_or_dir: str | os.PathLike[str], **source: Any) -> Token
 def write_checkpoint(
     directory: str | os.PathLike[str], prefix: str | None, model: SentencePieceModel, config: dict[str, Any]
 ) -> tuple[str, ...]:
-    """Write the three files of a tokenizer, `config` being what tokenizer_config.json holds; return their paths."""
+    """Write the files of a tokenizer, `config` being what tokenizer_config.json holds; return their paths. The file of
+    sentencepiece, which is read first, is none of them where texts are put in lower case: it could not say so."""
     added = [{"id": int(index), **token} for index, token in config["added_tokens_decoder"].items()]
     tokenizer_json = model.to_tokenizer_json(added, config["bos_token"], config["eos_token"])
     start = f"{prefix}-" if prefix else ""
-    files: dict[str, bytes | str] = {
-        start + VOCAB_FILE: model.proto,
+    files: dict[str, bytes | str] = {} if model.lower_case else {start + VOCAB_FILE: model.proto}
+    files |= {
         start + TOKENIZER_FILE: json.dumps(tokenizer_json, ensure_ascii=False),
         start + CONFIG_FILE: json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n",
     }
-    old = (start + name for name in ("added_tokens.json", "special_tokens_map.json"))  # CONFIG_FILE says it all
-    write_atomically(directory, files, [name for name in old if Path(directory, name).is_file()])
+    old = {start + name for name in ("added_tokens.json", "special_tokens_map.json", VOCAB_FILE)} - files.keys()
+    write_atomically(directory, files, [name for name in sorted(old) if Path(directory, name).is_file()])
     return tuple(os.path.join(directory, name) for name in files)
 
 
@@ -108,6 +109,7 @@ def read_model(vocab_file: str | os.PathLike[str] | None, tokenizer_file: str | 
     try:
         size = vocabulary_size(content)
         model = model or SentencePieceModel.from_tokenizer_json(content)
+        model = model.in_lower_case() if lowers(content) else model
         added = content.get("added_tokens", [])
         if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
             raise ValueError("its added_tokens must be a list of objects")

@@ -9,6 +9,7 @@ from typing import Any
 import data_parallel
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from processes import ROOT, run
@@ -75,11 +76,17 @@ DATA = {
 }  # fmt: skip
 
 
-def trainer(model: Any, rows: list[dict[str, Tensor]], output: Path, **settings: Any) -> Trainer:
+class SavingTrainer(xlmr.TrainerMixin, Trainer):
+    pass
+
+
+def trainer(
+    model: Any, rows: list[dict[str, Tensor]], output: Path, kind: type[Trainer] = Trainer, **settings: Any
+) -> Trainer:
     chosen = {"per_device_train_batch_size": 6, "max_steps": 8, "save_strategy": "no", **settings}
     quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
     arguments = TrainingArguments(str(output), learning_rate=3e-3, logging_steps=1, **quiet, **chosen)
-    return Trainer(model, arguments, train_dataset=rows)
+    return kind(model, arguments, train_dataset=rows)
 
 
 def losses(trainer: Trainer) -> list[float]:
@@ -115,20 +122,42 @@ def test_trainer_accumulates(name: str, tmp_path: Path) -> None:
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_trainer_saves_and_resumes(tmp_path: Path) -> None:
-    """A head without a tied pair is saved by Trainer itself: resumed, it goes on as if never stopped. Beside the
-    weights stands no config.json, which Trainer writes for transformers' own classes only."""
+@pytest.mark.parametrize("name", ["SequenceClassification", "MaskedLM"])
+def test_trainer_saves_and_resumes(name: str, tmp_path: Path) -> None:
+    """With the mixin: resumed, it goes on as if never stopped, and both libraries load what it saved; tied weights are
+    there once."""
     torch.manual_seed(0)
-    _, whole = trained("SequenceClassification")
+    _, whole = trained(name)
     first = copy.deepcopy(whole)
-    expected = losses(trainer(whole, ROWS, tmp_path / "whole"))
-    losses(trainer(first, ROWS, tmp_path, save_strategy="steps", save_steps=4))
-    resumed = trainer(trained("SequenceClassification")[1], ROWS, tmp_path)
+    expected = losses(trainer(whole, DATA[name], tmp_path / "whole"))
+    trainer(first, DATA[name], tmp_path, kind=SavingTrainer, save_strategy="steps", save_steps=4).train()
+    resumed = trainer(trained(name)[1], DATA[name], tmp_path, kind=SavingTrainer)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == expected
-    loaded = xlmr.XLMRobertaForSequenceClassification.from_pretrained(tmp_path / "checkpoint-8", config=whole.config)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value)
+    resumed.save_model(tmp_path / "end")
+    for directory in (tmp_path / "checkpoint-8", tmp_path / "end"):
+        for library in (xlmr, transformers):
+            loaded = getattr(library, f"XLMRobertaFor{name}").from_pretrained(directory)
+            assert_equal_states(loaded, whole)
+
+
+def test_without_the_mixin_there_is_no_config(tmp_path: Path) -> None:
+    """Trainer writes it for transformers' own classes only; the error says so."""
+    _, model = trained("SequenceClassification")
+    trainer(model, ROWS, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    directory, cls = tmp_path / "checkpoint-1", xlmr.XLMRobertaForSequenceClassification
+    with pytest.raises(FileNotFoundError, match=r"no config.json in .*TrainerMixin only: give the model's config=…"):
+        cls.from_pretrained(directory)
+    assert_equal_states(cls.from_pretrained(directory, config=model.config), model)
+    reference, _ = trained("SequenceClassification")
+    trainer(reference, ROWS, tmp_path / "theirs", kind=SavingTrainer, max_steps=1).save_model()
+    assert_equal_states(type(reference).from_pretrained(tmp_path / "theirs"), reference)
+
+
+def assert_equal_states(found: Any, expected: Any) -> None:
+    state = found.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["SequenceClassification", "MaskedLM"])

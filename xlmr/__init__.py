@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         XLMRobertaForSequenceClassification,
         XLMRobertaForTokenClassification,
     )
-    from .integrations import accelerate, patch_transformers, register_attention, unpatch
+    from .integrations import TrainerMixin, accelerate, patch_transformers, register_attention, unpatch
     from .model import XLMRobertaModel
     from .pipelines import pipeline
     from .pretrained import XLMRobertaPreTrainedModel
@@ -31,6 +31,7 @@ __all__ = [
     "AddedToken",
     "BatchEncoding",
     "Encoder",
+    "TrainerMixin",
     "XLMRobertaConfig",
     "XLMRobertaForCausalLM",
     "XLMRobertaForMaskedLM",
@@ -56,6 +57,7 @@ _MODULES = {
     "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
     "Encoder": "encoder",
+    "TrainerMixin": "integrations",
     "XLMRobertaConfig": "config",
     "XLMRobertaModel": "model",
     "XLMRobertaPreTrainedModel": "pretrained",

@@ -367,6 +367,17 @@ def save_model(
     changes is there a moment in it when the old weights stand beside the new config.json. What a kill leaves besides, a
     directory `.saving-…` or surplus shards, is never read.
     """
+    state = state_to_save(model, state_dict)
+    own = f"{model.base_model_prefix}."
+    theirs = f"{model.config.kind.prefix}."
+    state = {theirs + name.removeprefix(own) if name.startswith(own) else name: state[name] for name in state}
+    config = config_to_save(model, state)
+    config.validate()
+    write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization, variant)
+
+
+def state_to_save(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The state of a model, or what is given as that, with tied weights once; ValueError where it has no values."""
     state = dict(model.state_dict() if state_dict is None else state_dict)
     for name, weight in state.items():
         if weight.device.type == "meta":
@@ -374,11 +385,12 @@ def save_model(
     for tied, source in model.all_tied_weights_keys.items():
         if tied in state and source in state and _same(state[tied], state[source]):
             del state[tied]
-    own = f"{model.base_model_prefix}."
-    theirs = f"{model.config.kind.prefix}."
-    state = {theirs + name.removeprefix(own) if name.startswith(own) else name: state[name] for name in state}
+    return state
+
+
+def config_to_save(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """The configuration of a model that is saved with that state: it names the class and the dtype."""
     config = copy.deepcopy(model.config)
     config.architectures = [config.kind.theirs(type(model).__name__)]
     config.dtype = next((weight.dtype for weight in state.values() if weight.is_floating_point()), config.dtype)
-    config.validate()
-    write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization, variant)
+    return config

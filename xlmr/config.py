@@ -168,7 +168,9 @@ class XLMRobertaConfig(Pushable):
         file = Path(name_or_dir)
         path = file if file.is_file() else resolve(name_or_dir, "config.json", subfolder=subfolder, **source)
         if path is None:
-            raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, subfolder)}")
+            left = resolve(name_or_dir, "training_args.bin", subfolder=subfolder, **source) is not None
+            advice = ", which a Trainer writes with xlmr.TrainerMixin only: give the model's config=…" if left else ""
+            raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, subfolder)}{advice}")
         values = read_json(path)
         try:
             return cls.from_dict(

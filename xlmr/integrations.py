@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from .block import EVERY_POSITION, Block, begin, every_module_is_hooked
+from .checkpoint import config_to_save, state_to_save
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
 from .ops import Ops, dense_attention, resolve
+from .pretrained import XLMRobertaPreTrainedModel
 from .varlen import plan
 
 # The heads that read masked positions: those of the first line always, the others where a masked token has a label.
@@ -160,6 +162,22 @@ def attention_forward(
     ops, _ = resolve("auto", query.device)
     out = ops.attention(*rows, layout.sequences, scaling, causal, dropout)
     return out.unflatten(0, (batch, seqlen)), None
+
+
+class TrainerMixin:
+    """Lets transformers' Trainer save our models, which it does for its own alone: `class Mine(xlmr.TrainerMixin,
+    Trainer): pass`. What Mine saves has a config.json and tied weights once, and from_pretrained loads it. Without, it
+    has no config.json, and a head with tied weights is refused by safetensors. Other models are saved as ever."""
+
+    model: Any
+    args: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        ours = isinstance(self.model, XLMRobertaPreTrainedModel)
+        state = state_to_save(self.model, state_dict) if ours else state_dict
+        super()._save(output_dir, state)  # type: ignore[misc]
+        if ours and self.args.should_save:
+            config_to_save(self.model, state).save_pretrained(output_dir or self.args.output_dir)
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,7 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["XLMRobertaEmbeddings", "XLMRobertaLayer"]  # wrapped by FSDP
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    _keys_to_ignore_on_save = None  # what a Trainer that resumes asks for, where it misses the tied ones
 
     def __init__(
         self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True

@@ -62,6 +62,8 @@ def write(path: Path, values: Any) -> Path:
 
 def test_defaults_are_the_references() -> None:
     assert common(XLMRobertaConfig()) == common(transformers.XLMRobertaConfig())
+    for config in (XLMRobertaConfig(ours=1), transformers.XLMRobertaConfig(ours=1)):
+        assert [name in config for name in ("hidden_size", "ours", "theirs")] == [True, True, False]
 
 
 def test_a_file_of_4x_reads_as_transformers_reads_it_and_is_written_back(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from accelerate.state import AcceleratorState
 from processes import ROOT, run
 from reference import HEADS, RIGHT, assert_same, gradients, inputs, trained
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 import xlmr
@@ -177,6 +179,23 @@ def test_accelerate(name: str, tmp_path: Path) -> None:
     accelerator.save_model(prepared, tmp_path)
     saved = type(ours).from_pretrained(tmp_path, config=ours.config).state_dict()
     assert all(torch.equal(saved[key], value) for key, value in ours.state_dict().items())
+
+
+def test_a_sharded_model_is_saved_from_a_gathered_state(tmp_path: Path) -> None:
+    """FSDP2's, which exchanges the class."""
+    _, ours = trained("MaskedLM")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        expected = copy.deepcopy(ours)
+        fully_shard(ours)
+        with pytest.raises(ValueError, match=r"is sharded over processes: .* give these as state_dict=…"):
+            ours.save_pretrained(tmp_path)
+        gathered = get_model_state_dict(ours, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    ours.save_pretrained(tmp_path, state_dict=gathered)
+    assert_equal_states(xlmr.XLMRobertaForMaskedLM.from_pretrained(tmp_path), expected)
+    assert xlmr.XLMRobertaConfig.from_pretrained(tmp_path).architectures == ["XLMRobertaForMaskedLM"]
 
 
 # Several processes

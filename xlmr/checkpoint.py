@@ -377,11 +377,16 @@ def save_model(
 
 
 def state_to_save(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The state of a model, or what is given as that, with tied weights once; ValueError where it has no values."""
+    """The state of a model, or what is given as that, with tied weights once; ValueError where values lack."""
     state = dict(model.state_dict() if state_dict is None else state_dict)
     for name, weight in state.items():
         if weight.device.type == "meta":
             raise ValueError(f"{name} is on the meta device: it has no values to save")
+        if hasattr(weight, "full_tensor"):  # a DTensor
+            raise ValueError(
+                f"{name} is sharded over processes: let all of them gather the weights and give these as state_dict=…, "
+                "by accelerator.get_state_dict(model) or torch's get_model_state_dict with full_state_dict=True"
+            )
     for tied, source in model.all_tied_weights_keys.items():
         if tied in state and source in state and _same(state[tied], state[source]):
             del state[tied]
@@ -391,6 +396,6 @@ def state_to_save(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[s
 def config_to_save(model: Any, state: Mapping[str, Tensor]) -> Any:
     """The configuration of a model that is saved with that state: it names the class and the dtype."""
     config = copy.deepcopy(model.config)
-    config.architectures = [config.kind.theirs(type(model).__name__)]
+    config.architectures = [config.kind.theirs(type(model).__name__.removeprefix("FSDP"))]  # FSDP2's name for the class
     config.dtype = next((weight.dtype for weight in state.values() if weight.is_floating_point()), config.dtype)
     return config

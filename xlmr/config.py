@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -359,6 +360,10 @@ class XLMRobertaConfig(Pushable):
         """Set each field to its value."""
         for name, value in config_dict.items():
             setattr(self, name, value)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the fields and keys, so `"key" in config`, too."""
+        return iter(vars(self))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, XLMRobertaConfig):

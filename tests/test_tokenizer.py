@@ -259,6 +259,14 @@ def test_what_are_no_ids_is_told(ours: Any, wrong: Any) -> None:
 # Rows of ids
 
 
+def test_what_is_padded_later_is_what_a_call_pads(ours: Any) -> None:
+    texts = ["the quick fox", "a", ""]
+    how = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "return_token_type_ids": True}
+    for tensors in (None, "pt"):
+        padded, again = ours(texts, padding=True, **how, return_tensors=tensors), ours.pad(ours(texts, **how))
+        assert repr(dict(padded)) == repr(dict(again.convert_to_tensors(tensors)))
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("padding", [True, "longest", "max_length", False])
 @pytest.mark.parametrize("multiple", [None, 4])

@@ -419,6 +419,8 @@ class XLMRobertaTokenizer(Vocabulary, Pushable):
         batched = not columns["input_ids"] or isinstance(columns["input_ids"][0], list)
         if not batched:
             columns = {key: [value] for key, value in columns.items()}
+        if "offset_mapping" in columns:  # as a call gives it
+            columns["offset_mapping"] = [[tuple(span) for span in row] for row in columns["offset_mapping"]]
         lengths = [len(row) for row in columns["input_ids"]]
         if "attention_mask" in self.model_input_names if return_attention_mask is None else return_attention_mask:
             columns.setdefault("attention_mask", [[1] * length for length in lengths])

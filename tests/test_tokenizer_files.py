@@ -110,8 +110,10 @@ def test_lower_case_is_saved(lower: Any, model_file: Path, tmp_path: Path) -> No
     engine = tokenizers.Tokenizer.from_file(paths[0])
     assert [encoding.ids for encoding in engine.encode_batch(texts)] == expected
     assert XLMRobertaTokenizer.from_pretrained(tmp_path / "saved")(texts).input_ids == expected
-    shutil.copy(directory / TOKENIZER, model_file.parent)  # both, as transformers 4 wrote it
-    assert XLMRobertaTokenizer.from_pretrained(model_file.parent)(texts).input_ids == expected
+    shutil.copy(directory / TOKENIZER, model_file.parent)  # both, as transformers 4 wrote them
+    for config in ({}, {"added_tokens_decoder": {}}):
+        (model_file.parent / CONFIG).write_text(json.dumps(config))
+        assert XLMRobertaTokenizer.from_pretrained(model_file.parent)(texts).input_ids == expected
 
 
 def test_a_tokenizer_json_gives_back_the_model(both: Any) -> None:

@@ -113,7 +113,8 @@ class XLMRobertaTokenizer(Vocabulary, Pushable):
     ) -> XLMRobertaTokenizer:
         """Load from a checkpoint directory or a name on the Hugging Face hub; `settings` are the constructor's.
 
-        Read are `sentencepiece.bpe.model`, or `tokenizer.json` where it stands alone, and `tokenizer_config.json`.
+        Read are `sentencepiece.bpe.model` and `tokenizer_config.json`; `tokenizer.json` where the former is missing, or
+        for what the two do not say, added tokens or lower case.
         `model_max_length` is what that declares, but no more than config.json's positions allow. OSError if there is
         no such checkpoint or it has no vocabulary; ValueError if a file is damaged or describes another tokenizer.
         """

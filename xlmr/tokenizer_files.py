@@ -60,7 +60,9 @@ def read_checkpoint(name_or_dir: str | os.PathLike[str], **source: Any) -> Token
         config |= read("special_tokens_map.json")
         config["added_tokens_decoder"] = tokens_by_id((index, content) for content, index in added)
     vocab_file = resolve(name_or_dir, VOCAB_FILE, **source)
-    tokenizer_file = None if vocab_file and complete else resolve(name_or_dir, TOKENIZER_FILE, **source)
+    tokenizer_file = resolve(name_or_dir, TOKENIZER_FILE, **source)
+    if vocab_file and complete and tokenizer_file and not _mentions_lower_case(tokenizer_file):
+        tokenizer_file = None  # it says nothing more, in many megabytes
     if vocab_file is None and tokenizer_file is None:
         raise OSError(
             f"{name_or_dir} has neither {VOCAB_FILE} nor {TOKENIZER_FILE}, the files of XLM-R's tokenizer; if it has "
@@ -69,6 +71,11 @@ def read_checkpoint(name_or_dir: str | os.PathLike[str], **source: Any) -> Token
     settings = {"name_or_path": str(name_or_dir), **_known_settings(config, read("config.json"))}
     only_kept = {key: value for key, value in config.items() if key not in {*settings, *NOT_KEPT}}
     return TokenizerCheckpoint(vocab_file, tokenizer_file, settings, only_kept)
+
+
+def _mentions_lower_case(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b'"Lowercase"' in file.read(MAX_TOKENIZER_BYTES)
 
 
 def write_checkpoint(

@@ -1,6 +1,7 @@
 """Our encoder inside transformers: equal answers and gradients, shared parameters, undone without a trace."""
 
 import copy
+import importlib.util
 import pickle
 import re
 from collections.abc import Iterator
@@ -144,6 +145,29 @@ def test_hidden_states_and_attentions_are_the_hosts() -> None:
         torch.testing.assert_close(b, a)
 
 
+@pytest.mark.parametrize("which", [True, -2], ids=["all", "one"])
+def test_hidden_states_are_recorded_without_padding(which: Any) -> None:
+    """What COMET and flair pool: every layer's states, and gradients through each of them."""
+    if which is not True and not hasattr(pytest.importorskip(integrations.CAPTURING), "selected_hidden_states"):
+        pytest.skip("this transformers records all or none")
+    host = build("XLMRoberta", "Model")
+    ours = integrations.accelerate(copy.deepcopy(host))
+    rows, kept = [], batch()["attention_mask"] > 0
+    ours.encoder.layer[1].output.dense.register_forward_hook(lambda m, x, y: rows.append(y.shape[:-1]))
+    for model in (host, ours):
+        model.states = model(**batch(), output_hidden_states=which).hidden_states
+        sum(x[kept].square().sum() for x in model.states if x is not None).backward()
+    for a, b in zip(host.states, ours.states, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b[kept], a[kept], rtol=1e-4, atol=1e-5)
+    for (name, a), b in zip(host.named_parameters(), ours.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4, msg=name)
+    if VERSION < (5, 0) or importlib.util.find_spec(integrations.CAPTURING):  # 5.0 records in another way
+        assert rows == [(9 + 4 + 6,)]
+
+
 def test_an_exchanged_leaf_is_used() -> None:
     host = build("XLMRoberta", "Model")
     ours = integrations.accelerate(copy.deepcopy(host))
@@ -252,7 +276,7 @@ def test_recording_once_does_not_slow_what_follows() -> None:
     assert rows == [9 + 4 + 6]
     assert len(ours(**batch(), output_hidden_states=True).hidden_states) == 3
     ours.encoder.layer[0].register_forward_hook(zeros)
-    assert len(rows) == 2  # the recorded call ran the host's layers on [B, S, N]
+    assert len(rows) == 2
     ours.encoder.layer[1].register_forward_hook(zeros)
     assert not ours(**batch()).last_hidden_state.any()  # somebody's own hooks are called
 

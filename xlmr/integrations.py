@@ -2,7 +2,7 @@
 
 A host's encoder stays the module it is, with its parameters, names and forward; only its class becomes a subclass whose
 forward packs the batch and runs the layers as our blocks do, over the host's own leaf modules. What that path does not
-compute (a decoder, recorded hidden states, a hooked or replaced layer) the host's forward computes, by rule.
+compute (a decoder, recorded attentions, a hooked or replaced layer) the host's forward computes, by rule.
 
 Positions whose mask is 0 are not computed: the encoder gives zeros there. transformers' own heads that read them
 (question answering, causal language models, labels on masked tokens) get them computed; a head of your own that does
@@ -17,13 +17,14 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .block import EVERY_POSITION, Block, begin, every_module_is_hooked
+from .block import EVERY_POSITION, Block, Collected, begin, every_module_is_hooked
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
@@ -196,7 +197,10 @@ def _packed_class(model_type: str) -> type[nn.Module]:
             return host.forward(self, hidden_states, attention_mask, *args, **kw)
         whole = self.every_position or EVERY_POSITION.get()
         state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole)
-        return Output(last_hidden_state=state.layout.pad(view.rows(state.layout.unpad(hidden_states), state)))
+        states: list[Tensor] | None = [] if _asks("output_hidden_states", self.config, kw) else None
+        state.collected = Collected(hidden_states=states)
+        x = state.layout.pad(view.rows(state.layout.unpad(hidden_states), state))
+        return Output(last_hidden_state=x, hidden_states=None if states is None else _recorded(self, states))
 
     def __getstate__(self: Any) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "view"}  # rebuilt where needed
@@ -213,13 +217,25 @@ def _packed_class(model_type: str) -> type[nn.Module]:
 
 
 def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
-    """Whether a call of an encoder wants what only the host computes: cross attention, a cache, recorded outputs."""
+    """Whether a call of an encoder wants what only the host computes: cross attention, a cache, attention weights."""
     heads = kw.get("head_mask")  # of transformers 4, which gives a list of None for no mask
     given = (kw.get(name) for name in ("encoder_hidden_states", "past_key_values"))
     beyond = *args, *given, *(() if heads is None else heads)
-    recorded = "output_hidden_states", "output_attentions"
-    asked = (kw.get(name, getattr(config, name, False)) for name in recorded)
-    return any(x is not None for x in beyond) or any(x is not None and x is not False for x in asked)
+    return any(x is not None for x in beyond) or _asks("output_attentions", config, kw)
+
+
+def _asks(name: str, config: Any, kw: dict[str, Any]) -> bool:
+    """Whether a call or else the configuration asks to record something; a number chooses one of the states."""
+    asked = kw.get(name, getattr(config, name, False))
+    return asked is not None and asked is not False
+
+
+def _recorded(encoder: Any, states: list[Tensor]) -> tuple[Tensor, ...]:
+    """The states [B, S, N] of an encoder, given also to the hooks by which transformers 5 waits for each layer's."""
+    for layer, (x, y) in zip(encoder.layer, pairwise(states), strict=True):
+        for hook in layer._forward_hooks.values():
+            hook(layer, (x,), y)
+    return tuple(states)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -586,8 +587,10 @@ def test_what_is_no_encoder_of_the_family_is_refused() -> None:
     relative.encoder.config.position_embedding_type = "relative_key"
     with pytest.raises(TypeError, match="position_embedding_type is 'relative_key': only 'absolute'"):
         integrations.accelerate(relative)
-    with pytest.raises(TypeError, match="model is a str"):
+    with pytest.raises(TypeError, match="model is a str: give a torch module"):
         integrations.accelerate("xlm-roberta-base")
+    with pytest.raises(TypeError, match=r"model is a SimpleNamespace: give the torch module in it, \.model_body"):
+        integrations.accelerate(SimpleNamespace(model_body=relative, batch_size=8))  # as FlagEmbedding's and SetFit's
     with pytest.raises(TypeError, match="holds no encoder of the family"):
         integrations.accelerate(torch.nn.Linear(1, 1))
 

@@ -72,7 +72,9 @@ def accelerate(model: Any, *, unpad: bool = True, backend: str | Ops = "auto") -
     """
     resolve(backend, torch.device("meta"))
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: give a torch module, such as a transformers model")
+        inside = [f".{name}" for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+        what = f"the torch module in it, {' or '.join(inside)}" if inside else "a torch module, as transformers' are"
+        raise TypeError(f"model is a {type(model).__name__}: give {what}")
     _require_transformers()
     ours = {_host_class(model_type): _packed_class(model_type) for model_type in KINDS}
     encoders = [module for module in model.modules() if getattr(type(module), "host_class", type(module)) in ours]

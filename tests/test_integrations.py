@@ -267,6 +267,19 @@ def zeros(module: Any, inputs: Any, output: Any) -> Any:
     return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks transformers' model
+def test_an_adapter_for_each_text() -> None:
+    """peft tells each layer the texts' adapters through hooks; rows laid end to end have lost their texts."""
+    host = build("XLMRoberta", "Model")
+    lora = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    model = peft.get_peft_model(integrations.accelerate(host), lora, adapter_name="one")
+    model.add_adapter("two", lora)
+    names = {"adapter_names": ["one", "two", "__base__"]}
+    found = model.eval()(**batch(), **names).last_hidden_state
+    integrations.unpatch(model)
+    torch.testing.assert_close(found, model(**batch(), **names).last_hidden_state)
+
+
 def test_recording_once_does_not_slow_what_follows() -> None:
     """transformers leaves its hooks on the layers: they are not taken for somebody's own."""
     ours = integrations.accelerate(build("XLMRoberta", "Model"))

@@ -300,8 +300,11 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether a container or GELU of the host has to be called itself; blocks look at the other leaves they use."""
+    """Whether a container or GELU of the host has to be called itself, or a leaf as the host calls it, with a batch:
+    peft's hooks give its layers an adapter for each text. Else blocks look at the leaves they use."""
     kind, state = type(module), module.__dict__
+    if state["_forward_pre_hooks_with_kwargs"]:
+        return True
     if not kind.__module__.startswith("transformers.") or not (state["_modules"] or _is_gelu(module)):
         return False
     own = "forward" in state and state["forward"] != kind.forward.__get__(module)  # 5.0 leaves the class's there

@@ -262,6 +262,17 @@ def test_masked_positions_are_zeros_unless_asked_for() -> None:
     torch.testing.assert_close(whole, host(**batch()).last_hidden_state, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILY)
+def test_masked_tokens_that_are_no_padding_are_computed(family: str) -> None:
+    """ColBERT reads the [MASK]s that fill up its queries, and lets no token attend to them."""
+    host, mask = build(family, "Model"), batch()["attention_mask"]
+    tokens = batch()["input_ids"].where(mask > 0, 7)
+    expected = host(tokens, mask)[0]
+    integrations.accelerate(host)
+    for found in host(tokens, mask), host(attention_mask=mask, input_ids=tokens):
+        torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def zeros(module: Any, inputs: Any, output: Any) -> Any:
     """A hook on a layer, which gives a tuple in transformers 4."""
     return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0

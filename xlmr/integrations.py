@@ -5,9 +5,10 @@ forward packs the batch and runs the layers as our blocks do, over the host's ow
 compute (a decoder, recorded attentions, a hooked or replaced layer) the host's forward computes, by rule.
 
 Positions whose mask is 0 are not computed: the encoder gives zeros there. transformers' own heads that read them
-(question answering, causal language models, labels on masked tokens) get them computed; a head of your own that does
-needs `accelerate(model, unpad=False)`. Run on transformers 4.57.6 (with sentence-transformers 5.7) and on
-5.0.0, 5.1.0, 5.3.0, 5.6.0, 5.10.4, 5.15.1 and 5.23.0 (with 6.2).
+(question answering, causal language models, labels on masked tokens) get them computed, and so do models whose masked
+tokens are no padding (ColBERT's queries); a head of your own that reads padding needs `accelerate(model, unpad=False)`.
+Run on transformers 4.57.6 (with sentence-transformers 5.7) and on 5.0.0, 5.1.0, 5.3.0, 5.6.0, 5.10.4, 5.15.1 and 5.23.0
+(with 6.2).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from itertools import pairwise
 from operator import is_not
 from typing import Any
@@ -37,6 +39,7 @@ LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transformers' attention interface
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+TOKENS: ContextVar[Tensor | None] = ContextVar("tokens", default=None)  # of the base model that is being called
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
 _replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (class or module, attribute) → what it was, what it is now
@@ -198,7 +201,8 @@ def _packed_class(model_type: str) -> type[nn.Module]:
         if view is None:
             return host.forward(self, hidden_states, attention_mask, *args, **kw)
         whole = self.every_position or EVERY_POSITION.get()
-        state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole)
+        read = None if attention_mask is None else _read_though_masked(self.config, hidden_states)
+        state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole, labels=read)
         states: list[Tensor] | None = [] if _asks("output_hidden_states", self.config, kw) else None
         state.collected = Collected(hidden_states=states)
         x = state.layout.pad(view.rows(state.layout.unpad(hidden_states), state))
@@ -240,6 +244,18 @@ def _recorded(encoder: Any, states: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(states)
 
 
+def _read_though_masked(config: Any, hidden_states: Tensor) -> Tensor | None:
+    """The tokens [B, S] as labels, -100 where they are padding: what is masked but none, somebody will read, as ColBERT
+    the [MASK]s that fill up its queries. Padding is 0 or 1 in the whole family, whatever a configuration says."""
+    tokens = TOKENS.get()
+    if tokens is None or tokens.shape != hidden_states.shape[:2]:
+        return None
+    padding = tokens <= 1
+    if config.pad_token_id is not None:
+        padding |= tokens == config.pad_token_id
+    return tokens.masked_fill(padding, -100)
+
+
 def _replace(owner: Any, name: str, value: Any) -> None:
     """Sets an attribute until `unpatch`."""
     _replaced[owner, name] = _former(owner, name), value
@@ -252,12 +268,28 @@ def _former(owner: Any, name: str) -> Any:
 
 
 def _watch_heads() -> None:
-    """Lets the host's heads tell our encoder when they read masked positions."""
+    """Lets the host's heads tell our encoder when they read masked positions, its base models which tokens they got."""
     for model_type, kind in KINDS.items():
+        base = getattr(_host_module(model_type), kind.named("Model"))
+        if (base, "forward") not in _replaced:
+            _replace(base, "forward", _telling(base.forward))
         for part in (*ALWAYS, *LABELLED):
             head = getattr(_host_module(model_type), kind.named(part), None)
             if head is not None and (head, "forward") not in _replaced:
                 _replace(head, "forward", _watched(head.forward, part in ALWAYS))
+
+
+def _telling(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def telling(self: Any, *args: Any, **kw: Any) -> Any:
+        token = TOKENS.set(kw.get("input_ids", args[0] if args else None))
+        try:
+            return forward(self, *args, **kw)
+        finally:
+            TOKENS.reset(token)
+
+    return telling
 
 
 def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:

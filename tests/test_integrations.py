@@ -1,10 +1,12 @@
 """Our encoder inside transformers: equal answers and gradients, shared parameters, undone without a trace."""
 
 import copy
+import importlib.util
 import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,29 @@ def test_hidden_states_and_attentions_are_the_hosts() -> None:
         torch.testing.assert_close(b, a)
 
 
+@pytest.mark.parametrize("which", [True, -2], ids=["all", "one"])
+def test_hidden_states_are_recorded_without_padding(which: Any) -> None:
+    """What COMET and flair pool: every layer's states, and gradients through each of them."""
+    if which is not True and not hasattr(pytest.importorskip(integrations.CAPTURING), "selected_hidden_states"):
+        pytest.skip("this transformers records all or none")
+    host = build("XLMRoberta", "Model")
+    ours = integrations.accelerate(copy.deepcopy(host))
+    rows, kept = [], batch()["attention_mask"] > 0
+    ours.encoder.layer[1].output.dense.register_forward_hook(lambda m, x, y: rows.append(y.shape[:-1]))
+    for model in (host, ours):
+        model.states = model(**batch(), output_hidden_states=which).hidden_states
+        sum(x[kept].square().sum() for x in model.states if x is not None).backward()
+    for a, b in zip(host.states, ours.states, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b[kept], a[kept], rtol=1e-4, atol=1e-5)
+    for (name, a), b in zip(host.named_parameters(), ours.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4, msg=name)
+    if VERSION < (5, 0) or importlib.util.find_spec(integrations.CAPTURING):  # 5.0 records in another way
+        assert rows == [(9 + 4 + 6,)]
+
+
 def test_an_exchanged_leaf_is_used() -> None:
     host = build("XLMRoberta", "Model")
     ours = integrations.accelerate(copy.deepcopy(host))
@@ -237,9 +262,33 @@ def test_masked_positions_are_zeros_unless_asked_for() -> None:
     torch.testing.assert_close(whole, host(**batch()).last_hidden_state, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILY)
+def test_masked_tokens_that_are_no_padding_are_computed(family: str) -> None:
+    """ColBERT reads the [MASK]s that fill up its queries, and lets no token attend to them."""
+    host, mask = build(family, "Model"), batch()["attention_mask"]
+    tokens = batch()["input_ids"].where(mask > 0, 7)
+    expected = host(tokens, mask)[0]
+    integrations.accelerate(host)
+    for found in host(tokens, mask), host(attention_mask=mask, input_ids=tokens):
+        torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def zeros(module: Any, inputs: Any, output: Any) -> Any:
     """A hook on a layer, which gives a tuple in transformers 4."""
     return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks transformers' model
+def test_an_adapter_for_each_text() -> None:
+    """peft tells each layer the texts' adapters through hooks; rows laid end to end have lost their texts."""
+    host = build("XLMRoberta", "Model")
+    lora = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    model = peft.get_peft_model(integrations.accelerate(host), lora, adapter_name="one")
+    model.add_adapter("two", lora)
+    names = {"adapter_names": ["one", "two", "__base__"]}
+    found = model.eval()(**batch(), **names).last_hidden_state
+    integrations.unpatch(model)
+    torch.testing.assert_close(found, model(**batch(), **names).last_hidden_state)
 
 
 def test_recording_once_does_not_slow_what_follows() -> None:
@@ -252,7 +301,7 @@ def test_recording_once_does_not_slow_what_follows() -> None:
     assert rows == [9 + 4 + 6]
     assert len(ours(**batch(), output_hidden_states=True).hidden_states) == 3
     ours.encoder.layer[0].register_forward_hook(zeros)
-    assert len(rows) == 2  # the recorded call ran the host's layers on [B, S, N]
+    assert len(rows) == 2
     ours.encoder.layer[1].register_forward_hook(zeros)
     assert not ours(**batch()).last_hidden_state.any()  # somebody's own hooks are called
 
@@ -562,8 +611,10 @@ def test_what_is_no_encoder_of_the_family_is_refused() -> None:
     relative.encoder.config.position_embedding_type = "relative_key"
     with pytest.raises(TypeError, match="position_embedding_type is 'relative_key': only 'absolute'"):
         integrations.accelerate(relative)
-    with pytest.raises(TypeError, match="model is a str"):
+    with pytest.raises(TypeError, match="model is a str: give a torch module"):
         integrations.accelerate("xlm-roberta-base")
+    with pytest.raises(TypeError, match=r"model is a SimpleNamespace: give the torch module in it, \.model_body"):
+        integrations.accelerate(SimpleNamespace(model_body=relative, batch_size=8))  # as FlagEmbedding's and SetFit's
     with pytest.raises(TypeError, match="holds no encoder of the family"):
         integrations.accelerate(torch.nn.Linear(1, 1))
 

@@ -367,6 +367,10 @@ def test_traced_and_exported_for_other_lengths() -> None:
             torch.export.export(Wrapper(ours), example).module(),
         ):
             same(graph(tokens, mask), reference(tokens, mask)[0], mask, atol=1e-5)
+        sizes = {0: torch.export.Dim("texts", min=2, max=64), 1: torch.export.Dim("length", min=2, max=16)}
+        graph = torch.export.export(Wrapper(ours), example, dynamic_shapes=(sizes, sizes)).module()
+        fewer = tokens[:2, -7:], mask[:2, -7:]
+        same(graph(*fewer), reference(*fewer)[0], fewer[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])

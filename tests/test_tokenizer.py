@@ -590,6 +590,7 @@ def test_a_pickle_is_the_same_before_and_after_calls(tokenizer: Any) -> None:
     tokenizer("a <mask> b", return_offsets_mapping=True, padding="max_length", truncation=True, max_length=9)
     tokenizer.decode([0, 5, 2], skip_special_tokens=True), tokenizer.convert_tokens_to_ids("<mask>")
     tokenizer.get_vocab(), len(tokenizer), tokenizer.special_tokens_map
+    tokenizer("a", truncation=True, padding="max_length")  # warns that there is no limit
     assert pickle.dumps(tokenizer) == before
 
 

@@ -2,12 +2,13 @@
 
 A host's encoder stays the module it is, with its parameters, names and forward; only its class becomes a subclass whose
 forward packs the batch and runs the layers as our blocks do, over the host's own leaf modules. What that path does not
-compute (a decoder, recorded hidden states, a hooked or replaced layer) the host's forward computes, by rule.
+compute (a decoder, recorded attentions, a hooked or replaced layer) the host's forward computes, by rule.
 
 Positions whose mask is 0 are not computed: the encoder gives zeros there. transformers' own heads that read them
-(question answering, causal language models, labels on masked tokens) get them computed; a head of your own that does
-needs `accelerate(model, unpad=False)`. Run on transformers 4.57.6 (with sentence-transformers 5.7) and on
-5.0.0, 5.1.0, 5.3.0, 5.6.0, 5.10.4, 5.15.1 and 5.23.0 (with 6.2).
+(question answering, causal language models, labels on masked tokens) get them computed, and so do models whose masked
+tokens are no padding (ColBERT's queries); a head of your own that reads padding needs `accelerate(model, unpad=False)`.
+Run on transformers 4.57.6 (with sentence-transformers 5.7) and on 5.0.0, 5.1.0, 5.3.0, 5.6.0, 5.10.4, 5.15.1 and 5.23.0
+(with 6.2).
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
+from itertools import pairwise
 from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .block import EVERY_POSITION, Block, begin, every_module_is_hooked
+from .block import EVERY_POSITION, Block, Collected, begin, every_module_is_hooked
 from .checkpoint import config_to_save, state_to_save
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
@@ -38,6 +41,7 @@ LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transformers' attention interface
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+TOKENS: ContextVar[Tensor | None] = ContextVar("tokens", default=None)  # of the base model that is being called
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
 _replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (class or module, attribute) → what it was, what it is now
@@ -73,7 +77,9 @@ def accelerate(model: Any, *, unpad: bool = True, backend: str | Ops = "auto") -
     """
     resolve(backend, torch.device("meta"))
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: give a torch module, such as a transformers model")
+        inside = [f".{name}" for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+        what = f"the torch module in it, {' or '.join(inside)}" if inside else "a torch module, as transformers' are"
+        raise TypeError(f"model is a {type(model).__name__}: give {what}")
     _require_transformers()
     ours = {_host_class(model_type): _packed_class(model_type) for model_type in KINDS}
     encoders = [module for module in model.modules() if getattr(type(module), "host_class", type(module)) in ours]
@@ -213,8 +219,12 @@ def _packed_class(model_type: str) -> type[nn.Module]:
         if view is None:
             return host.forward(self, hidden_states, attention_mask, *args, **kw)
         whole = self.every_position or EVERY_POSITION.get()
-        state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole)
-        return Output(last_hidden_state=state.layout.pad(view.rows(state.layout.unpad(hidden_states), state)))
+        read = None if attention_mask is None else _read_though_masked(self.config, hidden_states)
+        state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole, labels=read)
+        states: list[Tensor] | None = [] if _asks("output_hidden_states", self.config, kw) else None
+        state.collected = Collected(hidden_states=states)
+        x = state.layout.pad(view.rows(state.layout.unpad(hidden_states), state))
+        return Output(last_hidden_state=x, hidden_states=None if states is None else _recorded(self, states))
 
     def __getstate__(self: Any) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "view"}  # rebuilt where needed
@@ -231,13 +241,37 @@ def _packed_class(model_type: str) -> type[nn.Module]:
 
 
 def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
-    """Whether a call of an encoder wants what only the host computes: cross attention, a cache, recorded outputs."""
+    """Whether a call of an encoder wants what only the host computes: cross attention, a cache, attention weights."""
     heads = kw.get("head_mask")  # of transformers 4, which gives a list of None for no mask
     given = (kw.get(name) for name in ("encoder_hidden_states", "past_key_values"))
     beyond = *args, *given, *(() if heads is None else heads)
-    recorded = "output_hidden_states", "output_attentions"
-    asked = (kw.get(name, getattr(config, name, False)) for name in recorded)
-    return any(x is not None for x in beyond) or any(x is not None and x is not False for x in asked)
+    return any(x is not None for x in beyond) or _asks("output_attentions", config, kw)
+
+
+def _asks(name: str, config: Any, kw: dict[str, Any]) -> bool:
+    """Whether a call or else the configuration asks to record something; a number chooses one of the states."""
+    asked = kw.get(name, getattr(config, name, False))
+    return asked is not None and asked is not False
+
+
+def _recorded(encoder: Any, states: list[Tensor]) -> tuple[Tensor, ...]:
+    """The states [B, S, N] of an encoder, given also to the hooks by which transformers 5 waits for each layer's."""
+    for layer, (x, y) in zip(encoder.layer, pairwise(states), strict=True):
+        for hook in layer._forward_hooks.values():
+            hook(layer, (x,), y)
+    return tuple(states)
+
+
+def _read_though_masked(config: Any, hidden_states: Tensor) -> Tensor | None:
+    """The tokens [B, S] as labels, -100 where they are padding: what is masked but none, somebody will read, as ColBERT
+    the [MASK]s that fill up its queries. Padding is 0 or 1 in the whole family, whatever a configuration says."""
+    tokens = TOKENS.get()
+    if tokens is None or tokens.shape != hidden_states.shape[:2]:
+        return None
+    padding = tokens <= 1
+    if config.pad_token_id is not None:
+        padding |= tokens == config.pad_token_id
+    return tokens.masked_fill(padding, -100)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -252,12 +286,28 @@ def _former(owner: Any, name: str) -> Any:
 
 
 def _watch_heads() -> None:
-    """Lets the host's heads tell our encoder when they read masked positions."""
+    """Lets the host's heads tell our encoder when they read masked positions, its base models which tokens they got."""
     for model_type, kind in KINDS.items():
+        base = getattr(_host_module(model_type), kind.named("Model"))
+        if (base, "forward") not in _replaced:
+            _replace(base, "forward", _telling(base.forward))
         for part in (*ALWAYS, *LABELLED):
             head = getattr(_host_module(model_type), kind.named(part), None)
             if head is not None and (head, "forward") not in _replaced:
                 _replace(head, "forward", _watched(head.forward, part in ALWAYS))
+
+
+def _telling(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def telling(self: Any, *args: Any, **kw: Any) -> Any:
+        token = TOKENS.set(kw.get("input_ids", args[0] if args else None))
+        try:
+            return forward(self, *args, **kw)
+        finally:
+            TOKENS.reset(token)
+
+    return telling
 
 
 def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
@@ -300,8 +350,11 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether a container or GELU of the host has to be called itself; blocks look at the other leaves they use."""
+    """Whether a container or GELU of the host has to be called itself, or a leaf as the host calls it, with a batch:
+    peft's hooks give its layers an adapter for each text. Else blocks look at the leaves they use."""
     kind, state = type(module), module.__dict__
+    if state["_forward_pre_hooks_with_kwargs"]:
+        return True
     if not kind.__module__.startswith("transformers.") or not (state["_modules"] or _is_gelu(module)):
         return False
     own = "forward" in state and state["forward"] != kind.forward.__get__(module)  # 5.0 leaves the class's there

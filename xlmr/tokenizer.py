@@ -354,6 +354,9 @@ class XLMRobertaTokenizer(Vocabulary, Pushable):
             )
         return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_warned": set()}  # datasets finds its cached results by a hash of the pickle
+
     def _warn_once(self, reason: str, message: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)

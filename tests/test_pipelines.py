@@ -107,6 +107,17 @@ def test_features_of_padding_are_zeros(extract: Any) -> None:
     assert not padded[:, plain.shape[1] :].any()
 
 
+def test_a_text_that_is_too_long_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """By the error: the tokenizer, which knows the limit, does not warn as well."""
+    with pytest.raises(ValueError, match=r"^the text 'a <mask>.*' has \d+ tokens, the model takes at most 128"):
+        xlmr.pipeline("fill-mask")("a <mask>" * 128)
+    assert not caplog.records
+
+
+def test_a_pipeline_shows_what_it_is(fill: Any, checkpoint: Path) -> None:
+    assert repr(fill) == f"FillMaskPipeline({str(checkpoint)!r}, XLMRobertaForMaskedLM, cpu)"
+
+
 def test_only_the_masked_rows_reach_the_vocabulary(fill: Any) -> None:
     multiplied = []
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import xlmr
 from xlmr.demo import CHECKPOINT
+from xlmr.pipelines.base import LONG_LIST
 
 FRENCH, CHINESE = "La <mask> de la France est Paris.", "法国的首都是<mask>。"
 TWICE = "The <mask> of France is <mask>."
@@ -373,6 +374,13 @@ def test_sentence_similarity_is_the_cosine_of_the_vectors(checkpoint: Path) -> N
             xlmr.pipeline("sentence-similarity", model, CHECKPOINT, device="cpu")
     with pytest.raises(TypeError, match="'source_sentence': …, 'sentences': "):
         pipe("Paris")
+
+
+def test_no_bar_is_drawn_where_no_one_looks(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = {"source_sentence": "a", "sentences": ["a"] * LONG_LIST}
+    xlmr.pipeline("sentence-similarity", checkpoint, device="cpu")(many)
+    xlmr.pipeline("feature-extraction", checkpoint, device="cpu")(many["sentences"])
+    assert capsys.readouterr().err.count("text/s") == 0
 
 
 def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, checkpoint: Path) -> None:

@@ -55,5 +55,5 @@ setup(
         "bench": [*TEST, "pytest-benchmark>=5"],  # a round on a GPU begins with the tests
         "peers": ["ctranslate2", "onnx", "onnxruntime", "onnxscript"],  # beside "bench": other runtimes
     },
-    entry_points={"console_scripts": ["xlmr = xlmr.cli:main"]},
+    entry_points={"console_scripts": ["xlmr = xlmr.__main__:main"]},
 )

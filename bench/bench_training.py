@@ -143,5 +143,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def part(argv: list[str] | None = None) -> None:
+    """What peak_memory starts: prints one peak."""
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_training", description=__doc__)
+    parser.add_argument("task", type=json.loads, help="whose peak memory to print: what peak_memory asks of a process")
+    print(_measure_peak(*parser.parse_args(argv).task))
+
+
 if __name__ == "__main__":
-    print(_measure_peak(*json.loads(sys.argv[1])))
+    part()

@@ -1,10 +1,9 @@
-"""Seconds from `import` to the first answer, in a process of its own: `python -m bench.cold DIR PROVIDER DEVICE`.
+"""Seconds from `import` to the first answer, in a process of its own, for bench.bench_model.
 
-DIR holds a checkpoint, PROVIDER is "transformers sdpa", "xlmr triton" and so on. The interpreter's own start does not
-count; the files may be in the system's cache, and kernels compiled before.
+The interpreter's own start does not count; the files may be in the system's cache, and kernels compiled before.
 """
 
-import sys
+import argparse
 import time
 
 
@@ -29,4 +28,8 @@ def main(directory: str, provider: str, device: str) -> float:
 
 
 if __name__ == "__main__":
-    print(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m bench.cold", description=__doc__)
+    parser.add_argument("directory", help="of a checkpoint")
+    parser.add_argument("provider", help="'transformers sdpa', 'xlmr triton' and so on")
+    parser.add_argument("device")
+    print(main(**vars(parser.parse_args())))

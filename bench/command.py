@@ -1,4 +1,5 @@
-"""How the commands of the benchmarks end: with an exit status, and quietly where the reader of their output left."""
+"""How the commands of the benchmarks end: with an exit status, quietly where the reader of their output left, and in a
+line where a file cannot be read or written."""
 
 import os
 import sys
@@ -18,4 +19,6 @@ def exit_with(main: Callable[..., Any], *arguments: Any) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
         status = PIPE_CLOSED
+    except OSError as error:
+        status = str(error)  # printed, as status 1
     sys.exit(status)

@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument(
         "--roofs", type=Path, default=roofs, help=f"the kernel benchmarks on that GPU (default {roofs})"
     )
-    parser.add_argument("--out", type=Path, default=Path("ncu.svg"))
+    parser.add_argument("--out", type=Path, default=Path("ncu.svg"), help="picture to write (default %(default)s)")
     args = parser.parse_args()
     if not args.roofs.exists():
         raise SystemExit(f"{args.roofs} does not exist: measure the roofs with a bench.bench_<kernel>, or say --roofs")

@@ -272,7 +272,9 @@ def main() -> int:
     parser.add_argument("--profiler", nargs="+", choices=PROFILERS, help=ways)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--layers", type=int, default=BASE["num_hidden_layers"])
-    parser.add_argument("--out", type=Path, default=Path("profile"), help="directory to write into")
+    parser.add_argument(
+        "--out", type=Path, default=Path("profile"), help="directory to write into (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()

@@ -49,8 +49,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
     parser.add_argument("file", type=Path, help="CSV file of the kernel benchmarks")
     parser.add_argument("--provider", help="whose points (default: xlmr triton where it was measured, else xlmr eager)")
-    parser.add_argument("--mode", choices=harness.MODES, default="forward")
-    parser.add_argument("--out", type=Path, default=Path("roofline.svg"))
+    parser.add_argument("--mode", choices=harness.MODES, default="forward", help="default: forward")
+    parser.add_argument("--out", type=Path, default=Path("roofline.svg"), help="picture to write (default %(default)s)")
     args = parser.parse_args()
     with args.file.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -84,18 +84,18 @@ def main(name: str, description: str | None, cases: Cases) -> int:
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "kernels.csv", help="CSV file to append to")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     args = parser.parse_args()
+    found = [(f"{case.operation}: {case.shape}", case) for dtype in args.dtype for case in cases(dtype)]
+    chosen = [(title, case) for title, case in found if re.search(args.cases, title)]
+    if not chosen:
+        raise SystemExit(f"--cases {args.cases.pattern!r} finds none of {len(found)}, such as {found[0][0]!r}")
     rows = []
-    for dtype in args.dtype:
-        for case in cases(dtype):
-            title = f"{case.operation}: {case.shape}"
-            if not re.search(args.cases, title):
-                continue
-            harness.log(title)
-            measured = list(harness.measure(case, args.mode, args.seconds))
-            harness.append(args.out, measured)
-            rows += measured
+    for title, case in chosen:
+        harness.log(title)
+        measured = list(harness.measure(case, args.mode, args.seconds))
+        harness.append(args.out, measured)
+        rows += measured
     if not rows:
-        raise SystemExit(f"nothing was measured: --cases {args.cases.pattern!r} finds no shape, or no provider runs")
+        raise SystemExit("nothing was measured: no provider runs here")
     print("\n".join(map(json.dumps, rows)) if args.json else harness.table(rows, harness.KERNEL_COLUMNS))
     harness.log(f"appended to {args.out}")
     return 0

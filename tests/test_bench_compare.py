@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ROOT
 
 from bench import compare, harness
+from bench.command import exit_with
 
 STORED = harness.RESULTS / "round_cpu"
 BENCH = sorted(Path(harness.__file__).parent.glob("*.py"))
@@ -151,6 +153,17 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
     _, err = process.communicate()
     assert process.returncode == 141
     assert "Error" not in err
+
+
+def test_a_file_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"^\[Errno 2\] No such file or directory: 'nowhere.csv'$"):
+        exit_with(open, "nowhere.csv")
+
+
+def test_what_a_command_runs_as_a_part_of_itself_says_so() -> None:
+    done = subprocess.run([sys.executable, "-m", "bench.cold", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bench.bench_model" in done.stdout
 
 
 def test_every_command_ends_so() -> None:

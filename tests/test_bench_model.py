@@ -124,6 +124,12 @@ def test_training_steps_with_a_wrong_gradient_are_not_measured(
         bench_training.measure("fp32", [9, 4], tiny, 3)
 
 
+def test_the_part_that_measures_a_peak_names_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        bench_training.part(["--help"])
+    assert "bench.bench_model --train" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("tiny")
 def test_the_packed_ways_are_right_but_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU alone can run, with a plain loop in flash attention's place and no graph around the call."""

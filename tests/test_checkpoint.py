@@ -319,8 +319,10 @@ def test_a_configuration_of_ones_own(saved: Path) -> None:
         assert model.name_or_path == str(directory)
     assert ours == before
     assert XLMRobertaModel.from_pretrained(directory, config=saved / "XLMRobertaForMaskedLM").config.num_labels == 3
-    with pytest.raises(TypeError, match="config is a int; give a XLMRobertaConfig"):
+    with pytest.raises(TypeError, match=r"^3 is neither a checkpoint nor a configuration: give a directory"):
         XLMRobertaModel.from_pretrained(directory, config=3)
+    with pytest.raises(TypeError, match=r"^None is neither a checkpoint nor a configuration"):
+        XLMRobertaModel.from_pretrained(None)
 
 
 def test_one_warning_tells_all(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

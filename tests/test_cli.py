@@ -16,7 +16,7 @@ import transformers
 from reference import save_head
 
 import xlmr
-from xlmr import cli, terminal
+from xlmr import __main__, cli, terminal
 
 TEXTS = ["La <mask> de la France est Paris.", "法国的首都是<mask>。", "The <mask> of France is <mask>."]
 
@@ -133,6 +133,8 @@ def test_embed_writes_an_array_or_leaves_the_old_one(run: Any, fill: Any, tmp_pa
         file.write(b"half")
         raise OSError("disk full")
 
+    assert json.loads(run("embed", "--json", "--output", path, "a")[1]) == {"path": str(path), "vectors": 1, "size": 32}
+    run("embed", *options, *TEXTS)
     monkeypatch.setattr(np, "save", fail)
     assert run("embed", "--output", path, "a") == (1, "", "xlmr embed: disk full\n")
     assert np.load(path).shape == (3, 32)
@@ -199,12 +201,12 @@ def test_rerank_orders_passages(run: Any, heads: Any) -> None:
 
 @pytest.mark.parametrize("line", ["A B --top-k 2", "--top-k 2 A B", "A --top-k 2 B", "A --json B --top-k=2"])
 def test_options_stand_where_people_put_them(line: str) -> None:
-    args = cli._parsed(["qa", *line.split()])
+    args = cli._parsed(["qa", "--model", "m", *line.split()])
     assert (args.command, args.question, args.texts, args.top_k) == ("qa", "A", ["B"], 2)
 
 
 def test_texts_may_begin_with_a_dash() -> None:
-    args = cli._parsed(["qa", "--top-k", "2", "--", "-A", "-B", "--json"])
+    args = cli._parsed(["qa", "--model", "m", "--top-k", "2", "--", "-A", "-B", "--json"])
     assert (args.command, args.question, args.texts, args.top_k) == ("qa", "-A", ["-B", "--json"], 2)
     assert cli._parsed(["embed", "--json", "--", "-A"]).texts == ["-A"]
 
@@ -361,18 +363,28 @@ def test_wrong_usage_is_status_2(args: list[str], capsys: pytest.CaptureFixture[
     assert "usage: xlmr" in capsys.readouterr().err
 
 
-def test_texts_are_not_said_to_be_required(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["classify", "ner", "zero-shot --labels a,b", "qa Q", "rerank Q"])
+def test_a_model_is_required_where_the_demo_model_has_no_head(command: str, capsys: Any) -> None:
+    """And texts are not: they may be on standard input."""
     with pytest.raises(SystemExit):
-        cli.main(["rerank"])
-    assert capsys.readouterr().err.endswith("required: QUERY\n")
+        cli.main(command.split())
+    assert capsys.readouterr().err.endswith("required: --model\n")
 
 
-def test_an_interrupt_is_status_130(run: Any, monkeypatch: Any) -> None:
+def test_an_interrupt_is_status_130(monkeypatch: Any, capsys: Any) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "pipeline", interrupted)
-    assert run("fill-mask", "<mask>") == (130, "", "")
+    monkeypatch.setattr(sys, "argv", ["xlmr", "fill-mask", "<mask>"])
+    assert (__main__.main(), *capsys.readouterr()) == (130, "", "")
+
+
+def test_an_interrupt_while_torch_is_imported_is_quiet_too(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", "xlmr", "info"], env=os.environ | path, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_a_closed_pipe_ends_quietly(checkpoint: Path) -> None:

@@ -130,8 +130,10 @@ def test_embed_refuses(loaded: Any, texts: Any, options: Any, message: str) -> N
         xlmr.embed(*loaded, texts, **options)
 
 
-def test_embed_refuses_a_model_with_dropout_on(loaded: Any) -> None:
+def test_embed_refuses_what_is_no_model_and_one_with_dropout_on(loaded: Any) -> None:
     model = loaded[0].train()
+    with pytest.raises(TypeError, match="the model is a XLMRobertaTokenizer: one of xlmr's is needed"):
+        xlmr.embed(*reversed(loaded), ["one"])
     with pytest.raises(ValueError, match="training mode"):
         xlmr.embed(model, loaded[1], ["one"])
     model.eval()

@@ -492,6 +492,7 @@ def test_directories_that_are_refused(written: Write, files: dict[str, Any], mes
         ({"model_type": "nomic_bert"}, "nomic-embed"),
         ({"model_type": "camembert"}, "CamemBERT: its tokenizer"),
         ({"model_type": "t5"}, "T5: its attention sees relative positions"),
+        ({"model_type": "roberta"}, r"is not loaded: RoBERTa: its tokenizer is .* BPE; .* xlmr.accelerate\(model\)"),
         ({"model_type": "gpt2"}, "model_type 'gpt2', where 'xlm-roberta' and 'bert' are read"),
         ({"vocab_size": 40}, "the tokenizer has 72 tokens, the model's embeddings 40 rows"),
         ({"architectures": ["XLMRobertaForSequenceClassification"]}, "lacks weights of its XLMRobertaForSeq"),

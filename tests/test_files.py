@@ -83,6 +83,8 @@ def test_neither_a_directory_nor_a_name(name: str) -> None:
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
+    with pytest.raises(TypeError, match=r"^the checkpoint is None \(NoneType\): give its directory"):
+        resolve(None, "config.json")  # type: ignore[arg-type]
     with pytest.raises(OSError, match="neither a checkpoint directory"):
         resolve(tmp_path / "a", "config.json")
 

@@ -93,6 +93,8 @@ def test_generate() -> None:
     for given, words in (({"num_beams": 4}, "num_beams is 4: only 1 is offered"), ({"beams": 4}, "argument 'beams'")):
         with pytest.raises(TypeError, match=words):
             ours.generate(prompt, **given)
+    with pytest.raises(TypeError, match="input_ids is a list: give a tensor"):
+        ours.generate(prompt.tolist())
     _, encoder = build("ForCausalLM")
     with pytest.raises(ValueError, match="is_decoder is False"):
         encoder.generate(prompt)

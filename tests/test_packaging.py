@@ -89,7 +89,7 @@ def test_the_metadata_asks_for_what_is_used_and_the_constraints_pin_it(wheel: Pa
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = email.message_from_bytes(archive.read(name))
-        assert "xlmr = xlmr.cli:main" in archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+        assert "xlmr = xlmr.__main__:main" in archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     required = {r.name for r in requirements if "extra" not in str(r.marker)}
     assert required == {"numpy", "safetensors", "sentencepiece", "torch", "tqdm"}

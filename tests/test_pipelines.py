@@ -14,6 +14,7 @@ from torch import Tensor
 
 import xlmr
 from xlmr.demo import CHECKPOINT
+from xlmr.pipelines.base import LONG_LIST
 
 FRENCH, CHINESE = "La <mask> de la France est Paris.", "法国的首都是<mask>。"
 TWICE = "The <mask> of France is <mask>."
@@ -105,6 +106,17 @@ def test_features_of_padding_are_zeros(extract: Any) -> None:
     assert padded.shape == (1, 40, 32)
     assert torch.equal(padded[:, : plain.shape[1]], plain)
     assert not padded[:, plain.shape[1] :].any()
+
+
+def test_a_text_that_is_too_long_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """By the error: the tokenizer, which knows the limit, does not warn as well."""
+    with pytest.raises(ValueError, match=r"^the text 'a <mask>.*' has \d+ tokens, the model takes at most 128"):
+        xlmr.pipeline("fill-mask")("a <mask>" * 128)
+    assert not caplog.records
+
+
+def test_a_pipeline_shows_what_it_is(fill: Any, checkpoint: Path) -> None:
+    assert repr(fill) == f"FillMaskPipeline({str(checkpoint)!r}, XLMRobertaForMaskedLM, cpu)"
 
 
 def test_only_the_masked_rows_reach_the_vocabulary(fill: Any) -> None:
@@ -362,6 +374,13 @@ def test_sentence_similarity_is_the_cosine_of_the_vectors(checkpoint: Path) -> N
             xlmr.pipeline("sentence-similarity", model, CHECKPOINT, device="cpu")
     with pytest.raises(TypeError, match="'source_sentence': …, 'sentences': "):
         pipe("Paris")
+
+
+def test_no_bar_is_drawn_where_no_one_looks(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = {"source_sentence": "a", "sentences": ["a"] * LONG_LIST}
+    xlmr.pipeline("sentence-similarity", checkpoint, device="cpu")(many)
+    xlmr.pipeline("feature-extraction", checkpoint, device="cpu")(many["sentences"])
+    assert capsys.readouterr().err.count("text/s") == 0
 
 
 def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, checkpoint: Path) -> None:

@@ -211,7 +211,6 @@ def test_command_line_trains_and_goes_on_training(
         "--warmup",
         "5",
         "--json",
-        "--quiet",
     ]
     first = [
         "--config",
@@ -230,6 +229,7 @@ def test_command_line_trains_and_goes_on_training(
     assert summary["held_out_perplexity"] == pytest.approx(math.exp(summary["held_out_loss"]))
     assert summary["texts_cut"] > 0
     assert "texts were cut to 12 tokens" in err
+    assert "step/s" not in err  # no one looks: standard error is no terminal
     written = {path.name for path in (tmp_path / "new").iterdir()}
     assert {"model.safetensors", "config.json", "log.jsonl", "loss.png", "checkpoint-60"} <= written
     onward = ["--init", str(tmp_path / "new"), "--bf16", "--output", str(tmp_path / "more")]
@@ -316,6 +316,8 @@ def test_bad_input_is_named(
     with pytest.raises(RuntimeError, match="the loss became nan before step 6: lower the learning rate"):
         train(recipe=replace(TINY, learning_rate=1e30))
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(NotADirectoryError, match="empty: it is a file, a directory is needed"):
+        pretrain.pretrain([text], tmp_path / "empty", config=config, tokenizer=tokenizer, recipe=TINY)
 
 
 def test_a_damaged_state_is_named(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import xlmr
 from xlmr import model as tree
+from xlmr import outputs
 from xlmr.ops import EAGER
 
 
@@ -85,6 +86,11 @@ def test_copies_pickles_and_threads() -> None:
     for thread in threads:
         thread.join()
     assert results == [True] * 80
+
+
+def test_outputs_are_shown_as_the_references() -> None:
+    shown = [repr(module.MaskedLMOutput(logits=torch.ones(2))) for module in (outputs, transformers.modeling_outputs)]
+    assert shown[0] == shown[1]
 
 
 def test_outputs_are_rebuilt_as_other_libraries_do() -> None:

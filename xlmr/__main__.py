@@ -1,7 +1,19 @@
-"""`python -m xlmr`: the command `xlmr` where its script is not on the path."""
+"""Where the command `xlmr` and `python -m xlmr` begin: nothing heavy is imported yet, so Ctrl-C is quiet from here."""
 
 import sys
 
-from .cli import main
+INTERRUPTED = 130  # what a shell reports after SIGINT
 
-sys.exit(main())
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        from . import cli
+
+        return cli.main()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

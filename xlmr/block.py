@@ -7,6 +7,8 @@ called on rows [T, N], whatever their number; a block that is not plain is calle
 [B, S, N].
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,6 +97,16 @@ class Collected:
 COLLECTED: ContextVar[Collected | None] = ContextVar("collected", default=None)
 # Set by a head while it calls a base model whose masked positions it reads: nothing is left out.
 EVERY_POSITION: ContextVar[bool] = ContextVar("every_position", default=False)
+
+
+@contextmanager
+def setting(variable: ContextVar[Any], value: Any) -> Iterator[Any]:
+    """The variable has that value inside."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
 
 
 @dataclass
@@ -223,7 +235,8 @@ class SequenceBlock(Block):
             causal=self.is_causal,
             every_position=True,
         )
-        return self.rows(hidden_states.flatten(0, 1), state).view_as(hidden_states)
+        rows = self.rows(hidden_states.flatten(0, 1), state)
+        return torch.ops.aten._unsafe_view(rows, hidden_states.shape)  # FSDP2 warns of a layer that returns any view
 
 
 class AttentionBlock(SequenceBlock):
@@ -233,9 +246,12 @@ class AttentionBlock(SequenceBlock):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[B, S, N] → ([B, S, N], weights [B, H, S, K] where the caller of the model asked for them, else None)."""
-        out, collected = super().forward(*args, **kwargs), COLLECTED.get()
-        weights = collected.weights[self.is_cross_attention] if collected else None
+        out, weights = super().forward(*args, **kwargs), self.collected_weights(COLLECTED.get())
         return out, weights[-1] if weights else None
+
+    def collected_weights(self, collected: Collected | None) -> list[Tensor] | None:
+        """Where the weights of this attention go, if the caller of the model asked for them."""
+        return collected.weights[self.is_cross_attention] if collected else None
 
 
 def begin(
@@ -285,12 +301,8 @@ def run_again(block: Any, x: Tensor, state: Pass, positional: tuple[str, ...] = 
     """`run`, also where activation checkpointing repeats it in the backward pass: it collects as it did, elsewhere."""
     if state.collected is None or COLLECTED.get() is state.collected:
         return run(block, x, state, positional)
-    state = replace(state, collected=state.collected.like())
-    token = COLLECTED.set(state.collected)
-    try:
-        return run(block, x, state, positional)
-    finally:
-        COLLECTED.reset(token)
+    with setting(COLLECTED, state.collected.like()) as collected:
+        return run(block, x, replace(state, collected=collected), positional)
 
 
 def untouched(block: Any) -> bool:

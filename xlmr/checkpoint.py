@@ -197,7 +197,10 @@ def _configuration(
     elif hasattr(config, "to_dict"):
         config, unused = cls.config_class.from_dict(config.to_dict(), return_unused_kwargs=True, **overrides)
     else:
-        raise TypeError(f"config is a {type(config).__name__}; give a {cls.config_class.__name__} or a directory")
+        raise TypeError(
+            f"{reprlib.repr(config)} is neither a checkpoint nor a configuration: give a directory, a hub name or an "
+            f"xlmr.{cls.config_class.__name__}"
+        )
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the weights are quantised ({method}), which is not read; use the checkpoint they came from")

@@ -36,7 +36,7 @@ from .verify import Verdict, verify, verify_gradients
 
 Command = Callable[..., argparse.ArgumentParser]  # adds the parser of a command
 Parsers = tuple[argparse.ArgumentParser, ...]
-INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports after SIGINT and SIGPIPE
+PIPE_CLOSED = 141  # what a shell reports after SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
 SHOWN = 4  # numbers of a vector that a table shows
 VERIFIED = 6  # held-out sentences that `xlmr verify` computes by default
@@ -50,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = args.run(args) or 0
         print(end="", flush=True)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
         return PIPE_CLOSED
@@ -81,19 +79,21 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         sub.set_defaults(run=run, command=name)
         return sub
 
-    for sub in (*_of_words(command), *_of_tasks(command)):
+    words, tasks, models = _of_words(command), _of_tasks(command), _of_models(command)
+    for sub in (*words, *tasks):
         about = "by default standard input, one text a line"
         sub.add_argument("texts", nargs="*", default=[], metavar="TEXT", help=about)
-        _add_model(sub)
-    for sub in _of_models(command):
-        _add_model(sub)
+    for sub in (*words, *tasks, *models):
+        _add_model(sub, required=sub in tasks)
     _of_files(command)
     return parser, commands.choices
 
 
-def _add_model(sub: argparse.ArgumentParser) -> None:
-    """The options of every command that runs a model."""
-    sub.add_argument("--model", metavar="DIR|NAME", help="checkpoint directory or hub name (default: the demo model)")
+def _add_model(sub: argparse.ArgumentParser, required: bool) -> None:
+    """The options of every command that runs a model, `required` where the demo model, which has no task head, will not
+    do."""
+    about = "checkpoint directory or hub name" + ("" if required else " (default: the demo model)")
+    sub.add_argument("--model", metavar="DIR|NAME", required=required, help=about)
     sub.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
     sub.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's)")
     sub.add_argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)")
@@ -122,11 +122,13 @@ def _of_tasks(command: Command) -> Parsers:
     classify = command("classify", _classify, "Give each text its classes.")
     classify.add_argument("--top-k", type=int, metavar="K", help="how many classes to show (default: all)")
     entities = command("ner", _ner, "Find the named entities in each text.")
-    entities.add_argument("--aggregation", choices=STRATEGIES, default="simple", help="how tokens become entities")
+    how = "how tokens become entities (default simple)"
+    entities.add_argument("--aggregation", choices=STRATEGIES, default="simple", help=how)
     entities.add_argument("--stride", type=int, metavar="N", help="read long texts in windows that share N tokens")
     zero = command("zero-shot", _zero_shot, "Say which of your own labels fits each text.")
     zero.add_argument("--labels", required=True, metavar="A,B,…", help="the labels, with commas between them")
-    zero.add_argument("--template", default="This example is {}.", help="the sentence that a label is put into")
+    sentence = "the sentence that a label is put into (default %(default)r)"
+    zero.add_argument("--template", default="This example is {}.", help=sentence)
     zero.add_argument("--multi-label", action="store_true", help="judge each label by itself")
     answer = command("qa", _qa, "Answer a question from each text.")
     answer.add_argument("question", metavar="QUESTION")
@@ -144,7 +146,8 @@ def _of_models(command: Command) -> Parsers:
     about = "Compare each operation and the whole model with float64; exit 1 if one is wrong."
     check = command("verify", _verify, about)
     check.add_argument("--gradients", action="store_true", help="compare the gradients of a training step instead")
-    check.add_argument("--text", action="append", metavar="TEXT", help="compute this text, and others so given")
+    given = f"compute this text, and others so given (default: {VERIFIED} sentences held out from the demo model)"
+    check.add_argument("--text", action="append", metavar="TEXT", help=given)
     return info, show, check
 
 
@@ -191,7 +194,10 @@ def _embed(args: argparse.Namespace) -> None:
     )
     if args.output:
         write_atomically(args.output.parent, {args.output.name: lambda path: _save_array(path, found)})
-        print(f"{args.output}: {len(texts)} vectors of {found.shape[1]} numbers", file=sys.stderr)
+        if args.json:
+            print_json({"path": str(args.output), "vectors": len(texts), "size": found.shape[1]})
+        else:
+            print(f"{args.output}: {len(texts)} vectors of {found.shape[1]} numbers", file=sys.stderr)
     elif args.json:
         for text, vector in zip(texts, found.tolist(), strict=True):
             print_json({"text": text, "embedding": vector})
@@ -308,7 +314,8 @@ def _verify(args: argparse.Namespace) -> int:
     verdicts = (verify_gradients if args.gradients else verify)(pipe.model, pipe.tokenizer, texts)
     if args.json:
         for verdict in verdicts:
-            print_json({**asdict(verdict.worst), "calls": verdict.calls, "right": verdict.right})
+            facts = {"bound": verdict.worst.bound, "calls": verdict.calls, "right": verdict.right}
+            print_json(asdict(verdict.worst) | facts)
     else:
         print(f"{pipe.model.backend_report()}; {str(pipe.model.dtype).removeprefix('torch.')}, {len(texts)} texts")
         _print_verdicts(verdicts)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .arguments import integer
 from .checkpoint import to_device
+from .pretrained import XLMRobertaPreTrainedModel
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # sentence-transformers' names
 BATCH_TOKENS = 8192
@@ -79,7 +80,11 @@ def check_pooling(pooling: str | Sequence[str]) -> tuple[str, ...]:
     return modes
 
 
-def check_eval(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """TypeError for what is no model of ours, ValueError for one whose answers are random."""
+    if not isinstance(model, XLMRobertaPreTrainedModel):
+        kind = type(model).__name__
+        raise TypeError(f"the model is a {kind}: one of xlmr's is needed, which xlmr.load and from_pretrained give")
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change the result: call model.eval() first")
 

@@ -21,8 +21,8 @@ from .checkpoint import refuse_adapter
 from .encode import (
     at_least_fp32,
     batches,
-    check_eval,
     check_length,
+    check_model,
     check_pooling,
     choose_device,
     first_logits,
@@ -261,7 +261,7 @@ class Encoder:
         return self.encode(texts, **options)
 
     def _check(self, output: str) -> None:
-        check_eval(self.model)
+        check_model(self.model)
         if output not in OUTPUTS:
             raise ValueError(f"output is {output!r}: allowed are {', '.join(map(repr, OUTPUTS))}")
 
@@ -443,12 +443,12 @@ def embed(
 
     pooling: one of xlmr.encode.POOLINGS, see `pool` there; or several, whose vectors are joined. normalize: divide by
     the Euclidean length. progress: a bar on standard error. The rest is as in `Encoder.encode`, which computes this.
-    Raises ValueError for an unknown pooling, a wrong max_length, a single string, and a model in training mode, whose
-    dropout is random.
+    Raises TypeError for what is no model of ours, ValueError for an unknown pooling, a wrong max_length, a single
+    string, and a model in training mode, whose dropout is random.
     """
     if isinstance(texts, str):
         raise ValueError("texts is a single string: pass a list of strings")
-    check_eval(model)
+    check_model(model)
     encoder = Encoder(model.base_model, tokenizer, Recipe(pooling=check_pooling(pooling)))
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": max_length, "normalize": normalize}
     return encoder.encode(texts, show_progress_bar=progress, output="torch", **options)

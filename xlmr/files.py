@@ -85,13 +85,17 @@ def resolve(
 
     A directory always wins over a hub name. `filename` must be a bare name and `subfolder` a relative path without
     "..". Symbolic links are followed: the hub's cache is made of them. OSError if there is neither such a directory
-    nor such a repository, or if it cannot be reached and is not in the cache.
+    nor such a repository, or if it cannot be reached and is not in the cache; TypeError for what is no name.
     """
     check_bare_name(filename, "the caller")
     parts = Path(subfolder).parts
     if Path(subfolder).is_absolute() or ".." in parts or "\\" in subfolder or "\0" in subfolder:
         raise ValueError(f"subfolder is {subfolder!r}; it must be a relative path without '..'")
-    name, directory = os.fspath(name_or_dir), Path(name_or_dir)
+    try:
+        name, directory = os.fspath(name_or_dir), Path(name_or_dir)
+    except TypeError:
+        given = f"{reprlib.repr(name_or_dir)} ({type(name_or_dir).__name__})"
+        raise TypeError(f"the checkpoint is {given}: give its directory, or its name on the hub") from None
     if name and directory.is_dir():
         path = directory.joinpath(*parts, filename)
         return path if path.is_file() else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import KeyValueCache
-from .inputs import check_length
+from .inputs import check_length, check_tensors
 
 # What transformers' generate offers besides: allowed as the value that changes nothing, or None.
 NEUTRAL = {
@@ -47,9 +47,10 @@ def generate(
     A text that has ended (`eos_token_id`, by default the config's) is filled with `pad_token_id`. Greedy unless
     `do_sample`; then the `top_k` best words (0: all) compete, of these the fewest whose probabilities reach `top_p`.
     Raises ValueError where config.is_decoder is not set, or where a text would outgrow the positions, and TypeError for
-    what only transformers' generate offers, such as beams.
+    lists in place of tensors, and for what only transformers' generate offers, such as beams.
     """
     check_neutral(others)
+    check_tensors(input_ids=input_ids, attention_mask=attention_mask)
     config = self.config
     if not config.is_decoder:
         raise ValueError("generate needs a decoder: this model's config.is_decoder is False")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, untouched
+from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, setting, untouched
 from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
@@ -47,12 +47,9 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
 
     def _called(self, inputs: Arguments) -> Encoded:
         """What a base model that was replaced or hooked gives when it is called, as anyone else would call it."""
-        token = EVERY_POSITION.set(True)
-        try:
-            given = {name: value for name, value in inputs._asdict().items() if value is not None}
+        given = {name: value for name, value in inputs._asdict().items() if value is not None}
+        with setting(EVERY_POSITION, True):
             output = self.roberta(**given, return_dict=True)
-        finally:
-            EVERY_POSITION.reset(token)
         hidden = output.last_hidden_state
         fields = {name: value for name, value in output.items() if name != "last_hidden_state"}
         return Encoded(hidden.flatten(0, 1), plan(*hidden.shape[:2], device=hidden.device), fields)

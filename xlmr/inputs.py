@@ -46,6 +46,15 @@ class Arguments(NamedTuple):
         check_tensors(input_ids=given)
         return () if given is None else tuple(given.shape[:2])
 
+    def without_cache(self) -> "Arguments":
+        """The same for layers that are computed twice, in backward again; ValueError if a cache was given."""
+        if self.past_key_values is not None:
+            raise ValueError(
+                "gradient checkpointing computes layers twice, which a cache would remember: leave out "
+                "past_key_values, or call gradient_checkpointing_disable()"
+            )
+        return self._replace(use_cache=False)
+
 
 class Tables(NamedTuple):
     """How many rows the embedding tables have now, and the position of the first token: the configuration may have been

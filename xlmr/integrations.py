@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import EVERY_POSITION, Block, Collected, begin, every_module_is_hooked
+from .block import EVERY_POSITION, Block, Collected, begin, every_module_is_hooked, setting
 from .checkpoint import config_to_save, state_to_save
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
@@ -326,11 +326,8 @@ def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
     @functools.wraps(forward)
     @functools.partial(torch.compiler.disable, recursive=False)
     def watched(self: Any, *args: Any, **kw: Any) -> Any:
-        token = EVERY_POSITION.set(reads_masked(self, args, kw))
-        try:
+        with setting(EVERY_POSITION, reads_masked(self, args, kw)):
             return forward(self, *args, **kw)
-        finally:
-            EVERY_POSITION.reset(token)
 
     return watched
 

@@ -29,6 +29,7 @@ from .block import (
     run,
     run_again,
     run_rows,
+    setting,
     untouched,
 )
 from .cache import KeyValueCache, extended
@@ -93,8 +94,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
         """What no kernel computes, by rule in plain PyTorch: a mask per query, and the attention weights themselves."""
         q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
         out, weights = dense_attention(q, k, v, mask, self.scaling, rate(self.dropout))
-        asked = collected.weights[self.is_cross_attention] if collected else None
-        if asked is not None:
+        if (asked := self.collected_weights(collected)) is not None:
             asked.append(weights)
         return out.transpose(1, 2).flatten(0, 1)
 
@@ -162,11 +162,6 @@ class XLMRobertaLayer(SequenceBlock):
             self.contains = (*self.contains, "crossattention")
         self.intermediate = XLMRobertaIntermediate(config)
         self.output = XLMRobertaOutput(config)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, S, N] → [B, S, N]."""
-        out = super().forward(*args, **kwargs)
-        return torch.ops.aten._unsafe_view(out, out.shape)  # FSDP2 warns of a layer that returns a view of anything
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         """[T, N] → [T, N], or [R, N] for the rows that `state.rows` names."""
@@ -290,14 +285,9 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         varlen.plan. `wanted` names the only rows (sorted int64 [R]) that the caller reads of the last layer: where
         nothing else is to be seen, no other is computed there."""
         if getattr(self.encoder, "checkpointing", None) is not None and self.training:
-            if inputs.past_key_values is not None:
-                raise ValueError("gradient checkpointing computes layers twice, which a cache would remember: leave "
-                                 "out past_key_values, or call gradient_checkpointing_disable()")  # fmt: skip
-            inputs = inputs._replace(use_cache=False)
+            inputs = inputs.without_cache()
         given = Inputs(self.config, self.tables, inputs)
-        collected = given.collected()
-        token = COLLECTED.set(collected)
-        try:
+        with setting(COLLECTED, given.collected()) as collected:
             ours = all(untouched(block) for block in (self.embeddings, self.encoder, self.pooler) if block is not None)
             whole = EVERY_POSITION.get() or needs.pop("every_position", False) or not (self.unpad and ours)
             self.hand_to_new_layers()
@@ -306,8 +296,6 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             if picks and wanted is not None:
                 state.rows = wanted(state.layout)
             x = run(self.encoder, self.embed(given, state.layout), state)
-        finally:
-            COLLECTED.reset(token)
         fields = collected.fields() | {"past_key_values": given.cache if given.use_cache else None}
         return Encoded(x, state.layout, fields, picked=state.rows is not None)
 
@@ -353,8 +341,3 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         causal = self.config.is_decoder
         x = self.encoder.rows(x, Pass(layout, causal, rows=None if causal else rows))
         return x[rows] if causal and rows is not None else x
-
-    def hand_to_new_layers(self) -> None:
-        """Gives the model's ops to layers that were added after it was built."""
-        if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in getattr(self.encoder, "layer", ())):
-            self._hand_down(self._ops, self._why)

@@ -63,7 +63,7 @@ def _rebuild(cls: type, values: dict[str, Any]) -> ModelOutput:
     return cls(**values)
 
 
-@dataclass(repr=False)
+@dataclass
 class BaseModelOutput(ModelOutput):
     """Of the base model. `last_hidden_state` [B, S, N]; `pooler_output` [B, N]; `hidden_states` layers + 1 × [B, S, N];
     `attentions` layers × [B, H, S, S]. Reference: BaseModelOutputWithPoolingAndCrossAttentions."""
@@ -76,7 +76,7 @@ class BaseModelOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass(repr=False)
+@dataclass
 class MaskedLMOutput(ModelOutput):
     """`loss` scalar; `logits` [B, S, V]."""
 
@@ -86,7 +86,7 @@ class MaskedLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass(repr=False)
+@dataclass
 class CausalLMOutput(ModelOutput):
     """`loss` scalar; `logits` [B, S, V]. Reference: CausalLMOutputWithCrossAttentions."""
 
@@ -98,22 +98,22 @@ class CausalLMOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass(repr=False)
+@dataclass
 class SequenceClassifierOutput(MaskedLMOutput):
     """`loss` scalar; `logits` [B, num_labels]."""
 
 
-@dataclass(repr=False)
+@dataclass
 class TokenClassifierOutput(MaskedLMOutput):
     """`loss` scalar; `logits` [B, S, num_labels]."""
 
 
-@dataclass(repr=False)
+@dataclass
 class MultipleChoiceOutput(MaskedLMOutput):
     """`loss` scalar; `logits` [B, choices]. Reference: MultipleChoiceModelOutput."""
 
 
-@dataclass(repr=False)
+@dataclass
 class QuestionAnsweringOutput(ModelOutput):
     """`loss` scalar; `start_logits`, `end_logits` [B, S]. Reference: QuestionAnsweringModelOutput."""
 

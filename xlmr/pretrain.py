@@ -29,6 +29,7 @@ from .encode import Packed, choose_device, longest, pack
 from .files import write_atomically
 from .heads import IGNORED, XLMRobertaForMaskedLM
 from .ops import BACKENDS
+from .terminal import print_json, print_table
 from .tokenizer import XLMRobertaTokenizer
 from .training_text import Lines, LineTokenizer, Position, read_batches, read_once
 
@@ -317,9 +318,9 @@ def pretrain(
     Either `config` (a new model, with `tokenizer`) or `init` (a checkpoint to go on from, which brings its tokenizer).
     Writes to `output`: every `save_every` steps `checkpoint-<step>` (model and state of the run, in place of the one
     before), every `log_every` steps a line of log.jsonl, at the end the model, the tokenizer and, where matplotlib is
-    installed, loss.png. With `resume` a run in `output` is taken up at its checkpoint. Returns what
-    `xlmr pretrain --json` prints. ValueError for settings, texts or files that do not fit, OSError for what cannot be
-    read, RuntimeError for a loss that is not finite.
+    installed, loss.png. With `resume` a run in `output` is taken up at its checkpoint. progress: a bar on standard
+    error, where that is a terminal. Returns what `xlmr pretrain --json` prints. ValueError for settings, texts or files
+    that do not fit, OSError for what cannot be read, RuntimeError for a loss that is not finite.
     """
     recipe = recipe or Recipe()
     for name, steps in (("save_every", save_every), ("log_every", log_every)):
@@ -344,7 +345,6 @@ def pretrain(
     run = Run(model.train(), tokenizer, lines, recipe)
     if found:
         run.restore(found[-1])
-    output.mkdir(parents=True, exist_ok=True)
     return _train(run, output, held, save_every, log_every, progress)
 
 
@@ -424,7 +424,8 @@ def _held_out(run: Run, held: Lines) -> dict[str, float]:
 def _bar(progress: bool, total: int, initial: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=initial, unit="step", disable=not progress)
+    hidden = None if progress else True  # None: where no one looks
+    return tqdm(total=total, initial=initial, unit="step", disable=hidden)
 
 
 def _draw(log: list[dict[str, Any]], path: Path) -> None:
@@ -432,7 +433,7 @@ def _draw(log: list[dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("no %s: matplotlib is not installed (pip install 'xlmr[bench]')", path.name)
+        logger.warning("no %s: matplotlib is not installed (pip install matplotlib)", path.name)
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="masked cross entropy (nats)")
@@ -460,13 +461,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             about = f"{about} (default {setting.default})"
             parser.add_argument(option, type=type(setting.default), default=setting.default, metavar="N", help=about)
-    parser.add_argument(
-        "--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints (default 1000)"
-    )
-    parser.add_argument("--log-every", type=int, default=50, metavar="N", help="steps between log lines (default 50)")
+    for option, steps, about in (("--save-every", 1000, "checkpoints"), ("--log-every", 50, "lines of log.jsonl")):
+        about = f"steps between {about} (default {steps})"
+        parser.add_argument(option, type=int, default=steps, metavar="N", help=about)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, which only a terminal shows anyway")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -489,10 +489,10 @@ def main(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )
     if args.json:
-        print(json.dumps(summary))
+        print_json(summary)
     else:
-        for name, value in summary.items():
-            print(f"{name.replace('_', ' '):20} {value}")
+        shown = ((name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in summary.items())
+        print_table((name.replace("_", " "), value) for name, value in shown)
     if summary["texts_cut"]:
         print(f"{summary['texts_cut']} texts were cut to {summary['max_length']} tokens", file=sys.stderr)
     return 0

@@ -260,15 +260,17 @@ def _read_prompts(find: Find, known: dict[str, str]) -> dict[str, Any]:
 
 
 def check_architecture(config: dict[str, Any], where: Any) -> None:
-    """ValueError for a model that takes XLM-R's name or tokenizer, but is something else."""
+    """ValueError for a model that takes XLM-R's name or tokenizer, but is something else, and for one whose tokenizer
+    is not XLM-R's."""
     model_type = config.get("model_type")
-    allowed = [name for name, kind in KINDS.items() if kind.tokenizer is None]
+    name = model_type if isinstance(model_type, str) else ""
     if "lora_adaptations" in config or config.get("position_embedding_type") == "rotary":
         reason = REFUSED["jina_embeddings_v3"]
-    elif model_type not in allowed:
-        reasons = {**REFUSED, **{name: kind.tokenizer for name, kind in KINDS.items()}}
-        known = reasons.get(model_type) if isinstance(model_type, str) else None
-        reason = known or f"model_type {model_type!r:.40}, where {' and '.join(map(repr, allowed))} are read"
+    elif name not in KINDS:
+        read = " and ".join(repr(known) for known, kind in KINDS.items() if kind.tokenizer is None)
+        reason = REFUSED.get(name, f"model_type {model_type!r:.40}, where {read} are read")
+    elif tokenizer := KINDS[name].tokenizer:
+        reason = f"{tokenizer}; load it with transformers, and xlmr.accelerate(model) makes the encoder this one"
     else:
         return
-    raise ValueError(f"{where} is another architecture, which is not loaded: {reason}")
+    raise ValueError(f"{where} is not loaded: {reason}")

@@ -168,18 +168,8 @@ def plan(
     if reads_first and batch and not seqlen:
         raise ValueError("the sequences have no token, and the first of each is read: give <s> and </s> at least")
     keys = seqlen if keys is None else keys
-    dense = None
-    if mask is not None and mask.dim() > 2:
-        causal = False
-        mask, dense = _reduce(mask, batch, seqlen, keys)
-    keep = None if mask is None else mask.to(device) != 0
-    if keep is not None and keep.shape == (1, keys):
-        keep = keep.expand(batch, keys)
-    if keep is not None and keep.shape != (batch, keys):
-        raise ValueError(
-            f"attention_mask has shape {tuple(keep.shape)}: allowed are [batch | 1, keys] = {(batch, keys)}, "
-            f"[batch, 1 | heads, {seqlen}, {keys}] and None"
-        )
+    causal = causal and (mask is None or mask.dim() == 2)
+    keep, dense = _read(mask, batch, seqlen, keys, device)
     if dense is not None:
         return replace(_every_row(batch, seqlen, keys, device), dense=dense)
     if tracing() or device.type == "meta":
@@ -200,15 +190,14 @@ def plan(
     if not (every_position or keys != seqlen or min(lens) == 0 or hidden_labels or (reads_first and max(firsts) > 0)):
         return _packed(keep, lens, batch, seqlen)
 
+    layout = replace(_every_row(batch, seqlen, keys, device), keep=keep)
     contiguous = all(last - first + 1 == n for n, first, last in zip(lens, firsts, lasts, strict=True) if n)
     if not contiguous or (causal and min(lasts) < keys - 1):
-        dense = _dense(keep, seqlen, keys, causal, device)
-        return replace(_every_row(batch, seqlen, keys, device), dense=dense, keep=keep)
-    layout = _every_row(batch, seqlen, keys, device)
+        return replace(layout, dense=_dense(keep, seqlen, keys, causal, device))
     starts = layout.sequences.k_starts + torch.tensor(firsts, dtype=torch.int32, device=device)
     k_lens = torch.tensor(lens, dtype=torch.int32, device=device)
     sequences = replace(layout.sequences, k_starts=starts, k_lens=k_lens).known_to_fit(batch * seqlen, batch * keys)
-    return replace(layout, sequences=sequences, keep=keep)
+    return replace(layout, sequences=sequences)
 
 
 def packed_positions(input_ids: Tensor, cu_seqlens: Tensor, padding_idx: int) -> Tensor:
@@ -254,6 +243,25 @@ def _statistics(keep: Tensor, labels: Tensor | None) -> tuple[list[int], list[in
         rows.append(((labels.view(-1, keys).to(keep.device) != -100) & ~keep).sum(1))
     lens, firsts, lasts, *hidden = torch.stack(rows).tolist()
     return lens, firsts, lasts, bool(hidden) and any(hidden[0])
+
+
+def _read(
+    mask: Tensor | None, batch: int, seqlen: int, keys: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of `plan` as key padding, bool [B, K], or else as an additive mask [B | 1, H | 1, Q, K]; two None where
+    there is none. ValueError for another shape."""
+    dense = None
+    if mask is not None and mask.dim() > 2:
+        mask, dense = _reduce(mask, batch, seqlen, keys)
+    if mask is None:
+        return None, dense
+    keep = mask.to(device) != 0
+    if keep.shape not in ((1, keys), (batch, keys)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(keep.shape)}: allowed are [batch | 1, keys] = {(batch, keys)}, "
+            f"[batch, 1 | heads, {seqlen}, {keys}] and None"
+        )
+    return keep.expand(batch, keys), None
 
 
 def _reduce(mask: Tensor, batch: int, seqlen: int, keys: int) -> tuple[Tensor | None, Tensor | None]:

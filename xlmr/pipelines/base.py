@@ -6,6 +6,7 @@ The texts of a call are tokenised together, sorted by length and run packed; no 
 from __future__ import annotations
 
 import inspect
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
@@ -49,6 +50,10 @@ class Pipeline(ABC):
         self.model: Any = model.eval()  # Any: a module's submodules have no types
         self.tokenizer = tokenizer
         self.options = self._checked(options)
+
+    def __repr__(self) -> str:
+        name = getattr(self.tokenizer, "name_or_path", "")
+        return f"{type(self).__name__}({name!r}, {type(self.model).__name__}, {self.device})"
 
     @classmethod
     def saved_class(cls, config: XLMRobertaConfig) -> type[XLMRobertaPreTrainedModel]:
@@ -122,7 +127,8 @@ class Pipeline(ABC):
 
     def _encode(self, texts: Sequence[Text], tokenizer_kwargs: dict[str, Any] | None) -> list[Unpadded]:
         """The texts tokenised; ValueError for one that the model cannot take whole."""
-        batch = self.tokenizer(list(texts), **(tokenizer_kwargs or {})) if texts else {"input_ids": []}
+        options = {"verbose": False, **(tokenizer_kwargs or {})}  # the error below says more than its warning
+        batch = self.tokenizer(list(texts), **options) if texts else {"input_ids": []}
         if len(batch["input_ids"]) != len(texts):
             raise ValueError("return_overflowing_tokens cuts a text into several: a pipeline takes each text whole")
         masks = batch.get("attention_mask") or [[1] * len(ids) for ids in batch["input_ids"]]
@@ -136,9 +142,9 @@ class Pipeline(ABC):
     def _check_length(self, text: Text, tokens: int) -> None:
         limit = self.model.config.max_length
         if tokens > limit:
-            start = text[:40] if isinstance(text, str) else text[0][:40]
+            start = reprlib.repr(text if isinstance(text, str) else text[0])
             raise ValueError(
-                f"the text {start!r} has {tokens} tokens, the model takes at most {limit}: "
+                f"the text {start} has {tokens} tokens, the model takes at most {limit}: "
                 "shorten it, or truncate it with the tokenizer's option truncation=True"
             )
 

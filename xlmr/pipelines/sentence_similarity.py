@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -45,7 +46,7 @@ class SentenceSimilarityPipeline(Pipeline):
     def answers(self, texts: list[tuple[str, list[str]]], batch_tokens: int | None = None) -> list[Any]:
         """For each source and its sentences the list of their cosines. batch_tokens: tokens computed at once."""
         flat = [text for source, others in texts for text in (source, *others)]
-        show = None if len(flat) < LONG_LIST else True
+        show = len(flat) >= LONG_LIST and sys.stderr is not None and sys.stderr.isatty()
         vectors = self.encoder.encode(
             flat, normalize=True, output="torch", batch_tokens=batch_tokens, show_progress_bar=show
         )

@@ -7,9 +7,9 @@ called on rows [T, N], whatever their number; a block that is not plain is calle
 [B, S, N].
 """
 
-from contextvars import ContextVar
+import threading
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -91,10 +91,31 @@ class Collected:
         return {name: None if k is None else tuple(k) for name, k in zip(names, kept, strict=True)}
 
 
+T = TypeVar("T")
+
+
+class Scoped(threading.local, Generic[T]):
+    """What a thread holds for the length of a call: a ContextVar that torch.compile and torch.export can trace."""
+
+    def __init__(self, default: T) -> None:
+        self._value = default
+
+    def get(self) -> T:
+        return self._value
+
+    def set(self, value: T) -> T:
+        """The value until now, for `reset`."""
+        before, self._value = self._value, value
+        return before
+
+    def reset(self, before: T) -> None:
+        self._value = before
+
+
 # Set for the length of one forward pass: what a foreign module calls begins its own Pass and collects into the same.
-COLLECTED: ContextVar[Collected | None] = ContextVar("collected", default=None)
+COLLECTED = Scoped[Collected | None](None)
 # Set by a head while it calls a base model whose masked positions it reads: nothing is left out.
-EVERY_POSITION: ContextVar[bool] = ContextVar("every_position", default=False)
+EVERY_POSITION = Scoped[bool](False)
 
 
 @dataclass

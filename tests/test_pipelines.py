@@ -91,6 +91,7 @@ def test_fill_mask_gives_what_the_reference_gives(fill: Any, reference: Any, inp
         (TEXTS, {"return_tensors": True, "batch_size": 1}),
         ([LONG], {"truncation": True}),
         (LONG, {"tokenize_kwargs": {"truncation": True, "max_length": 7}}),
+        (TEXTS, {"tokenize_kwargs": {"padding": True, "truncation": True}}),  # each text alone: nothing to pad to
     ],
 )
 def test_feature_extraction_gives_what_the_reference_gives(

@@ -342,7 +342,7 @@ def test_question_answering_answers_as_version_4(
         same(ours, qa_contract(qa, *given.values(), top_k, longest, size, stride, impossible))
     best = qa(question="capitale ?", context=context)
     assert best["answer"] == context[best["start"] : best["end"]]
-    assert qa(question=["capitale ?", "Paris ?"], context=context)[0] == best
+    assert qa(question=["capitale ?", "Paris ?"], context=context)[0] == best == qa("capitale ?", context)
     assert qa([{"question": "capitale ?", "context": context}]) == best
     assert qa(question="capitale ?", context="  ") == {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 

@@ -231,7 +231,8 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
             logger.warning("XLMRobertaForCausalLM sees the tokens that it predicts: set config.is_decoder=True")
         super().__init__(config, **path)
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         return True
 
     def forward(

@@ -74,6 +74,9 @@ class XLMRobertaPreTrainedModel(Block):
                 module.__dict__[INITIALISED] = True
         self.tie_weights()
         self._choose_path()
+        if getattr(self.config, "gradient_checkpointing", False):  # of an old file: done, and not to be saved again
+            self.activation_checkpointing_enable()
+            delattr(self.config, "gradient_checkpointing")
 
     # The path
 
@@ -245,7 +248,8 @@ class XLMRobertaPreTrainedModel(Block):
     def get_output_embeddings(self) -> Any:
         return None
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         return False
 
     def resize_token_embeddings(

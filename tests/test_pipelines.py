@@ -223,6 +223,13 @@ def qa(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return xlmr.pipeline("question-answering", directory, device="cpu")
 
 
+@pytest.mark.parametrize("task", ["ner", "text-classification"])
+def test_their_pipelines_run_our_model_and_tokenizer(ner: Any, nli: Path, task: str) -> None:
+    ours = ner[0] if task == "ner" else xlmr.pipeline(task, nli, device="cpu")
+    theirs = transformers.pipeline(task, model=ours.model, tokenizer=ours.tokenizer, device="cpu")
+    same(ours(["La France", "Paris"]), plain(theirs(["La France", "Paris"])))
+
+
 def test_text_classification_takes_pairs(nli: Path) -> None:
     ours, theirs = both("text-classification", nli)
     pair = {"text": "La France", "text_pair": "Paris is the capital"}

@@ -259,6 +259,8 @@ def test_how_transformers_computes_attention_is_taken_and_not_written() -> None:
     assert (config._attn_implementation, XLMRobertaConfig()._attn_implementation) == ("eager", "sdpa")
     assert XLMRobertaConfig.from_dict({}, attn_implementation="eager")._attn_implementation == "eager"
     assert "attn" not in config.to_json_string(use_diff=False)
+    assert config._commit_hash is None  # what transformers 4's pipelines read
+    assert "_commit_hash" not in XLMRobertaConfig.from_dict({"_commit_hash": "1f"}).to_dict()
     assert config == XLMRobertaConfig()
     model = xlmr.XLMRobertaModel(XLMRobertaConfig(hidden_size=12, num_hidden_layers=0))
     model.set_attn_implementation("flash_attention_2")

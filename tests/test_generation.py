@@ -6,6 +6,7 @@ import transformers
 from numerics import assert_accurate
 from reference import RIGHT, B, S, build, double, ids, keep
 
+import xlmr
 from xlmr.cache import KeyValueCache
 
 
@@ -27,6 +28,11 @@ def test_decoder_steps_with_a_cache() -> None:
                 torch.testing.assert_close(mine.logits[real], other.logits[real], atol=1e-5, rtol=1e-5)
         kept = ours(tokens, mask, logits_to_keep=2, use_cache=False).logits
         assert torch.allclose(kept, ours(tokens, mask, use_cache=False).logits[:, -2:], atol=1e-5)
+
+
+def test_a_class_says_whether_it_generates() -> None:
+    assert xlmr.XLMRobertaForCausalLM.can_generate()
+    assert not xlmr.XLMRobertaForMaskedLM.can_generate()
 
 
 def test_a_cache_is_reordered_as_the_references() -> None:

@@ -92,6 +92,7 @@ def test_fill_mask_gives_what_the_reference_gives(fill: Any, reference: Any, inp
         (TEXTS, {"return_tensors": True, "batch_size": 1}),
         ([LONG], {"truncation": True}),
         (LONG, {"tokenize_kwargs": {"truncation": True, "max_length": 7}}),
+        (TEXTS, {"tokenize_kwargs": {"padding": True, "truncation": True}}),  # each text alone: nothing to pad to
     ],
 )
 def test_feature_extraction_gives_what_the_reference_gives(
@@ -234,6 +235,13 @@ def qa(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return xlmr.pipeline("question-answering", directory, device="cpu")
 
 
+@pytest.mark.parametrize("task", ["ner", "text-classification"])
+def test_their_pipelines_run_our_model_and_tokenizer(ner: Any, nli: Path, task: str) -> None:
+    ours = ner[0] if task == "ner" else xlmr.pipeline(task, nli, device="cpu")
+    theirs = transformers.pipeline(task, model=ours.model, tokenizer=ours.tokenizer, device="cpu")
+    same(ours(["La France", "Paris"]), plain(theirs(["La France", "Paris"])))
+
+
 def test_text_classification_takes_pairs(nli: Path) -> None:
     ours, theirs = both("text-classification", nli)
     pair = {"text": "La France", "text_pair": "Paris is the capital"}
@@ -353,7 +361,7 @@ def test_question_answering_answers_as_version_4(
         same(ours, qa_contract(qa, *given.values(), top_k, longest, size, stride, impossible))
     best = qa(question="capitale ?", context=context)
     assert best["answer"] == context[best["start"] : best["end"]]
-    assert qa(question=["capitale ?", "Paris ?"], context=context)[0] == best
+    assert qa(question=["capitale ?", "Paris ?"], context=context)[0] == best == qa("capitale ?", context)
     assert qa([{"question": "capitale ?", "context": context}]) == best
     assert qa(question="capitale ?", context="  ") == {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 

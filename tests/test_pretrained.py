@@ -217,6 +217,13 @@ def test_settings_reach_every_encoder_in_a_users_model() -> None:
     assert not model.left(ids()).last_hidden_state.requires_grad
 
 
+def test_a_configuration_asks_for_checkpointing_once() -> None:
+    """As files of transformers before 4.12 do; what is saved of the model no longer does."""
+    model = xlmr.XLMRobertaForMaskedLM(xlmr.XLMRobertaConfig(**TINY, gradient_checkpointing=True))
+    assert model.roberta.encoder.checkpointing is not None
+    assert "gradient_checkpointing" not in model.config.to_dict()
+
+
 def test_ties_are_named_as_in_transformers_5() -> None:
     class Scorer(xlmr.XLMRobertaForMaskedLM):
         _tied_weights_keys = ["lm_head.decoder.weight"]  # noqa: RUF012

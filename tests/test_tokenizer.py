@@ -1,6 +1,7 @@
 """The tokenizer against the sentencepiece library and against transformers."""
 
 import copy
+import inspect
 import logging
 import pickle
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from tokenizer_oracle import expected_ids, judge, nasty_texts, ordinary_texts, ordinary_words, proto, reference
 
 from xlmr import BatchEncoding, XLMRobertaTokenizer, XLMRobertaTokenizerFast
+from xlmr.batch_encoding import Encoding
 from xlmr.tokenizer import AddedToken
 
 
@@ -374,6 +377,12 @@ ADDED = [
     AddedToken("solo", single_word=True, normalized=False),
     AddedToken("a b", normalized=False),
 ]
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Encoding) if "_to_" in name])
+def test_rows_take_the_arguments_of_the_references(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (Encoding, tokenizers.Encoding))
+    assert [(one.name, one.default) for one in ours.values()] == [(one.name, one.default) for one in theirs.values()]
 
 
 @given(

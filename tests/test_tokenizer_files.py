@@ -430,7 +430,8 @@ def test_what_transformers_is_told_about_its_tokenizers(model_file: Path, tmp_pa
     path = {"pretrained_model_name_or_path": model_file.parent}
     how = {"use_fast": False, "trust_remote_code": True, "sp_model_kwargs": {}, "do_lower_case": False, "legacy": True}
     how |= {"add_prefix_space": True, "from_slow": True, "verbose": False, "use_auth_token": None}
-    tokenizer = XLMRobertaTokenizer.from_pretrained(**path, **how)
+    elsewhere = {"max_length": 3, "padding": True, "truncation": True, "return_tensors": "pt", "config": None}
+    tokenizer = XLMRobertaTokenizer.from_pretrained(**path, **how, **elsewhere)
     assert tokenizer("Paris").input_ids == XLMRobertaTokenizer.from_pretrained(model_file.parent)("Paris").input_ids
     tokenizer.save_pretrained(tmp_path / "saved", legacy_format=False, push_to_hub=False)
     assert not any(name in (tmp_path / "saved" / CONFIG).read_text() for name in how)

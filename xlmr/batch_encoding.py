@@ -24,7 +24,8 @@ class TokenSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """One row of a batch, token by token; all lists are as long as the row, padding included.
+    """One row of a batch, token by token, with the names of tokenizers.Encoding; all lists are as long as the row,
+    padding included.
 
     `sequence_ids` and `word_ids` are None, and `offsets` (0, 0), at the special tokens and padding that the tokenizer
     put in. A word is a stretch without spaces, or the caller's own word with is_split_into_words; offsets then count
@@ -44,38 +45,39 @@ class Encoding:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def token_to_sequence(self, token: int) -> int | None:
+    def token_to_sequence(self, token_index: int) -> int | None:
         """0 or 1, the text that the token comes from; None for special tokens, padding and what is past the end."""
-        return self.sequence_ids[token] if token < len(self) else None
+        return self.sequence_ids[token_index] if token_index < len(self) else None
 
-    def token_to_word(self, token: int) -> int | None:
+    def token_to_word(self, token_index: int) -> int | None:
         """The word that the token is part of; None where `token_to_sequence` gives it."""
-        return self.word_ids[token] if token < len(self) else None
+        return self.word_ids[token_index] if token_index < len(self) else None
 
-    def token_to_chars(self, token: int) -> CharSpan | None:
+    def token_to_chars(self, token_index: int) -> CharSpan | None:
         """The characters that became the token; None where `token_to_sequence` gives it."""
-        return None if self.token_to_sequence(token) is None else CharSpan(*self.offsets[token])
+        return None if self.token_to_sequence(token_index) is None else CharSpan(*self.offsets[token_index])
 
-    def word_to_tokens(self, word: int, sequence: int = 0) -> TokenSpan | None:
+    def word_to_tokens(self, word_index: int, sequence_index: int = 0) -> TokenSpan | None:
         """The tokens of a word, None if the row has none of them."""
-        found = [i for i, at in enumerate(zip(self.word_ids, self.sequence_ids, strict=True)) if at == (word, sequence)]
+        wanted = word_index, sequence_index
+        found = [i for i, at in enumerate(zip(self.word_ids, self.sequence_ids, strict=True)) if at == wanted]
         return TokenSpan(found[0], found[-1] + 1) if found else None
 
-    def word_to_chars(self, word: int, sequence: int = 0) -> CharSpan | None:
+    def word_to_chars(self, word_index: int, sequence_index: int = 0) -> CharSpan | None:
         """The characters of a word, None if the row has none of its tokens."""
-        span = self.word_to_tokens(word, sequence)
+        span = self.word_to_tokens(word_index, sequence_index)
         return None if span is None else CharSpan(self.offsets[span.start][0], self.offsets[span.end - 1][1])
 
-    def char_to_token(self, char: int, sequence: int = 0) -> int | None:
+    def char_to_token(self, char_pos: int, sequence_index: int = 0) -> int | None:
         """The first token that covers a character, None if there is none (a space, or cut off)."""
         for token, (start, end) in enumerate(self.offsets):
-            if start <= char < end and self.sequence_ids[token] == sequence:
+            if start <= char_pos < end and self.sequence_ids[token] == sequence_index:
                 return token
         return None
 
-    def char_to_word(self, char: int, sequence: int = 0) -> int | None:
+    def char_to_word(self, char_pos: int, sequence_index: int = 0) -> int | None:
         """The word that covers a character, None if there is none."""
-        token = self.char_to_token(char, sequence)
+        token = self.char_to_token(char_pos, sequence_index)
         return None if token is None else self.word_ids[token]
 
 

@@ -7,11 +7,11 @@ called on rows [T, N], whatever their number; a block that is not plain is calle
 [B, S, N].
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -93,20 +93,32 @@ class Collected:
         return {name: None if k is None else tuple(k) for name, k in zip(names, kept, strict=True)}
 
 
+T = TypeVar("T")
+
+
+class Scoped(threading.local, Generic[T]):
+    """What a thread holds for the length of a call: a ContextVar that torch.compile and torch.export can trace."""
+
+    def __init__(self, default: T) -> None:
+        self._value = default
+
+    def get(self) -> T:
+        return self._value
+
+    @contextmanager
+    def set(self, value: T) -> Iterator[None]:
+        """That value inside."""
+        before, self._value = self._value, value
+        try:
+            yield
+        finally:
+            self._value = before
+
+
 # Set for the length of one forward pass: what a foreign module calls begins its own Pass and collects into the same.
-COLLECTED: ContextVar[Collected | None] = ContextVar("collected", default=None)
+COLLECTED = Scoped[Collected | None](None)
 # Set by a head while it calls a base model whose masked positions it reads: nothing is left out.
-EVERY_POSITION: ContextVar[bool] = ContextVar("every_position", default=False)
-
-
-@contextmanager
-def setting(variable: ContextVar[Any], value: Any) -> Iterator[Any]:
-    """The variable has that value inside."""
-    token = variable.set(value)
-    try:
-        yield value
-    finally:
-        variable.reset(token)
+EVERY_POSITION = Scoped[bool](False)
 
 
 @dataclass
@@ -301,7 +313,8 @@ def run_again(block: Any, x: Tensor, state: Pass, positional: tuple[str, ...] = 
     """`run`, also where activation checkpointing repeats it in the backward pass: it collects as it did, elsewhere."""
     if state.collected is None or COLLECTED.get() is state.collected:
         return run(block, x, state, positional)
-    with setting(COLLECTED, state.collected.like()) as collected:
+    collected = state.collected.like()
+    with COLLECTED.set(collected):
         return run(block, x, replace(state, collected=collected), positional)
 
 

@@ -54,6 +54,7 @@ FLAGS = (
 )  # fmt: skip
 # Keys that change the computation in transformers (most of them in 4.x only): their neutral value is all that is read.
 NEUTRAL = {"position_embedding_type": "absolute", "pruned_heads": {}, "is_encoder_decoder": False}
+NOT_WRITTEN = ("_attn_implementation", "_commit_hash")
 # Written to config.json only where they differ from the default, as transformers does.
 WRITTEN_IF_SET = (
     "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype", "chunk_size_feed_forward",
@@ -105,7 +106,9 @@ class XLMRobertaConfig(Pushable):
     architectures: list[str] | None = None
     transformers_version: str | None = None
     _name_or_path: str = ""
-    _attn_implementation: str | None = "sdpa"  # transformers' attention: taken and told, neither used nor written
+    # Of transformers, whose pipelines ask for the second: taken and told, neither used nor written.
+    _attn_implementation: str | None = "sdpa"
+    _commit_hash: str | None = None
 
     def __init__(self, /, **values: Any) -> None:  # "self" may be a key of config.json
         values = _own_copy(values)
@@ -325,7 +328,7 @@ class XLMRobertaConfig(Pushable):
     def to_dict(self) -> dict[str, Any]:
         """Every field and extra key, `dtype` as its name; a deep copy."""
         dtype = None if self.dtype is None else str(to_dtype(self.dtype)).removeprefix("torch.")
-        kept = {name: value for name, value in vars(self).items() if name != "_attn_implementation"}
+        kept = {name: value for name, value in vars(self).items() if name not in NOT_WRITTEN}
         return {**_own_copy(kept), "dtype": dtype}
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, setting, untouched
+from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, untouched
 from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
@@ -48,7 +48,7 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
     def _called(self, inputs: Arguments) -> Encoded:
         """What a base model that was replaced or hooked gives when it is called, as anyone else would call it."""
         given = {name: value for name, value in inputs._asdict().items() if value is not None}
-        with setting(EVERY_POSITION, True):
+        with EVERY_POSITION.set(True):
             output = self.roberta(**given, return_dict=True)
         hidden = output.last_hidden_state
         fields = {name: value for name, value in output.items() if name != "last_hidden_state"}
@@ -228,7 +228,8 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
             logger.warning("XLMRobertaForCausalLM sees the tokens that it predicts: set config.is_decoder=True")
         super().__init__(config, **path)
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         return True
 
     def forward(

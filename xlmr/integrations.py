@@ -18,7 +18,6 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
 from itertools import pairwise
 from operator import is_not
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import EVERY_POSITION, Block, Collected, begin, every_module_is_hooked, setting
+from .block import EVERY_POSITION, Block, Collected, Scoped, begin, every_module_is_hooked
 from .checkpoint import config_to_save, state_to_save
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
@@ -41,7 +40,7 @@ LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transformers' attention interface
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-TOKENS: ContextVar[Tensor | None] = ContextVar("tokens", default=None)  # of the base model that is being called
+TOKENS = Scoped[Tensor | None](None)  # of the base model that is being called
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
 _replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (class or module, attribute) → what it was, what it is now
@@ -301,11 +300,8 @@ def _telling(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     @functools.partial(torch.compiler.disable, recursive=False)
     def telling(self: Any, *args: Any, **kw: Any) -> Any:
-        token = TOKENS.set(kw.get("input_ids", args[0] if args else None))
-        try:
+        with TOKENS.set(kw.get("input_ids", args[0] if args else None)):
             return forward(self, *args, **kw)
-        finally:
-            TOKENS.reset(token)
 
     return telling
 
@@ -326,7 +322,7 @@ def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
     @functools.wraps(forward)
     @functools.partial(torch.compiler.disable, recursive=False)
     def watched(self: Any, *args: Any, **kw: Any) -> Any:
-        with setting(EVERY_POSITION, reads_masked(self, args, kw)):
+        with EVERY_POSITION.set(reads_masked(self, args, kw)):
             return forward(self, *args, **kw)
 
     return watched

@@ -29,7 +29,6 @@ from .block import (
     run,
     run_again,
     run_rows,
-    setting,
     untouched,
 )
 from .cache import KeyValueCache, extended
@@ -287,7 +286,8 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         if getattr(self.encoder, "checkpointing", None) is not None and self.training:
             inputs = inputs.without_cache()
         given = Inputs(self.config, self.tables, inputs)
-        with setting(COLLECTED, given.collected()) as collected:
+        collected = given.collected()
+        with COLLECTED.set(collected):
             ours = all(untouched(block) for block in (self.embeddings, self.encoder, self.pooler) if block is not None)
             whole = EVERY_POSITION.get() or needs.pop("every_position", False) or not (self.unpad and ours)
             self.hand_to_new_layers()

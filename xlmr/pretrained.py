@@ -76,6 +76,9 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
                 module.__dict__[INITIALISED] = True
         self.tie_weights()
         self._choose_path()
+        if getattr(self.config, "gradient_checkpointing", False):  # of an old file: done, and not to be saved again
+            self.activation_checkpointing_enable()
+            delattr(self.config, "gradient_checkpointing")
 
     # The path
 
@@ -260,7 +263,8 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
     def get_output_embeddings(self) -> Any:
         return None
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         return False
 
     def resize_token_embeddings(

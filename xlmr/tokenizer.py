@@ -31,6 +31,9 @@ __all__ = ["AddedToken", "BatchEncoding", "CharSpan", "TokenSpan", "XLMRobertaTo
 
 logger = logging.getLogger(__name__)
 
+# Keywords of a call, of a model and of AutoTokenizer, which the reference's from_pretrained takes and heeds not.
+UNHEEDED = {"config", "device_map", "max_length", "padding", "return_tensors", "stride", "tokenizer_type", "truncation"}
+
 
 class XLMRobertaTokenizer(Vocabulary, Pushable):
     """Texts to XLM-R's ids and back.
@@ -126,7 +129,8 @@ class XLMRobertaTokenizer(Vocabulary, Pushable):
             local_files_only=local_files_only,
             subfolder=subfolder,
         )
-        settings = {**checkpoint.settings, **own_keywords(settings)}
+        given = {name: value for name, value in own_keywords(settings).items() if name not in UNHEEDED}
+        settings = {**checkpoint.settings, **given}
         tokenizer = cls(checkpoint.vocab_file, checkpoint.tokenizer_file, **settings)
         tokenizer.init_kwargs = checkpoint.only_kept
         return tokenizer

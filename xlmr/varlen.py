@@ -47,7 +47,7 @@ class Sequences:
 
     def known_to_fit(self, rows: int, keys: int) -> "Sequences":
         """Itself, made in a way that leaves `check` nothing to find."""
-        if not recorded():  # numbers of a graph may be symbols, which have no hash
+        if not recorded():  # where `check` does not look, and the numbers may be symbols, which have no hash
             self._fits.update((rows, keys, disjoint) for disjoint in (False, True))
         return self
 

@@ -40,14 +40,17 @@ class FeatureExtractionPipeline(Pipeline):
     ) -> list[Any]:
         """For each text a nested list (1, L, N), or with `return_tensors` a tensor [1, L, N] on the CPU.
 
-        Positions that `tokenize_kwargs` pads are zeros. batch_size: the most texts run at once.
+        Positions that `tokenize_kwargs` pads are zeros; each text is padded by itself. batch_size: the most texts run
+        at once.
         """
         tokenize_kwargs = dict(tokenize_kwargs or {})
         if truncation is not None:
             if "truncation" in tokenize_kwargs:
                 raise ValueError("truncation is given twice, as an option and in tokenize_kwargs: give it once")
             tokenize_kwargs["truncation"] = truncation
-        encoded = self._encode(texts, tokenize_kwargs)
+        alone = tokenize_kwargs.get("padding") in (True, "longest")  # the reference: to its own length
+        parts = [[text] for text in texts] if alone else [texts]
+        encoded = [one for part in parts for one in self._encode(part, tokenize_kwargs)]
         answers: list[Any] = [None] * len(texts)
         for i, rows in self._token_rows([one.ids for one in encoded], self._last_layer, batch_size):
             features = rows.new_zeros(1, encoded[i].length, rows.shape[1])

@@ -23,7 +23,10 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def __call__(self, inputs: Any = None, question: Any = None, context: Any = None, **options: Any) -> Any:
         """The answer for a dict of question and context, a list for a list of several; or for `question` and
-        `context`, strings, or lists of as many, one context serving all questions."""
+        `context`, strings, or lists of as many, one context serving all questions. Two strings may be given by place.
+        """
+        if isinstance(inputs, str):
+            inputs, question, context = None, inputs, question if context is None else context
         inputs = _asked(question, context) if inputs is None else inputs
         found = super().__call__(inputs, **options)
         return found[0] if isinstance(inputs, list | tuple) and len(inputs) == 1 else found

@@ -144,7 +144,8 @@ def _read_modules(path: Path) -> list[tuple[str, str]]:
         if not module["type"].startswith("sentence_transformers.") or kind not in MODULES:
             raise ValueError(
                 f"{path} names the module {module['type']!r}: known are sentence-transformers' {', '.join(MODULES)}; "
-                "others change the vectors in ways unknown here, and their code is not imported"
+                "others change the vectors in ways unknown here, and their code is not imported: load it in the "
+                "library that wrote it, and xlmr.accelerate(model) makes its encoder this one"
             )
         folder = PurePosixPath(module["path"])
         if folder.is_absolute() or ".." in folder.parts or set(module["path"]) & set("\\:\0"):

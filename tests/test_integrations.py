@@ -263,14 +263,19 @@ def test_masked_positions_are_zeros_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY)
-def test_masked_tokens_that_are_no_padding_are_computed(family: str) -> None:
-    """ColBERT reads the [MASK]s that fill up its queries, and lets no token attend to them."""
+def test_a_masked_token_that_fills_queries_up_is_computed(family: str) -> None:
+    """ColBERT reads the [MASK]s that fill up its queries, and lets no token attend to them. Tokens of several kinds
+    behind the end are left over, and left out."""
     host, mask = build(family, "Model"), batch()["attention_mask"]
-    tokens = batch()["input_ids"].where(mask > 0, 7)
-    expected = host(tokens, mask)[0]
+    filled = batch()["input_ids"].where(mask > 0, 7)
+    left_over = filled + (torch.arange(9) % 2) * (1 - mask)
+    expected, rows = host(filled, mask)[0], []
     integrations.accelerate(host)
-    for found in host(tokens, mask), host(attention_mask=mask, input_ids=tokens):
+    host.encoder.layer[0].output.dense.register_forward_hook(lambda m, x, y: rows.append(y.shape[:-1].numel()))
+    for found in host(filled, mask), host(attention_mask=mask, input_ids=filled):
         torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(host(left_over, mask)[0][mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-5)
+    assert rows == [27, 27, 9 + 4 + 6]
 
 
 def zeros(module: Any, inputs: Any, output: Any) -> Any:

@@ -5,8 +5,8 @@ forward packs the batch and runs the layers as our blocks do, over the host's ow
 compute (a decoder, recorded attentions, a hooked or replaced layer) the host's forward computes, by rule.
 
 Positions whose mask is 0 are not computed: the encoder gives zeros there. transformers' own heads that read them
-(question answering, causal language models, labels on masked tokens) get them computed, and so do models whose masked
-tokens are no padding (ColBERT's queries); a head of your own that reads padding needs `accelerate(model, unpad=False)`.
+(question answering, causal language models, labels on masked tokens) get them computed, and so does ColBERT, which
+fills queries up with a masked token that is no padding; a head of your own needs `accelerate(model, unpad=False)`.
 Run on transformers 4.57.6 (with sentence-transformers 5.7) and on 5.0.0, 5.1.0, 5.3.0, 5.6.0, 5.10.4, 5.15.1 and 5.23.0
 (with 6.2).
 """
@@ -40,7 +40,9 @@ LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transformers' attention interface
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-TOKENS = Scoped[Tensor | None](None)  # of the base model that is being called
+EXPANSION = Scoped[Tensor | None](
+    None
+)  # labels on tokens that a base model's caller reads though masked
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
 _replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (class or module, attribute) → what it was, what it is now
@@ -218,8 +220,10 @@ def _packed_class(model_type: str) -> type[nn.Module]:
         if view is None:
             return host.forward(self, hidden_states, attention_mask, *args, **kw)
         whole = self.every_position or EVERY_POSITION.get()
-        read = None if attention_mask is None else _read_though_masked(self.config, hidden_states)
-        state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole, labels=read)
+        labels = EXPANSION.get()
+        if labels is not None and labels.shape != hidden_states.shape[:2]:
+            labels = None  # of an encoder around this one
+        state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole, labels=labels)
         states: list[Tensor] | None = [] if _asks("output_hidden_states", self.config, kw) else None
         state.collected = Collected(hidden_states=states)
         x = state.layout.pad(view.rows(state.layout.unpad(hidden_states), state))
@@ -261,16 +265,17 @@ def _recorded(encoder: Any, states: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(states)
 
 
-def _read_though_masked(config: Any, hidden_states: Tensor) -> Tensor | None:
-    """The tokens [B, S] as labels, -100 where they are padding: what is masked but none, somebody will read, as ColBERT
-    the [MASK]s that fill up its queries. Padding is 0 or 1 in the whole family, whatever a configuration says."""
-    tokens = TOKENS.get()
-    if tokens is None or tokens.shape != hidden_states.shape[:2]:
+def _expansion(config: Any, tokens: Any, mask: Any) -> Tensor | None:
+    """The tokens [B, S] as labels where one token that is no padding fills up the masked positions, as ColBERT's [MASK]
+    does a query, which it then reads; else, and where different tokens are masked, -100. Padding is 0 or 1 in the whole
+    family, whatever a configuration says. Nothing waits for the device."""
+    if not (isinstance(tokens, Tensor) and isinstance(mask, Tensor) and mask.shape == tokens.shape and mask.numel()):
         return None
-    padding = tokens <= 1
+    filled = (mask == 0) & (tokens > 1)
     if config.pad_token_id is not None:
-        padding |= tokens == config.pad_token_id
-    return tokens.masked_fill(padding, -100)
+        filled &= tokens != config.pad_token_id
+    one = (tokens == (tokens * filled).max()) & filled
+    return tokens.masked_fill(~one | (one != filled).any(), -100)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -285,7 +290,7 @@ def _former(owner: Any, name: str) -> Any:
 
 
 def _watch_heads() -> None:
-    """Lets the host's heads tell our encoder when they read masked positions, its base models which tokens they got."""
+    """Lets the host's heads, and its base models by their tokens, tell our encoder when masked positions are read."""
     for model_type, kind in KINDS.items():
         base = getattr(_host_module(model_type), kind.named("Model"))
         if (base, "forward") not in _replaced:
@@ -300,7 +305,8 @@ def _telling(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     @functools.partial(torch.compiler.disable, recursive=False)
     def telling(self: Any, *args: Any, **kw: Any) -> Any:
-        with TOKENS.set(kw.get("input_ids", args[0] if args else None)):
+        given = dict(zip(("input_ids", "attention_mask"), args, strict=False), **kw)
+        with EXPANSION.set(_expansion(self.config, given.get("input_ids"), given.get("attention_mask"))):
             return forward(self, *args, **kw)
 
     return telling

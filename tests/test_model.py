@@ -406,6 +406,19 @@ def test_compiled_by_inductor() -> None:
         torch.testing.assert_close(torch.compile(ours)(tokens, RIGHT)[0], ours(tokens, RIGHT)[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["Model", "ForMaskedLM"])
+def test_without_a_mask_forward_is_one_graph(name: str) -> None:
+    """Of every length from the second on."""
+    _, ours = build(name, num_hidden_layers=1)
+    graphs: list[Any] = []
+    with torch.no_grad():
+        compiled = torch.compile(ours, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+        for length in (S, S - 1, S - 3):
+            tokens = ids(None)[:, :length]
+            torch.testing.assert_close(compiled(tokens)[0], ours(tokens)[0], atol=1e-6, rtol=1e-6)
+    assert len(graphs) == 2
+
+
 def test_compiled_packed_entry() -> None:
     """Dynamo traces the packed entry and the numbers stay eager's, up to another GEMM; a CPU may break the graph."""
     _, ours = build("Model")

@@ -40,9 +40,7 @@ LABELLED = "ForMaskedLM", "ForTokenClassification", "ForPreTraining"
 ANOTHER_ATTENTION = "position_bias", "softcap", "s_aux"  # keywords of transformers' attention interface
 CAPTURING = "transformers.utils.output_capturing"  # hooks from there stay on the layers, idle, after one recorded call
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-EXPANSION = Scoped[Tensor | None](
-    None
-)  # labels on tokens that a base model's caller reads though masked
+EXPANSION = Scoped[Tensor | None](None)  # labels on tokens that a base model's caller reads though masked
 
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every encoder that is ours now
 _replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (class or module, attribute) → what it was, what it is now

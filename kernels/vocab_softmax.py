@@ -320,7 +320,7 @@ def _vocab_loss_kernel(
     tl.store(lse_ptr + row, lse)
 
 
-@triton.jit(do_not_specialize=["T", "V", "words", "first", "smoothing", "z_loss"])
+@triton.jit(do_not_specialize=["T", "V", "first", "smoothing", "z_loss"])
 def _vocab_dz_kernel(
     x_ptr,
     w_ptr, b_ptr,  # from word `first` on, as is db

@@ -344,6 +344,14 @@ def test_gradients_split_along_the_rows_are_the_same_each_time(
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(("T", "tiles", "parts"), [(16384, 144, 3), (16384, 256, 1), (1024, 144, 1), (8192, 36, 3)])
+def test_no_wave_of_programs_is_nearly_empty(T: int, tiles: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "processors", lambda device: 132)
+    found, length = products.split_rows(T, tiles, torch.device("cpu"))
+    assert found == parts
+    assert (parts - 1) * length < T <= parts * length
+
+
 @EPILOGUES
 def test_upstream_gradients_at_any_strides(operation: Operation, device: torch.device) -> None:
     given = inputs(20, 16, 24, torch.float32, device)

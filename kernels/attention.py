@@ -318,10 +318,10 @@ def _attention_fwd_kernel(
     acc, maximum, total = state
     total = tl.where(total == 0, 1.0, total)  # no key seen: o = 0, lse = −inf
     inside = m < q_len
-    out = acc / total[:, None]
+    factor = 1.0 / total  # a division takes four instructions: one a row, not one an element
     if seed_ptr is not None:
-        out *= kept
-    _store_tile(out_ptr, out, row, inside, head, heads, HEAD_DIM, BLOCK_D)
+        factor *= kept
+    _store_tile(out_ptr, acc * factor[:, None], row, inside, head, heads, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + head * rows + row, maximum + tl.math.log2(total), mask=inside)
 
 

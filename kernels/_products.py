@@ -83,8 +83,8 @@ def _strided_product(
         a = tl.load(a_ptrs, mask=(m < M)[:, None] & (k < left)[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=(n < N)[:, None] & (k < left)[None, :], other=0.0)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+        a_ptrs += tl.cast(stride_ak, tl.int64) * BLOCK_K
+        b_ptrs += tl.cast(stride_bk, tl.int64) * BLOCK_K
     return acc
 
 

@@ -132,6 +132,9 @@ def _vocab_softmax(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
         if (dtype, model) == ("bf16", "base"):
             yield f"vocab_topk {label}, k = 50", partial(kernel.vocab_topk, *head, 50)
             yield f"vocab_topk {label}, 100 targets", partial(kernel.vocab_topk, *head, 5, torch.arange(100))
+        if (dtype, model) == ("bf16", "large"):
+            yield f"vocab_topk {label}, k = 50", partial(kernel.vocab_topk, *head, 50)
+            yield f"vocab_topk {label}, 10 of 100 targets", partial(kernel.vocab_topk, *head, 10, torch.arange(100))
     for dtype in ("bf16", "fp32"):
         V = kernel.words_at_once(1024, "chunked") + 18  # one whole chunk of words, and a last one of odd length
         head = empty(dtype, 1024, 768), empty(dtype, V, 768), empty(dtype, V)

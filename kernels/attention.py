@@ -25,9 +25,9 @@ costs 256 flops on the tensor cores (990 TFLOP/s) and one exp2 (16 a clock and S
 alone bounds it at 946 TFLOP/s; one after the other, the two allow 480. The fp32 work of a score (maximum, scale, sum,
 cast) is partly hidden by an SM's second program: 70 % of 480, 340 TFLOP/s, at 512 keys, and 80 %, 380, from 2,048 on.
 One query a text reads K and V once: 75 % of 4.3 TB/s. Backward computes 896 flops and two exp2 a score, of which 640
-flops count: 440 TFLOP/s one after the other. Each kernel has registers for one program an SM, so less is hidden: 55 %,
-240 TFLOP/s, at 512 keys, and 65 %, 285, from 2,048 on. Dropout adds some 14 integer operations a score to each of the
-three kernels, at half the rate of fp32's: a third more time.
+flops count: 440 TFLOP/s one after the other. That of dk and dv has registers for one program an SM, so less is hidden:
+55 %, 240 TFLOP/s, at 512 keys, and 65 %, 285, from 2,048 on. Dropout adds some 14 integer operations a score to each of
+the three kernels, at half the rate of fp32's: a third more time.
 """
 
 from collections.abc import Sequence

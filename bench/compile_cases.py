@@ -132,12 +132,12 @@ def _vocab_softmax(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
         if (dtype, model) == ("bf16", "base"):
             yield f"vocab_topk {label}, k = 50", partial(kernel.vocab_topk, *head, 50)
             yield f"vocab_topk {label}, 100 targets", partial(kernel.vocab_topk, *head, 5, torch.arange(100))
+        if (dtype, model) == ("bf16", "large"):
+            yield f"vocab_topk {label}, k = 50", partial(kernel.vocab_topk, *head, 50)
+            yield f"vocab_topk {label}, 10 of 100 targets", partial(kernel.vocab_topk, *head, 10, torch.arange(100))
     for dtype in ("bf16", "fp32"):
-        head = (
-            empty(dtype, 1024, 768),
-            empty(dtype, 4096 + 18, 768),
-            empty(dtype, 4096 + 18),
-        )  # the last words are few
+        V = kernel.words_at_once(1024, "chunked") + 18  # one whole chunk of words, and a last one of odd length
+        head = empty(dtype, 1024, 768), empty(dtype, V, 768), empty(dtype, V)
         loss = partial(kernel.vocab_cross_entropy, label_smoothing=0.1)
         yield f"vocab_cross_entropy {dtype}, gradients", partial(gradients, loss, (*head, torch.zeros(1024).long()))
     head = (empty("fp16", 40, 768), empty("fp16", VOCABULARY, 768), empty("fp16", VOCABULARY))

@@ -52,6 +52,8 @@ CONFIGS: Table = {
     },
 }
 SPLIT_ROWS = 64  # dw and db are split along T into multiples of it
+MANY_ROWS, MOST_PARTS = 8192, 4  # from so many rows on a second part may pay
+PART = 1 / 8  # of a wave: what a part's sums cost to write and to read. Estimated for an H200: as 600 rows of a product
 SUM = config(4, 1, BLOCK=1024)
 
 
@@ -81,8 +83,8 @@ def _strided_product(
         a = tl.load(a_ptrs, mask=(m < M)[:, None] & (k < left)[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=(n < N)[:, None] & (k < left)[None, :], other=0.0)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+        a_ptrs += tl.cast(stride_ak, tl.int64) * BLOCK_K
+        b_ptrs += tl.cast(stride_bk, tl.int64) * BLOCK_K
     return acc
 
 
@@ -134,7 +136,7 @@ def _dw_kernel(
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["size", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def _sum_splits_kernel(partials_ptr, sum_ptr, size, splits, BLOCK: tl.constexpr):
     """sum [size] of partials [splits, size], in the order of the splits."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -191,8 +193,13 @@ def _load(gradient: str, *matrices: Tensor) -> str:
 
 def split_rows(T: int, programs: int, device: torch.device, waves: int = 1) -> tuple[int, int]:
     """Into how many parts T rows are cut so that the programs fill the device, and the rows of a part: multiples of
-    SPLIT_ROWS, whatever the tile."""
-    wanted = max(1, waves * processors(device) // max(programs, 1))
+    SPLIT_ROWS, whatever the tile. Many rows are cut in more where that leaves fewer processors idle: 144 programs on
+    132 take two waves, and as three parts each four waves of a third."""
+    places, programs = waves * processors(device), max(programs, 1)
+    fewest = max(1, places // programs)
+    choices = range(fewest, max(fewest, MOST_PARTS if T >= MANY_ROWS else 1) + 1)
+    times = [triton.cdiv(programs * parts, places) / parts + PART * parts * programs / places for parts in choices]
+    wanted = choices[times.index(min(times))]
     length = triton.cdiv(triton.cdiv(max(T, 1), wanted), SPLIT_ROWS) * SPLIT_ROWS
     return triton.cdiv(max(T, 1), length), length
 

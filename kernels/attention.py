@@ -25,9 +25,9 @@ costs 256 flops on the tensor cores (990 TFLOP/s) and one exp2 (16 a clock and S
 alone bounds it at 946 TFLOP/s; one after the other, the two allow 480. The fp32 work of a score (maximum, scale, sum,
 cast) is partly hidden by an SM's second program: 70 % of 480, 340 TFLOP/s, at 512 keys, and 80 %, 380, from 2,048 on.
 One query a text reads K and V once: 75 % of 4.3 TB/s. Backward computes 896 flops and two exp2 a score, of which 640
-flops count: 440 TFLOP/s one after the other. Each kernel has registers for one program an SM, so less is hidden: 55 %,
-240 TFLOP/s, at 512 keys, and 65 %, 285, from 2,048 on. Dropout adds some 14 integer operations a score to each of the
-three kernels, at half the rate of fp32's: a third more time.
+flops count: 440 TFLOP/s one after the other. That of dk and dv has registers for one program an SM, so less is hidden:
+55 %, 240 TFLOP/s, at 512 keys, and 65 %, 285, from 2,048 on. Dropout adds some 14 integer operations a score to each of
+the three kernels, at half the rate of fp32's: a third more time.
 """
 
 from collections.abc import Sequence
@@ -197,7 +197,7 @@ BACKWARD_CONFIGS: Table = {
         ("dq", 128, 2): config(8, 2, BLOCK_M=128, BLOCK_N=32),
         ("dq", 64, 4): config(8, 2, BLOCK_M=128, BLOCK_N=32),
         ("dq", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
-        ("dkv", 64, 2): config(8, 2, BLOCK_M=64, BLOCK_N=128),
+        ("dkv", 64, 2): config(8, 3, BLOCK_M=64, BLOCK_N=128),
         ("dkv", 128, 2): config(8, 2, BLOCK_M=16, BLOCK_N=128),
         ("dkv", 64, 4): config(8, 2, BLOCK_M=32, BLOCK_N=32),
         ("dkv", 128, 4): config(8, 2, BLOCK_M=16, BLOCK_N=16),
@@ -318,18 +318,21 @@ def _attention_fwd_kernel(
     acc, maximum, total = state
     total = tl.where(total == 0, 1.0, total)  # no key seen: o = 0, lse = −inf
     inside = m < q_len
-    out = acc / total[:, None]
+    factor = 1.0 / total  # a division takes four instructions: one a row, not one an element
     if seed_ptr is not None:
-        out *= kept
-    _store_tile(out_ptr, out, row, inside, head, heads, HEAD_DIM, BLOCK_D)
+        factor *= kept
+    _store_tile(out_ptr, acc * factor[:, None], row, inside, head, heads, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + head * rows + row, maximum + tl.math.log2(total), mask=inside)
 
 
 @triton.jit
-def _load_lse(ptr, inside):
-    """The rows' lse; +inf, which makes every p = exp2(s − lse) zero, outside and where no key is seen."""
-    lse = tl.load(ptr, mask=inside, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def _load_lse(ptr, inside, BLIND: tl.constexpr):
+    """The rows' lse, 0 outside, where q, do and delta are 0 and so are all gradients. BLIND: some rows see no key; +inf
+    makes each of their p = exp2(s − lse) zero."""
+    lse = tl.load(ptr, mask=inside, other=0.0)
+    if BLIND:
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse
 
 
 @triton.jit
@@ -386,7 +389,7 @@ def _attention_bwd_dq_kernel(
         v_ptr += k_start * stride_vn + head * stride_vh
         visible, full, end = _visible(m, first, q_len, k_len, CAUSAL, BLOCK_M, BLOCK_N)
         q = _load_tile(q_ptr, stride_qm, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-        lse = _load_lse(lse_ptr + head * rows + row, inside)
+        lse = _load_lse(lse_ptr + head * rows + row, inside, True)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(0, end, BLOCK_N):
             dq = _add_dq(
@@ -400,20 +403,21 @@ def _attention_bwd_dq_kernel(
 def _add_dkv(
     dk, dv, k, v, q_ptr, stride_qm, dout_ptr, stride_gm, lse_ptr, delta_ptr, start, full, q_len, since, scale_log2,
     seed_ptr, row, heads, head, column, levels, kept,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys' dk / softmax_scale and dv / kept once the queries start … start + BLOCK_M have been added. Scores lie
-    transposed, [BLOCK_N, BLOCK_M]: p and ds are left factors as they are."""
+    transposed, [BLOCK_N, BLOCK_M]: p and ds are left factors as they are. A row is one key's: what stands in those
+    beyond the last key reaches no other and is not stored, so they need no mask."""
     m = start + tl.arange(0, BLOCK_M)
     q = _load_tile(q_ptr, stride_qm, start, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = _load_tile(dout_ptr, stride_gm, start, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-    lse = _load_lse(lse_ptr + m, m < q_len)
+    lse = _load_lse(lse_ptr + m, m < q_len, CAUSAL)  # else every query sees this block's keys
     if q.dtype == tl.float32:  # rounded as forward's, or the probabilities would not add up to 1 under its lse
         scores = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
     else:
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    if start < full:
+    if CAUSAL and start < full:
         scores = tl.where(m[None, :] >= since[:, None], scores, float("-inf"))
     p = tl.math.exp2(scores * scale_log2 - lse[None, :])
     if seed_ptr is not None:
@@ -467,8 +471,6 @@ def _attention_bwd_dkv_kernel(
         since = n + q_len - k_len
         begin = tl.minimum(tl.maximum(first + q_len - k_len, 0), q_len)
         full = first + BLOCK_N - 1 + q_len - k_len
-    since = tl.where(n < k_len, since, q_len)
-    full = tl.where(first + BLOCK_N > k_len, q_len, full)
 
     k = _load_tile(k_ptr, stride_kn, first, k_len, HEAD_DIM, BLOCK_N, BLOCK_D)
     v = _load_tile(v_ptr, stride_vn, first, k_len, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -478,7 +480,7 @@ def _attention_bwd_dkv_kernel(
         dk, dv = _add_dkv(
             dk, dv, k, v, q_ptr, stride_qm, dout_ptr, stride_gm, lse_ptr, delta_ptr, begin + done, full, q_len, since,
             scale_log2, seed_ptr, q_start, heads, head, first, levels, kept,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, dk_ptr is not None, dv_ptr is not None, PRECISION,
+            HEAD_DIM, CAUSAL, BLOCK_M, BLOCK_N, BLOCK_D, dk_ptr is not None, dv_ptr is not None, PRECISION,
         )  # fmt: skip
     if dk_ptr is not None:
         _store_tile(dk_ptr, dk * (scale_log2 / LOG2_E), k_start + n, n < k_len, head, heads, HEAD_DIM, BLOCK_D)

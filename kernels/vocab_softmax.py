@@ -147,11 +147,22 @@ def _products(x_ptr, w_ptr, x_rows, w_rows, N: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
+def _biases(b_ptr, words, real):
+    """Those of the words in fp32, 0 where there are none, and −∞ for what is no word."""
+    if b_ptr is not None:
+        biases = tl.load(b_ptr + words, mask=real, other=float("-inf")).to(tl.float32)
+    else:
+        biases = tl.where(real, 0.0, float("-inf"))
+    return biases
+
+
+@triton.jit
 def _logits(
     x_ptr, w_ptr, b_ptr, targets_ptr, x_rows, columns, stride_wn, V, table_rows,
-    N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One tile of z, −∞ where a column names no word, and which columns do: words themselves, or places in targets."""
+    """One tile of z, −∞ where a column names no word, and which columns do: words themselves, or places in targets.
+    EARLY: the biases are loaded before the product, which hides how long that takes, for a register each."""
     real = columns < V
     words = columns
     w_rows = tl.minimum(columns, V - 1).to(tl.int64)  # beyond the end: a word that is there
@@ -159,11 +170,12 @@ def _logits(
         words = tl.load(targets_ptr + columns, mask=real, other=-1).to(tl.int64)
         real = (words >= 0) & (words < table_rows)
         w_rows = tl.where(real, words, 0)
+    if EARLY:
+        bias = _biases(b_ptr, words, real)
     z = _products(x_ptr, w_ptr, x_rows, w_rows * stride_wn, N, BLOCK_K, PRECISION)
-    if b_ptr is not None:
-        z += tl.load(b_ptr + words, mask=real, other=float("-inf")).to(tl.float32)[None, :]
-    else:
-        z += tl.where(real, 0.0, float("-inf"))[None, :]
+    if not EARLY:
+        bias = _biases(b_ptr, words, real)
+    z += bias[None, :]
     return z, real
 
 
@@ -221,7 +233,7 @@ def _vocab_partials_kernel(
         columns = start + tl.arange(0, BLOCK_V)
         z, real = _logits(
             x_ptr, w_ptr, b_ptr, targets_ptr, x_rows * stride_xm, columns, stride_wn, V, table_rows,
-            N, BLOCK_K, PRECISION,
+            N, BLOCK_K, PRECISION, SLOTS == 0 and total_ptr is None,  # else the registers are needed
         )  # fmt: skip
         if max_ptr is not None:
             new_max = tl.maximum(row_max, tl.max(z, axis=1))
@@ -320,7 +332,7 @@ def _vocab_loss_kernel(
     tl.store(lse_ptr + row, lse)
 
 
-@triton.jit(do_not_specialize=["T", "V", "words", "first", "smoothing", "z_loss"])
+@triton.jit(do_not_specialize=["T", "V", "first", "smoothing", "z_loss"])
 def _vocab_dz_kernel(
     x_ptr,
     w_ptr, b_ptr,  # from word `first` on, as is db

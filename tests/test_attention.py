@@ -191,6 +191,14 @@ def test_gradients_of_peaked_probabilities(head_dim: int, lengths: tuple[int, ..
     assert_gradients_as_eager(tensors, packed(*lengths), False, scale=head_dim**-0.5)
 
 
+@CAUSAL
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # in rows that are dropped
+def test_what_stands_beyond_the_last_key_reaches_no_gradient(causal: bool, device: torch.device) -> None:
+    """Beyond it a score is 0 and here, where all real ones are far below, its probability is infinite."""
+    q, k, v = (torch.randn(sum(SHORTER), 2, 16) / 8 + shift for shift in (8.0, -8.0, 0.0))
+    assert_gradients_as_eager((q.to(device), k.to(device), v.to(device)), packed(*SHORTER), causal, scale=0.25)
+
+
 def test_any_strides(device: torch.device) -> None:
     q, k, v = (torch.randn(2, 40, 24, device=device).transpose(0, 1) for _ in range(3))  # [H, T, D] in memory
     s = on(device, packed(40))

@@ -121,6 +121,22 @@ def scale(reads, rows=5):
 def copy():
     _copy_kernel[(1,)](*(TensorDescriptor.from_tensor(t, [8, 32]) for t in (x, torch.empty_like(x))))
 """
+STORES = """
+import json, re
+from bench import compile_cases, compile_gate
+from xlmr.kernels import vocab_softmax
+import triton
+
+recorder = compile_gate.Recorder([vocab_softmax])
+cases = compile_cases.cases({"vocab_softmax": vocab_softmax})
+recorder.run([case for case in cases if case[0] == "vocab_cross_entropy bf16, gradients"], "sm_90", "sm_90")
+for job in recorder.jobs.values():
+    if job.source.fn.__name__ in ("_vocab_dz_kernel", "_sum_splits_kernel"):
+        kernel = triton.compile(job.source, target=compile_gate.TARGETS["sm_90"].gpu, options=job.options)
+        widths = {"b16": 2, "b32": 4, "v2.b32": 8, "v4.b32": 16}
+        found = re.findall(r"st\\.global\\.(\\S+) ", kernel.asm["ptx"])
+        print(json.dumps([kernel.name, max(widths[width] for width in found)]))
+"""
 TRAFFIC = """
 import functools, json
 from bench import traffic
@@ -179,3 +195,10 @@ def test_traffic_gate_reports_what_is_planted(tmp_path: Path) -> None:
         "outside: IndexError('_scale_kernel touches memory outside its tensors')",
         "not covered: interpreted._forgotten_kernel is launched by no case",
     ]
+
+
+def test_what_a_chunk_of_words_leaves_is_stored_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
+    """Its last chunk has an odd number of words, whose rows begin anywhere."""
+    *whole, dz, db = run(tmp_path, "stores", "", STORES)
+    assert whole == [["_vocab_dz_kernel", 16], ["_sum_splits_kernel", 16]]
+    assert (dz, db) == (["_vocab_dz_kernel", 4], ["_sum_splits_kernel", 2])

@@ -344,6 +344,23 @@ def test_gradients_split_along_the_rows_are_the_same_each_time(
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_gradients_of_rows_far_apart(device: torch.device) -> None:
+    """A step along the rows of x is 2³¹ elements; of its 4 GB only the rows are ever touched."""
+    apart = 2**25 + 16
+    x = torch.empty(64 * apart + 16, dtype=torch.float16, device=device).as_strided((65, 16), (apart, 1))
+    x.copy_(torch.randn(65, 16))
+    dy = torch.randn(65, 16, device=device).half()
+    assert torch.equal(products.product_dw([dy], x), products.product_dw([dy], x.contiguous()))
+
+
+@pytest.mark.parametrize(("T", "tiles", "parts"), [(16384, 144, 3), (16384, 256, 1), (1024, 144, 1), (8192, 36, 3)])
+def test_no_wave_of_programs_is_nearly_empty(T: int, tiles: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "processors", lambda device: 132)
+    found, length = products.split_rows(T, tiles, torch.device("cpu"))
+    assert found == parts
+    assert (parts - 1) * length < T <= parts * length
+
+
 @EPILOGUES
 def test_upstream_gradients_at_any_strides(operation: Operation, device: torch.device) -> None:
     given = inputs(20, 16, 24, torch.float32, device)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -128,6 +129,14 @@ def test_embed_gives_fp32_that_training_may_use(loaded: Any, checkpoint: Path) -
 def test_embed_refuses(loaded: Any, texts: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         xlmr.embed(*loaded, texts, **options)
+
+
+@pytest.mark.parametrize("cls", [xlmr.XLMRobertaModel, xlmr.XLMRobertaForMaskedLM])
+def test_embed_takes_a_wrapped_model(cls: Any, loaded: Any, checkpoint: Path) -> None:
+    model, adapters = cls.from_pretrained(checkpoint), peft.LoraConfig(target_modules=["query", "value"])
+    want = xlmr.embed(*loaded, TEXTS)
+    for wrapped in (torch.compile(model), peft.get_peft_model(model, adapters).eval()):
+        torch.testing.assert_close(xlmr.embed(wrapped, loaded[1], TEXTS), want, atol=1e-5, rtol=1e-5)
 
 
 def test_embed_refuses_what_is_no_model_and_one_with_dropout_on(loaded: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import integer
 from .checkpoint import to_device
-from .pretrained import XLMRobertaPreTrainedModel
+from .model import XLMRobertaModel
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")  # sentence-transformers' names
 BATCH_TOKENS = 8192
@@ -80,11 +80,18 @@ def check_pooling(pooling: str | Sequence[str]) -> tuple[str, ...]:
     return modes
 
 
-def check_model(model: Any) -> None:
-    """TypeError for what is no model of ours, ValueError for one whose answers are random."""
-    if not isinstance(model, XLMRobertaPreTrainedModel):
-        kind = type(model).__name__
-        raise TypeError(f"the model is a {kind}: one of xlmr's is needed, which xlmr.load and from_pretrained give")
+def base_of(model: Any) -> XLMRobertaModel:
+    """The base model in a model, also where peft or torch.compile has wrapped it; TypeError for what has none."""
+    base = model
+    while not isinstance(base, XLMRobertaModel):
+        base, outer = getattr(base, "base_model", None), base
+        if base is None or base is outer:
+            kind = type(model).__name__
+            raise TypeError(f"the model is a {kind}: one of xlmr's is needed, which xlmr.load and from_pretrained give")
+    return base
+
+
+def check_eval(model: Any) -> None:
     if model.training:
         raise ValueError("the model is in training mode, so dropout would change the result: call model.eval() first")
 

@@ -20,9 +20,10 @@ from .arguments import integer
 from .checkpoint import refuse_adapter
 from .encode import (
     at_least_fp32,
+    base_of,
     batches,
+    check_eval,
     check_length,
-    check_model,
     check_pooling,
     choose_device,
     first_logits,
@@ -261,7 +262,7 @@ class Encoder:
         return self.encode(texts, **options)
 
     def _check(self, output: str) -> None:
-        check_model(self.model)
+        check_eval(self.model)
         if output not in OUTPUTS:
             raise ValueError(f"output is {output!r}: allowed are {', '.join(map(repr, OUTPUTS))}")
 
@@ -448,8 +449,9 @@ def embed(
     """
     if isinstance(texts, str):
         raise ValueError("texts is a single string: pass a list of strings")
-    check_model(model)
-    encoder = Encoder(model.base_model, tokenizer, Recipe(pooling=check_pooling(pooling)))
+    base = base_of(model)
+    check_eval(base)
+    encoder = Encoder(base, tokenizer, Recipe(pooling=check_pooling(pooling)))
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": max_length, "normalize": normalize}
     return encoder.encode(texts, show_progress_bar=progress, output="torch", **options)
 

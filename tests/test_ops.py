@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from numerics import assert_accurate
 from reference import HEADS, TINY, B, S, build, double, inputs, keep, masks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xlmr
@@ -285,30 +283,6 @@ def test_resolve_and_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> No
         waiting(torch.tensor([[5, 6]]))
     with pytest.raises(ValueError, match="allowed are 'auto', 'eager', 'prepacked', 'triton'"):
         resolve("cuda", cpu)
-
-
-def test_chunks_share_a_weight_in_blocks() -> None:
-    """oneDNN lays a weight in blocks once for all chunks, and again for the next call: that weight may have changed."""
-    wide, narrow, x = nn.Linear(64, 96), nn.Linear(96, 64), torch.randn(1100, 64)
-
-    def operations(rows: Tensor) -> Tensor:
-        return EAGER.linear(EAGER.linear_act(rows, wide.weight, wide.bias), narrow.weight, narrow.bias)
-
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-    with torch.no_grad(), mock.patch.object(torch.ops.mkldnn, "_reorder_linear_weight", side_effect=reorder) as counted:
-        for calls in (2, 4):
-            torch.testing.assert_close(EAGER.in_chunks(operations, x), narrow(F.gelu(wide(x))), atol=1e-5, rtol=1e-5)
-            assert counted.call_count == calls
-            wide.weight.data.mul_(2.0)  # leaves no trace in the weight's version
-        EAGER.linear(x, wide.weight, wide.bias)
-        assert counted.call_count == 4  # a single product: oneDNN's own business
-        with pytest.raises(RuntimeError, match="shapes"):
-            EAGER.in_chunks(lambda rows: operations(rows) @ wide.weight, x)
-        EAGER.linear(x, narrow.weight.t(), None)
-        assert counted.call_count == 6
-    with torch.enable_grad():
-        EAGER.in_chunks(operations, x.requires_grad_()).sum().backward()
-    assert wide.weight.grad is not None
 
 
 @pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double precision")

@@ -5,7 +5,6 @@ T tokens (rows), N hidden units, H heads, D units a head, V words. A linear laye
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,9 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-ROWS = 512  # that a CPU takes at once where no row sees another, and that oneDNN lays weights in blocks for; measured
-# The weights that `in_chunks` multiplies chunk by chunk, in oneDNN's blocks; each also itself, so that its id stays its
-_BLOCKS: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("blocks", default=None)
+ROWS = 512  # that a CPU takes at once where no row sees another; measured
 
 
 def embed(
@@ -46,7 +43,7 @@ def embed(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, [T, in] → [T, out]."""
     if _large(x, weight) and onednn_takes(x, weight, bias):
-        return onednn_linear(x, _laid(weight), bias, "none")
+        return onednn_linear(x, weight, bias, "none")
     return F.linear(x, weight, bias)
 
 
@@ -55,7 +52,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "gelu"
     if act != "gelu":
         raise ValueError(f"linear_act fuses 'gelu' only, not {act!r}: apply that activation to linear's result")
     if _large(x, weight) and onednn_takes(x, weight, bias):
-        return onednn_linear(x, _laid(weight), bias, "gelu")
+        return onednn_linear(x, weight, bias, "gelu")
     return F.gelu(F.linear(x, weight, bias))
 
 
@@ -124,16 +121,12 @@ def dense_attention(
 
 def in_chunks(operations: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`operations`, a chain of position-wise ones, on the rows x [T, N]. On a CPU, without gradients, on so many at a
-    time that the widest temporary stays in cache instead of being fresh memory, each weight laid in blocks once for
-    all; else on all at once, as also where a graph is recorded, which would keep the number of chunks."""
+    time that the widest temporary stays in cache instead of being fresh memory; else on all at once, as also where a
+    graph is recorded, which would keep the number of chunks."""
     # The graph first: len would fix its number of rows.
     if _recorded() or len(x) <= ROWS or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
         return operations(x)
-    token = _BLOCKS.set({})
-    try:
-        return torch.cat([operations(chunk) for chunk in x.split(ROWS)])
-    finally:
-        _BLOCKS.reset(token)
+    return torch.cat([operations(chunk) for chunk in x.split(ROWS)])
 
 
 def add_layer_norm(
@@ -291,21 +284,6 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> T
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], "none")
 
 
-def in_blocks(weight: Tensor) -> Tensor:
-    """The weight in the order in which oneDNN multiplies it, which takes it a sixth of a long product in bf16."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
-
-
-def _laid(weight: Tensor) -> Tensor:
-    """The weight, within `in_chunks` in blocks that the next chunk finds again."""
-    blocks = _BLOCKS.get()
-    if blocks is None:
-        return weight
-    if id(weight) not in blocks:
-        blocks[id(weight)] = weight, in_blocks(weight)
-    return blocks[id(weight)][1]
-
-
 def onednn_takes(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether oneDNN's own linear may be used: the same numbers as F.linear, in fp32 at up to twice MKL's speed on a
     CPU, with GELU fused. It has no derivatives, ignores autocast and cannot be traced."""
@@ -334,7 +312,7 @@ def _recorded() -> bool:
 
 def _onednn_dtypes() -> frozenset[torch.dtype]:
     ops = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_reorder_linear_weight")):
+    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
         return frozenset()
     half = [
         (torch.bfloat16, getattr(ops, "_is_mkldnn_bf16_supported", None)),

@@ -14,13 +14,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import eager
 
 TINY = 2**19  # multiplications in fp32 that F.linear has done before oneDNN is called; measured
+ROWS = 512  # the number of rows that oneDNN is told to expect; measured: from 1 to 1,640 it makes no difference
 
 
 def unsupported(device: torch.device) -> str | None:
     """Why weights cannot be packed for `device`, in one clause, or None where they can."""
     if device.type not in ("cpu", "meta"):
         return f"weights are packed for a CPU, and the parameters are on {device.type!r}"
-    if not eager.ONEDNN_DTYPES:
+    if not (eager.ONEDNN_DTYPES and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return "this build of PyTorch has no oneDNN"
     return None
 
@@ -81,7 +82,7 @@ class PackedLinear:
         uses = self._packed.setdefault(weights[0], {})
         known, blocks, bias = uses.get(len(weights), (None, None, None))
         if known != stamps:
-            blocks = eager.in_blocks(_joined(weights))
+            blocks = torch.ops.mkldnn._reorder_linear_weight(_joined(weights).contiguous(), ROWS)
             bias = _joined(given) if given else None
             uses[len(weights)] = stamps, blocks, bias
         return blocks, bias

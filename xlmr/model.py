@@ -341,3 +341,8 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         causal = self.config.is_decoder
         x = self.encoder.rows(x, Pass(layout, causal, rows=None if causal else rows))
         return x[rows] if causal and rows is not None else x
+
+    def hand_to_new_layers(self) -> None:
+        """Gives the ops to layers that were put into the encoder after the model was built."""
+        if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in getattr(self.encoder, "layer", ())):
+            self._hand_down(self._ops, self._why)

@@ -134,11 +134,6 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
             elif isinstance(module, Block):
                 module.ops = ops
 
-    def hand_to_new_layers(self) -> None:
-        """Gives the ops to layers that were put into the encoder after the model was built."""
-        if any(isinstance(layer, Block) and layer.ops is not self.ops for layer in getattr(self.encoder, "layer", ())):
-            self._hand_down(self._ops, self._why)
-
     def _apply(self, fn: Any, recurse: bool = True) -> "XLMRobertaPreTrainedModel":
         super()._apply(fn, recurse)
         self._choose_path()

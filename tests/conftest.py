@@ -1,6 +1,5 @@
 """What every test starts from: no network, fixed seeds, a deterministic hypothesis, and one tiny checkpoint."""
 
-import functools
 import importlib.util
 import os
 
@@ -40,20 +39,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 collect_ignore = [] if HAS_TRITON else [f"test_{name}.py" for name in KERNEL_TESTS]
 
 if HAS_TRITON:
-    from triton.runtime import interpreter
+    import interpreter
 
     from xlmr import ops
 
     ops.triton()  # decorates the kernels, which reads the variable: some tests take it away, the first of a run perhaps
-    prepared = functools.cache(interpreter._patch_lang)
-
-    def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """What a kernel's launch has done to triton.language the interpreter does again at every call of a function
-        within it, which takes a third of the time. Once is enough: for the modules that only the function knows."""
-        prepared(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call_device_function
 
 
 def pytest_report_header() -> str:
@@ -163,13 +153,14 @@ def ordered_dot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums a step's products one after the other, then adds them to those of earlier steps: one order, as on a GPU.
     The interpreter's BLAS has another for every shape, and for some places in a tile."""
 
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def create_dot(self: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
-        total = np.zeros_like(acc.data)
-        for k in range(a.data.shape[1]):
-            total = total + a.data[:, k, None].astype(total.dtype) * b.data[k].astype(total.dtype)
-        return interpreter.TensorHandle(acc.data + total, acc.dtype.scalar)
+    def create_dot(self: Any, *operands: Any) -> Any:
+        a, b, acc = (interpreter.widened(self, operand).data for operand in operands[:3])
+        total = np.zeros_like(acc)
+        for k in range(a.shape[1]):
+            total = total + a[:, k, None].astype(total.dtype) * b[k].astype(total.dtype)
+        return TensorHandle(acc + total, operands[2].dtype.scalar)
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -154,7 +154,7 @@ def assert_gradients(given: dict[str, Any], dy: Tensor) -> None:
         assert_accurate(*triple)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "N"), [(0, 8), (1, 8), (37, 769), (101, 96)])
 def test_gradients(T: int, N: int, dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
     """Ids from few rows, so that some span many pieces, some share one and some are absent; padding among them."""

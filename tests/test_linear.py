@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from numerics import DOT_DTYPES, assert_accurate, bytes_kept, needs_gpu
+from numerics import DTYPES, assert_accurate, bytes_kept, needs_gpu
 from torch import Tensor
 
 from xlmr import eager
@@ -79,7 +79,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @OPERATIONS
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 96])
 @pytest.mark.parametrize("T", [0, 1, 37, 257])
 def test_accuracy(
@@ -90,7 +90,7 @@ def test_accuracy(
 
 
 @EPILOGUES
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "N", "K"), [(37, 3, 769), (37, 769, 24), (5, 1, 1), (4, 40, 0)])
 def test_any_width(
     T: int, N: int, K: int, dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None
@@ -101,7 +101,7 @@ def test_any_width(
 
 @EPILOGUES
 @pytest.mark.parametrize("descriptors", DESCRIPTORS)
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("BLOCK_M", "BLOCK_N"), [(64, 16), (128, 256)])
 def test_tiles(
     BLOCK_M: int,
@@ -150,7 +150,7 @@ def test_strided_rows(operation: Operation, device: torch.device) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "operation"), [(48, gelu), (48, qkv), (75, linear)])
 def test_a_row_does_not_know_its_neighbours(
     width: int, dtype: torch.dtype, operation: Operation, device: torch.device, ordered_dot: None
@@ -173,7 +173,7 @@ def test_a_row_does_not_know_its_neighbours(
 
 
 @pytest.mark.parametrize("descriptors", DESCRIPTORS)
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_and_descriptors_do_not_change_a_bit(
     dtype: torch.dtype, descriptors: bool, device: torch.device, path: Callable[..., None], ordered_dot: None
 ) -> None:
@@ -323,7 +323,7 @@ def upstream(operation: Operation, given: tuple[Tensor, ...]) -> Tensor:
 
 
 @OPERATIONS
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 8, 8), (1, 8, 9), (37, 24, 40), (150, 97, 17)])
 def test_gradients(
     T: int, N: int, K: int, dtype: torch.dtype, operation: Operation, device: torch.device, poisoned: None

@@ -222,7 +222,8 @@ def test_a_training_step(name: str, device: torch.device, poisoned: None) -> Non
     exact = dict(truth.named_parameters())
     scale = max(p.grad.abs().max().item() for p in exact.values())
     for (parameter, mine), theirs in zip(ours.named_parameters(), eager.parameters(), strict=True):
-        assert_accurate(mine.grad.cpu(), theirs.grad.cpu(), exact[parameter].grad, scale=scale)
+        # Factors of three TF32 products keep 22 bits, not 24: an ulp of theirs is four of fp32's.
+        assert_accurate(mine.grad.cpu(), theirs.grad.cpu(), exact[parameter].grad, scale=scale, ulps=16)
 
 
 def test_dropout_follows_the_seed(device: torch.device) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import DOT_DTYPES, assert_accurate, bytes_kept
+from numerics import DTYPES, assert_accurate, bytes_kept
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,7 +61,7 @@ def assert_best(ours: tuple[Tensor, Tensor], given: tuple[Tensor, ...], k: int, 
         assert set(words.flatten().tolist()) <= set(targets.tolist())
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("T", "N", "V", "k"),
     [(0, 96, 70, 5), (1, 769, 70, 5), (37, 8, 130, 1), (13, 96, 70, 5), (257, 96, 70, 1), (2, 8, 40, 40)],
@@ -71,7 +71,7 @@ def test_topk(T: int, N: int, V: int, k: int, dtype: torch.dtype, device: torch.
     assert_best(vocab_topk(*given, k), given, k)
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_topk_over_several_chunks_and_rounds(dtype: torch.dtype, device: torch.device, poisoned: None) -> None:
     """More words than a chunk, and more wanted than a program keeps; the best words stand in different chunks."""
     given = head(3, 8, 2 * CHUNK + 5, dtype, device)
@@ -157,7 +157,7 @@ def some_labels(T: int, V: int, device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "N", "V"), [(0, 8, 40), (1, 96, 70), (37, 8, 130), (3, 769, CHUNK + 5)])
 def test_cross_entropy_and_its_gradients(
     T: int, N: int, V: int, dtype: torch.dtype, settings: dict[str, Any], device: torch.device, poisoned: None
@@ -319,7 +319,7 @@ def test_cross_entropy_of_no_label_is_nan(device: torch.device, poisoned: None) 
         assert vocab_cross_entropy(*given, torch.full((T,), -100, device=device), reduction="sum") == 0
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_know_its_neighbours(dtype: torch.dtype, device: torch.device) -> None:
     """Bit for bit: alone, in any batch, at any place; few rows and many have tiles of their own."""
     T = 20 if device.type == "cpu" else 200

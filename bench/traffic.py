@@ -8,7 +8,8 @@ cache. PyTorch's own operations between two launches are not counted. Exit statu
   the ratio is for information: products read operands once a tile, and how many rows the gradients of the embedding's
   tables have, and how many partial sums, is up to the ids;
 - a kernel moves less than the minimum: then cost() is wrong;
-- a kernel touches memory outside its tensors, or is run by no case.
+- a kernel touches memory outside its tensors, or is run by no case;
+- two programs of a launch, which a GPU runs at once, meet at an element that one of them writes.
 
 The counts depend on shapes alone, never on the machine.
 """
@@ -71,6 +72,33 @@ class Row:
         return addresses[~inside]
 
 
+PROCESSORS = 3  # so that sums are split over several programs
+NOBODY, SEVERAL = -1, -2  # beside the numbers of programs
+
+
+class Storage:
+    """The memory behind tensors: which program of a launch has written, and which has read, each of its bytes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.start, self.size = storage.data_ptr(), storage.nbytes()
+        self.writers, self.readers = (np.full(self.size, NOBODY, np.int32) for _ in range(2))
+
+    def holds(self, addresses: np.ndarray) -> np.ndarray:
+        return (self.start <= addresses) & (addresses < self.start + self.size)
+
+    def meet(self, addresses: np.ndarray, program: int, writes: bool) -> bool:
+        """Notes that the program reads or writes there; returns whether another one does, and one of the two writes."""
+        places = (addresses - self.start).astype(np.int64)
+        writers, readers = self.writers[places], self.readers[places]
+        if writes:
+            self.writers[places] = program
+        else:
+            self.readers[places] = np.where((readers == NOBODY) | (readers == program), program, SEVERAL)
+        strangers = [(known != NOBODY) & (known != program) for known in (writers, readers)[: 1 + writes]]
+        return bool(np.logical_or.reduce(strangers).any())
+
+
 def extent(tensor: Tensor) -> int:
     """Elements from the first to the last of a strided tensor."""
     steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -95,42 +123,46 @@ class Traffic:
     def counting(self) -> Iterator[None]:
         """Counts the launches inside the block."""
         tables: list[Row] = []  # of the launch that is running
-        memory: list[tuple[int, int]] = []  # its tensors' storage: from, to
+        memory: list[Storage] = []  # behind its tensors
         run, load, store = (
             InterpretedFunction.run,
             InterpreterBuilder.create_masked_load,
             InterpreterBuilder.create_masked_store,
         )
 
-        def lanes(pointers: Any, mask: Any) -> int:
+        def lanes(builder: Any, pointers: Any, mask: Any, writes: bool) -> int:
             """Bytes at the lanes that are on, but for those of `tables`."""
             addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
-            if not np.logical_or.reduce([(start <= addresses) & (addresses < end) for start, end in memory]).all():
+            program = int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim))
+            places = [(storage, storage.holds(addresses)) for storage in memory]
+            if not np.logical_or.reduce([held for _, held in places]).all():
                 raise IndexError(f"{self.launches[-1]} touches memory outside its tensors")
+            if any(storage.meet(addresses[held], program, writes) for storage, held in places if held.any()):
+                raise RuntimeError(f"programs of {self.launches[-1]} meet at an element that one of them writes")
             for table in tables:
                 addresses = table.take(addresses)
             return addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
 
         def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-            self.loaded += lanes(pointers, mask)
+            self.loaded += lanes(builder, pointers, mask, False)
             return load(builder, pointers, mask, *rest, **named)
 
         def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-            self.stored += lanes(pointers, mask)
+            self.stored += lanes(builder, pointers, mask, True)
             return store(builder, pointers, value, mask, *rest, **named)
 
         def counted_run(kernel: Any, *arguments: Any, **named: Any) -> Any:
             self.launches.append(kernel.fn.__name__)
             found = [_tensor(value) for value in (*arguments, *named.values())]
             tensors = [tensor for tensor in found if tensor is not None]
-            storages = [tensor.untyped_storage() for tensor in tensors]
-            memory[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+            memory[:] = {tensor.untyped_storage().data_ptr(): Storage(tensor) for tensor in tensors}.values()
             tables[:] = [Row(tensor) for tensor in tensors if self._is_row(tensor)]
             result = run(kernel, *arguments, **named)
             self.once += sum(int(table.touched.sum()) * table.itemsize for table in tables)
             return result
 
         with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(_launch, "_processors", return_value=PROCESSORS))
             stack.enter_context(mock.patch.object(InterpretedFunction, "run", counted_run))
             stack.enter_context(mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load))
             stack.enter_context(mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store))

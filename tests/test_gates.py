@@ -107,6 +107,11 @@ def _copy_kernel(x, y):
 
 
 @triton.jit
+def _shift_kernel(x_ptr, FROM: tl.constexpr, STEP: tl.constexpr):
+    tl.store(x_ptr + tl.program_id(0) * STEP, tl.load(x_ptr + tl.program_id(0) + FROM))
+
+
+@triton.jit
 def _forgotten_kernel(x_ptr):
     tl.store(x_ptr, 0.0)
 
@@ -116,6 +121,10 @@ x, w = torch.zeros(5, 24), torch.zeros(24)
 
 def scale(reads, rows=5):
     _scale_kernel[(rows,)](x, w, torch.empty_like(x), N=24, BLOCK=32, READS=reads)
+
+
+def shift(start, step):
+    _shift_kernel[(4,)](x, FROM=start, STEP=step)
 
 
 def copy():
@@ -150,6 +159,9 @@ cases = [
     traffic.Case("overstated", functools.partial(interpreted.scale, 1), 5, 3 * matrix + row),
     traffic.Case("outside", functools.partial(interpreted.scale, 1, rows=6), 5, 2 * matrix + row),
     traffic.Case("descriptors", interpreted.copy, 5, 2 * matrix, True),
+    traffic.Case("in place", functools.partial(interpreted.shift, 0, 1), 5, 32),
+    traffic.Case("all into one", functools.partial(interpreted.shift, 5, 0), 5, 32),
+    traffic.Case("from the next", functools.partial(interpreted.shift, 1, 1), 5, 32),
 ]
 rows, problems = traffic.gate(cases, [interpreted])
 print(json.dumps({"rows": rows, "problems": problems}))
@@ -193,6 +205,8 @@ def test_traffic_gate_reports_what_is_planted(tmp_path: Path) -> None:
         "twice: moves 1.455 × its minimum, allowed is 1.15",
         "overstated: moves 0.688 × its minimum: cost() states too much",
         "outside: IndexError('_scale_kernel touches memory outside its tensors')",
+        "all into one: RuntimeError('programs of _shift_kernel meet at an element that one of them writes')",
+        "from the next: RuntimeError('programs of _shift_kernel meet at an element that one of them writes')",
         "not covered: interpreted._forgotten_kernel is launched by no case",
     ]
 

@@ -229,16 +229,19 @@ def gradients(
     return dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), dy), strict=True))
 
 
-def compare(operation: str, out: Any, twin: Any, exact: Any, *, scale: float | None = None) -> Check:
+def compare(
+    operation: str, out: Any, twin: Any, exact: Any, *, scale: float | None = None, dtype: torch.dtype | None = None
+) -> Check:
     """Of tensors or tuples of them; integers (the ids of a top-k, whose order ties leave open) are not compared. The
-    units in the last place are those of `scale`, by default the largest magnitude, at least 1."""
+    units in the last place are those of `scale`, by default the largest magnitude, at least 1, in `dtype`, by default
+    that of `out`."""
     pairs = [
         (o.double(), t.double(), e)
         for o, t, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (out, twin, exact)), strict=True)
         if o.is_floating_point() and o.numel()
     ]
     error, twin_error = (max(((pair[i] - pair[2]).abs().max().item() for pair in pairs), default=0.0) for i in (0, 1))
-    dtype = out[0].dtype if isinstance(out, tuple) else out.dtype
+    dtype = dtype or (out[0] if isinstance(out, tuple) else out).dtype
     if scale is None:
         scale = max(1.0, *(e.abs().max().item() for *_, e in pairs))
     return Check(operation, error, twin_error, torch.finfo(dtype).eps * scale)

@@ -49,7 +49,7 @@ def verify_gradients(model: XLMRobertaForMaskedLM, tokenizer: Any, texts: Sequen
         losses.append(loss.detach())
         found.append(torch.autograd.grad(loss, list(one.parameters())))
     scale = max(gradient.abs().max().item() for gradient in found[2])  # the least of them are rounding errors only
-    checks.append(compare("model, loss", *losses))
+    checks.append(compare("model, loss", *losses, dtype=model.dtype))  # an fp32 number, of hidden states in that dtype
     checks += [compare("model, gradients", *gradients, scale=scale) for gradients in zip(*found, strict=True)]
     return _verdicts(checks)
 

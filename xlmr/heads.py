@@ -14,7 +14,7 @@ from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
 from .inputs import Arguments, as_targets, check_positions, check_tensors, class_labels
 from .model import XLMRobertaModel
-from .ops import top_words
+from .ops import Ops, top_words
 from .outputs import (
     CausalLMOutput,
     MaskedLMOutput,
@@ -36,8 +36,20 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
     """Base class of the heads: the base model `roberta` below, and the one place that runs it."""
 
     accepts_loss_kwargs = False  # for transformers' Trainer: whether forward takes num_items_in_batch
-    roberta: XLMRobertaModel
+    has_pooler = False
     dropout: nn.Module
+
+    def __init__(
+        self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
+    ) -> None:
+        super().__init__(config, ops=ops, backend=backend, unpad=unpad)
+        self.add_head(config)  # first, as in the reference: the order of the parameters, and of their first values
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=self.has_pooler)
+        self.post_init()
+
+    def add_head(self, config: XLMRobertaConfig) -> None:
+        """Builds the modules that stand on the base model."""
+        raise NotImplementedError
 
     def encode(self, inputs: Arguments, **needs: Any) -> tuple[Encoded, dict[str, Any]]:
         """Runs the base model on `inputs`; `needs` as in XLMRobertaModel.encode. Returns the last layer's rows and the
@@ -110,12 +122,9 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
         "lm_head.decoder.bias": "lm_head.bias",
     }
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    def add_head(self, config: XLMRobertaConfig) -> None:
         with values_follow(LOADING.get()):  # the decoder is as large as the word embeddings, to which it is tied
             self.lm_head = XLMRobertaLMHead(config)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -223,10 +232,10 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
     generate = generate
     prepare_inputs_for_generation = prepare_inputs_for_generation
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
+    def add_head(self, config: XLMRobertaConfig) -> None:
         if not config.is_decoder:
             logger.warning("XLMRobertaForCausalLM sees the tokens that it predicts: set config.is_decoder=True")
-        super().__init__(config, **path)
+        super().add_head(config)
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -305,12 +314,9 @@ def classifier_dropout(config: XLMRobertaConfig) -> float:
 class XLMRobertaForSequenceClassification(XLMRobertaHead):
     """One class, several labels or one number a text; also every cross-encoder."""
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    def add_head(self, config: XLMRobertaConfig) -> None:
         self.num_labels = config.num_labels
         self.classifier = XLMRobertaClassificationHead(config)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.post_init()
 
     def forward(
         self,
@@ -359,13 +365,12 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
 class XLMRobertaForMultipleChoice(XLMRobertaHead):
     """Chooses one of C texts."""
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    has_pooler = True
+
+    def add_head(self, config: XLMRobertaConfig) -> None:
         as_classifiers = config.kind.choices_drop_as_classifiers
         self.dropout = nn.Dropout(classifier_dropout(config) if as_classifiers else config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, 1)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=True)
-        self.post_init()
 
     def forward(
         self,
@@ -400,13 +405,10 @@ class XLMRobertaForMultipleChoice(XLMRobertaHead):
 class XLMRobertaForTokenClassification(XLMRobertaHead):
     """A label for each token, such as named entities."""
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    def add_head(self, config: XLMRobertaConfig) -> None:
         self.num_labels = config.num_labels
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.post_init()
 
     def forward(
         self,
@@ -438,12 +440,9 @@ class XLMRobertaForTokenClassification(XLMRobertaHead):
 class XLMRobertaForQuestionAnswering(XLMRobertaHead):
     """Where an answer begins and ends in the text."""
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    def add_head(self, config: XLMRobertaConfig) -> None:
         self.num_labels = config.num_labels
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.post_init()
 
     def forward(
         self,

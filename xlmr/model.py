@@ -36,7 +36,7 @@ from .checkpoint import LOADING, values_follow
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
 from .inputs import Arguments, Inputs, Tables, check_packed
-from .ops import dense_attention
+from .ops import Ops, dense_attention
 from .outputs import BaseModelOutput
 from .pretrained import XLMRobertaPreTrainedModel
 from .varlen import Layout, Sequences, packed_positions, padded_places
@@ -225,8 +225,16 @@ class XLMRobertaPooler(Block):
 class XLMRobertaModel(XLMRobertaPreTrainedModel):
     """The encoder (or, with config.is_decoder, decoder) without a task head; arguments as in the reference."""
 
-    def __init__(self, config: XLMRobertaConfig, add_pooling_layer: bool = True, **path: Any):
-        super().__init__(config, **path)
+    def __init__(
+        self,
+        config: XLMRobertaConfig,
+        add_pooling_layer: bool = True,
+        *,
+        ops: Ops | None = None,
+        backend: str = "auto",
+        unpad: bool = True,
+    ) -> None:
+        super().__init__(config, ops=ops, backend=backend, unpad=unpad)
         with values_follow(LOADING.get()):
             self.embeddings = XLMRobertaEmbeddings(config)
             self.encoder = XLMRobertaEncoder(config)

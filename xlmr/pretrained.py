@@ -16,7 +16,7 @@ from . import checkpoint
 from .block import Block
 from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
-from .files import own_keywords, to_dtype
+from .files import own_keywords, refuse_unknown, to_dtype
 from .hub import Pushable, take_keywords
 from .ops import Ops, resolve
 from .outputs import ModelOutput
@@ -141,13 +141,7 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
 
     # Loading, saving, initialisation
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
-    ) -> Any:
-        """A model in eval mode from a checkpoint directory or hub name; see xlmr.checkpoint.load_model for the keywords
-        (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""
-        return checkpoint.load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+    from_pretrained = classmethod(checkpoint.from_pretrained)
 
     @classmethod
     def _from_config(
@@ -165,18 +159,27 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         *,
-        variant: str | None = None,
         push_to_hub: bool = False,
-        **kwargs: Any,
+        max_shard_size: int | str = "50GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **upload: Any,
     ) -> None:
-        """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model. Nothing where another process
-        is the main one. push_to_hub: uploads them besides; its keywords are taken, repo_id is by default the
-        directory's name."""
-        hub = take_keywords(kwargs, save_directory)
-        saving = {"state_dict": state_dict, "variant": variant, **own_keywords(kwargs)}
-        if is_main_process:
-            checkpoint.save_model(self, save_directory, **saving)
-        if is_main_process and push_to_hub:
+        """Writes config.json and the weights, atomically; xlmr.checkpoint.save_model says what the keywords mean.
+
+        is_main_process: nothing is written where this is False.  push_to_hub: the files are uploaded as well; `upload`
+        are its keywords, of which repo_id is by default the directory's name.
+        """
+        hub = take_keywords(upload, save_directory)
+        refuse_unknown("save_pretrained", upload)
+        if not is_main_process:
+            return
+        saving: dict[str, Any] = {
+            "state_dict": state_dict, "max_shard_size": max_shard_size, "safe_serialization": safe_serialization,
+            "variant": variant,
+        }  # fmt: skip
+        checkpoint.save_model(self, save_directory, **saving)
+        if push_to_hub:
             self.push_to_hub(**hub, **saving)
 
     def init_weights(self) -> None:

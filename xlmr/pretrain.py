@@ -471,7 +471,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `xlmr pretrain`; the summary goes to standard output."""
+    """Train a masked language model on text files, or go on training one."""
     recipe = Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
     summary = pretrain(
         args.texts,

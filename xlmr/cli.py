@@ -227,10 +227,10 @@ def _ner(args: argparse.Namespace) -> None:
 def _zero_shot(args: argparse.Namespace) -> None:
     """Say which of your own labels fits each text."""
     texts = _texts(args)
-    settings = {"hypothesis_template": args.template, "multi_label": args.multi_label}
+    settings = {"candidate_labels": args.labels, "hypothesis_template": args.template, "multi_label": args.multi_label}
     answers = [
         [{"label": label, "score": score} for label, score in zip(one["labels"], one["scores"], strict=True)]
-        for one in _pipeline("zero-shot-classification", args)(texts, args.labels, **settings)
+        for one in _pipeline("zero-shot-classification", args)(texts, **settings)
     ]
     _print_answers(args, texts, answers, _scored("label"))
 

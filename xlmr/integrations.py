@@ -196,49 +196,48 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _packed_class(model_type: str) -> type[nn.Module]:
     """The subclass of a host's encoder class whose forward packs."""
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
-
     host = _host_class(model_type)
+    facts = {"host_class": host, "__doc__": host.__doc__, "__module__": __name__}
+    forward = torch.compiler.disable(_Packing.forward)  # the lengths of a batch, read there, decide every shape
+    return type(f"Packed{host.__name__}", (_Packing, host), {"forward": forward, **facts})
 
-    def __new__(cls: Any, *args: Any, **kw: Any) -> Any:
-        encoder = nn.Module.__new__(cls)
+
+class _Packing:
+    """What a host's encoder class inherits besides, to become ours."""
+
+    host_class: type[nn.Module]
+    config: Any
+    every_position = False
+    backend: str | Ops = "auto"
+
+    def __new__(cls, *args: Any, **kw: Any) -> Any:
+        encoder = super().__new__(cls)
         _watch_heads()
-        _ours.add(encoder)
+        _ours.add(encoder)  # type: ignore[arg-type]
         return encoder
 
-    @torch.compiler.disable  # the lengths of a batch, read here, decide every shape
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kw: Any,
-    ) -> Any:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kw: Any) -> Any:
         view = None if _asks_more(self.config, args, kw) else _view(self, hidden_states.device)
         if view is None:
-            return host.forward(self, hidden_states, attention_mask, *args, **kw)
-        whole = self.every_position or EVERY_POSITION.get()
+            return self.host_class.forward(self, hidden_states, attention_mask, *args, **kw)
         labels = EXPANSION.get()
         if labels is not None and labels.shape != hidden_states.shape[:2]:
             labels = None  # of an encoder around this one
+        whole = self.every_position or EVERY_POSITION.get()
         state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole, labels=labels)
         states: list[Tensor] | None = [] if _asks("output_hidden_states", self.config, kw) else None
         state.collected = Collected(hidden_states=states)
         x = state.layout.pad(view.rows(state.layout.unpad(hidden_states), state))
-        return Output(last_hidden_state=x, hidden_states=None if states is None else _recorded(self, states))
+        return _host_output(x, None if states is None else _recorded(self, states))
 
-    def __getstate__(self: Any) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "view"}  # rebuilt where needed
 
-    members = {"__new__": __new__, "forward": forward, "__getstate__": __getstate__}
-    facts = {
-        "host_class": host,
-        "every_position": False,
-        "backend": "auto",
-        "__doc__": host.__doc__,
-        "__module__": __name__,
-    }
-    return type(f"Packed{host.__name__}", (host,), {**members, **facts})
+
+def _host_output(x: Tensor, states: tuple[Tensor, ...] | None) -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
 
 def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:

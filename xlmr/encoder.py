@@ -488,25 +488,21 @@ def load(
 
     recipe = read_recipe(find)
     folder = recipe.folder if recipe else ""
+    inside = {**source, "subfolder": folder}
     path = find("config.json", folder)
     if path is None:
-        refuse_adapter(name_or_dir, subfolder=folder, **source)
+        refuse_adapter(name_or_dir, **inside)
         raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, folder)}")
     config = read_json(path)
     check_architecture(config, name_or_dir)
-    cls = _model_class(config, recipe, pooling)
     lower_case = recipe is not None and recipe.lower_case
-    tokenizer = XLMRobertaTokenizer.from_pretrained(name_or_dir, subfolder=folder, do_lower_case=lower_case, **source)
+    tokenizer = XLMRobertaTokenizer.from_pretrained(name_or_dir, do_lower_case=lower_case, **inside)
     device = choose_device(device)
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "backend": for_inference(backend, device)}
-    if cls is XLMRobertaModel:
-        options["add_pooling_layer"] = False
-    model, info = cls.from_pretrained(name_or_dir, subfolder=folder, output_loading_info=True, **options, **source)
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"]))
-        raise ValueError(f"{name_or_dir} lacks weights of its {cls.__name__}: {missing}")
-    if cls is XLMRobertaForSequenceClassification:
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "backend": for_inference(backend, device)}
+    if _scores_pairs(config, recipe, pooling):
+        model = _load_whole(XLMRobertaForSequenceClassification, name_or_dir, **settings, **inside)
         return Encoder(model, tokenizer, recipe or Recipe(pooling=(), prompts={}))
+    model = _load_whole(XLMRobertaModel, name_or_dir, add_pooling_layer=False, **settings, **inside)
     heads = read_token_heads(find, model.config.hidden_size)
     recipe = recipe or _default_recipe(heads, pooling, name_or_dir)
     if pooling is not None:
@@ -514,13 +510,24 @@ def load(
     return Encoder(model, tokenizer, recipe, heads)
 
 
-def _model_class(config: dict[str, Any], recipe: Recipe | None, pooling: Any) -> Any:
-    """A cross-encoder's where modules.json, or else config.json, says so."""
+def _scores_pairs(config: dict[str, Any], recipe: Recipe | None, pooling: Any) -> bool:
+    """Whether the model is a cross-encoder: where no pooling is asked for, modules.json or else config.json says so."""
+    if pooling is not None:
+        return False
+    if recipe is not None:
+        return not recipe.pooling
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []
-    pairs = any(str(name).endswith("ForSequenceClassification") for name in named)
-    pairs = pooling is None and (not recipe.pooling if recipe else pairs)
-    return XLMRobertaForSequenceClassification if pairs else XLMRobertaModel
+    return any(str(name).endswith("ForSequenceClassification") for name in named)
+
+
+def _load_whole(cls: Any, name_or_dir: str | os.PathLike[str], **options: Any) -> Any:
+    """cls.from_pretrained; ValueError where the checkpoint lacks weights."""
+    model, info = cls.from_pretrained(name_or_dir, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ValueError(f"{name_or_dir} lacks weights of its {cls.__name__}: {missing}")
+    return model
 
 
 def _default_recipe(heads: TokenHeads, pooling: Any, where: Any) -> Recipe:

@@ -42,13 +42,7 @@ def check_config(config: Any, cls: type) -> None:
 
 
 class XLMRobertaPreTrainedModel(Block, Pushable):
-    """Base class of XLMRobertaModel and the heads.
-
-    backend: "auto" (resolved from the device of the parameters, again whenever they move), "eager", "prepacked" (eager
-    with packed weights, on a CPU: xlmr.prepacked) or "triton"; or give `ops`, any xlmr.ops.Ops, which then stays.
-    `model.ops` may be set at any moment. unpad: whether tokens whose mask is 0 are left out of the computation (their
-    outputs are zeros) where no answer depends on them.
-    """
+    """Base class of XLMRobertaModel and the heads."""
 
     config_class = XLMRobertaConfig
     base_model_prefix = "roberta"
@@ -61,6 +55,14 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
     def __init__(
         self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
     ) -> None:
+        """A model with first values; `from_pretrained` reads one.
+
+        backend: which path computes: "auto" (resolved from the device of the parameters, again whenever they move),
+            "eager", "prepacked" (eager with packed weights, on a CPU: xlmr.prepacked) or "triton".
+        ops: instead of a backend any xlmr.ops.Ops, which then stays; `model.ops` may also be set at any moment.
+        unpad: whether tokens whose mask is 0 are left out of the computation (their outputs are zeros) where no answer
+            depends on them.
+        """
         super().__init__()
         check_config(config, type(self))
         self.config = config

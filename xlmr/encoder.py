@@ -47,7 +47,7 @@ from .multi_vector import (
 )
 from .ops import for_inference
 from .pretrained import XLMRobertaPreTrainedModel
-from .sentence_directory import Dense, LayerNorm, Recipe, check_architecture, read_recipe, unit
+from .sentence_directory import Dense, LayerNorm, Recipe, check_architecture, l2_normalize, read_recipe
 from .tokenizer import XLMRobertaTokenizer
 
 logger = logging.getLogger(__name__)
@@ -299,14 +299,14 @@ class Encoder:
         if truncate_dim is not None and not 1 <= integer("truncate_dim", truncate_dim) <= self._width:
             raise ValueError(f"truncate_dim is {truncate_dim}: allowed are 1 to {self._width}, the size of a vector")
         steps = self.recipe.steps
-        if normalize is False and steps and steps[-1] is unit:
+        if normalize is False and steps and steps[-1] is l2_normalize:
             steps = steps[:-1]
 
         def finish(x: Tensor) -> Tensor:
             for step in steps:
                 x = step(x)
             x = x[:, : truncate_dim or self.dimension]
-            return unit(x) if normalize else x
+            return l2_normalize(x) if normalize else x
 
         return finish
 
@@ -533,7 +533,7 @@ def _load_whole(cls: Any, name_or_dir: str | os.PathLike[str], **options: Any) -
 def _default_recipe(heads: TokenHeads, pooling: Any, where: Any) -> Recipe:
     """Of a directory without modules.json: bge-m3's if it has its heads, else the mean, like sentence-transformers."""
     if heads.sparse is not None or heads.colbert is not None:
-        return Recipe(pooling=("cls",), steps=(unit,))
+        return Recipe(pooling=("cls",), steps=(l2_normalize,))
     if pooling is None:
         logger.warning("%s does not say how to pool (no modules.json): the mean is taken; load(…, pooling=…)", where)
     return Recipe()

@@ -29,7 +29,6 @@ from .varlen import Layout, plan
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # the label of a token that is not to be predicted
-NOTHING_TO_RETURN = "return_logits=False leaves nothing to return without labels: give labels"
 
 
 class XLMRobertaHead(XLMRobertaPreTrainedModel):
@@ -52,8 +51,8 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
         raise NotImplementedError
 
     def encode(self, inputs: Arguments, **needs: Any) -> tuple[Encoded, dict[str, Any]]:
-        """Runs the base model on `inputs`; `needs` as in XLMRobertaModel.encode. Returns the last layer's rows and the
-        fields that every output shares. A base model that is not plain is called instead."""
+        """Runs the base model on `inputs`, or calls it where it is not plain; `needs` as in XLMRobertaModel.encode.
+        Returns the last layer's rows, and the fields that every output shares."""
         encoded = self.roberta.encode(inputs, **needs) if plain(self.roberta) else self._called(inputs)
         return encoded, {name: encoded.fields.get(name) for name in ("hidden_states", "attentions")}
 
@@ -69,6 +68,13 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
     def dropped(self, x: Tensor) -> Tensor:
         """The head's own dropout, where it is one of torch's; else whatever stands in its place."""
         return F.dropout(x, rate(self.dropout)) if plain(self.dropout, nn.Dropout) else self.dropout(x)
+
+    def token_logits(self, classifier: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+        """`classifier` of every token, [T, N] → [B, S, labels]. One that is no linear layer (an LSTM, say) may mix
+        positions: it is called on the padded batch."""
+        if isinstance(classifier, nn.Linear):
+            return layout.pad(self.linear(classifier, x))
+        return classifier(layout.pad(x))
 
 
 class XLMRobertaLMHead(RowBlock):
@@ -141,6 +147,12 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
             bias = F.pad(bias, (0, size - len(bias)), value=fill)  # a negative padding cuts
             self.lm_head.bias = nn.Parameter(bias, requires_grad=self.lm_head.bias.requires_grad)
 
+    def checked_labels(self, labels: Tensor | None, inputs: Arguments, return_logits: bool) -> Tensor | None:
+        """The labels as int64 [B, S]; ValueError where they do not fit, or where no logits are wanted without them."""
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False leaves nothing to return without labels: give labels")
+        return class_labels(labels, inputs.shape, self.config.vocab_size)
+
     def outcome(
         self,
         encoded: Encoded,
@@ -149,8 +161,8 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
         items: int | Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Loss against labels [B, S] and logits [B, S, V], each where it is asked for. The loss is the mean cross
-        entropy, or with `items` the sum divided by it; beside logits it is computed from them, in `dtype`."""
+        """Loss (where there are `labels` [B, S]) and logits [B, S, V] (where wanted). The loss is the mean cross
+        entropy, or with `items` the sum divided by it; where there are logits it is computed from them, in `dtype`."""
         x, layout, head, ours = encoded.x, encoded.layout, self.lm_head, plain(self.lm_head)
         if labels is None:
             return None, head.padded(x, layout) if ours else head(layout.pad(x))
@@ -193,9 +205,7 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
         labelled rows alone, and logits is None."""
         asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross)
-        labels = class_labels(labels, inputs.shape, self.config.vocab_size)
-        if labels is None and not return_logits:
-            raise ValueError(NOTHING_TO_RETURN)
+        labels = self.checked_labels(labels, inputs, return_logits)
         ours, wanted = untouched(self.lm_head), None
         if ours and labels is not None and not (return_logits or torch.compiler.is_compiling()):
             wanted = functools.partial(labelled, labels)  # how many rows is unknown to a compiler
@@ -269,9 +279,7 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         inputs = Arguments(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross, *cached
         )
-        labels = class_labels(labels, inputs.shape, self.config.vocab_size)
-        if labels is None and not return_logits:
-            raise ValueError(NOTHING_TO_RETURN)
+        labels = self.checked_labels(labels, inputs, return_logits)
         following = None if labels is None else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         part = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
         if part and labels is not None:
@@ -334,11 +342,9 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
         """`labels` [B] (classes or numbers) or [B, num_labels] (several labels, or several numbers)."""
         asked = output_attentions, output_hidden_states
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
-        ours = untouched(self.classifier)
-        encoded, shared = self.encode(
-            inputs, wanted=Layout.first_rows if ours else None, reads_first=True, every_position=not ours
-        )
-        head = self.classifier
+        head, ours = self.classifier, untouched(self.classifier)
+        wanted = Layout.first_rows if ours else None
+        encoded, shared = self.encode(inputs, wanted=wanted, reads_first=True, every_position=not ours)
         logits = head.rows(encoded.first_rows()) if ours else head(encoded.layout.pad(encoded.x))
         loss = None if labels is None else self.loss(logits, labels)
         return self.returned(SequenceClassifierOutput(loss, logits, **shared), return_dict)
@@ -427,10 +433,9 @@ class XLMRobertaForTokenClassification(XLMRobertaHead):
         asked = output_attentions, output_hidden_states
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
         labels = class_labels(labels, inputs.shape, self.num_labels)
-        by_token = isinstance(self.classifier, nn.Linear)  # another classifier (an LSTM, say) may mix positions
-        encoded, shared = self.encode(inputs, labels=labels, every_position=not by_token)
-        x, layout = self.dropped(encoded.x), encoded.layout
-        logits = layout.pad(self.linear(self.classifier, x)) if by_token else self.classifier(layout.pad(x))
+        encoded, shared = self.encode(inputs, labels=labels, every_position=not isinstance(self.classifier, nn.Linear))
+        layout = encoded.layout
+        logits = self.token_logits(self.classifier, self.dropped(encoded.x), layout)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(layout.unpad(logits), layout.unpad(labels.to(logits.device)))
@@ -463,9 +468,7 @@ class XLMRobertaForQuestionAnswering(XLMRobertaHead):
         asked = output_attentions, output_hidden_states
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
         encoded, shared = self.encode(inputs, every_position=True)
-        x, layout = encoded.x, encoded.layout
-        plain_linear = isinstance(self.qa_outputs, nn.Linear)
-        logits = layout.pad(self.linear(self.qa_outputs, x)) if plain_linear else self.qa_outputs(layout.pad(x))
+        logits = self.token_logits(self.qa_outputs, encoded.x, encoded.layout)
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:

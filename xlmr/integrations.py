@@ -263,9 +263,10 @@ def _recorded(encoder: Any, states: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _expansion(config: Any, tokens: Any, mask: Any) -> Tensor | None:
-    """The tokens [B, S] as labels where one token that is no padding fills up the masked positions, as ColBERT's [MASK]
-    does a query, which it then reads; else, and where different tokens are masked, -100. Padding is 0 or 1 in the whole
-    family, whatever a configuration says. Nothing waits for the device."""
+    """Labels [B, S] at masked positions whose states the caller reads: ColBERT fills a query up with one token, [MASK],
+    masks it, and reads it. So the token, where one and the same that is no padding stands at masked positions; else,
+    and where these hold different tokens, -100. Padding is 0 or 1 in the whole family, whatever a configuration says.
+    Nothing waits for the device."""
     if not (isinstance(tokens, Tensor) and isinstance(mask, Tensor) and mask.shape == tokens.shape and mask.numel()):
         return None
     filled = (mask == 0) & (tokens > 1)

@@ -78,8 +78,9 @@ class XLMRobertaSelfAttention(AttentionBlock):
         return out.flatten(-2)
 
     def project(self, x: Tensor, source: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x (of its `rows`), keys and values of source: in one fused projection where they allow it. The
-        queries of all rows in one launch cost less than two launches more: they are a twelfth of a layer's products."""
+        """Queries of x (only of `rows`, where given), keys and values of `source`; in one fused projection where all
+        three layers are plain. That projects the queries of all rows, which costs less than two more launches: they
+        are a twelfth of a layer's products."""
         query, key, value = leaves = self.query, self.key, self.value
         if source is x and all(plain(leaf, nn.Linear) for leaf in leaves):
             q, k, v = self.ops.qkv_projection(x, *(m.weight for m in leaves), *(m.bias for m in leaves))
@@ -90,7 +91,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
     def attend_densely(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, batch: int, collected: Collected | None
     ) -> Tensor:
-        """What no kernel computes, by rule in plain PyTorch: a mask per query, and the attention weights themselves."""
+        """Attention in plain PyTorch, for what no kernel computes: a mask per query, or the attention weights."""
         q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
         out, weights = dense_attention(q, k, v, mask, self.scaling, rate(self.dropout))
         if (asked := self.collected_weights(collected)) is not None:
@@ -289,8 +290,8 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
 
     def encode(self, inputs: Arguments, *, wanted: Callable[[Layout], Tensor] | None = None, **needs: Any) -> Encoded:
         """The forward pass up to the last layer's rows; `needs` (reads_first, labels, every_position) go to
-        varlen.plan. `wanted` names the only rows (sorted int64 [R]) that the caller reads of the last layer: where
-        nothing else is to be seen, no other is computed there."""
+        varlen.plan. `wanted` gives the rows (sorted int64 [R]) that the caller reads of the last layer: where nobody
+        sees the others, they are not computed there."""
         if getattr(self.encoder, "checkpointing", None) is not None and self.training:
             inputs = inputs.without_cache()
         given = Inputs(self.config, self.tables, inputs)

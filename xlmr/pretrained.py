@@ -50,7 +50,7 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["XLMRobertaEmbeddings", "XLMRobertaLayer"]  # wrapped by FSDP
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
-    _keys_to_ignore_on_save = None  # what a Trainer that resumes asks for, where it misses the tied ones
+    _keys_to_ignore_on_save = None  # read by a Trainer that resumes and finds tied weights missing
 
     def __init__(
         self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
@@ -116,7 +116,7 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
                 module._unpad = unpad
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        """Taken, so that code written for transformers runs: attention is computed by `ops` whatever its name there."""
+        """For code written for transformers; only noted in the configuration, since `ops` computes attention here."""
         self.config._attn_implementation = attn_implementation
 
     def backend_report(self) -> str:
@@ -149,7 +149,7 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
     def _from_config(
         cls, config: XLMRobertaConfig, *, dtype: Any = None, torch_dtype: Any = None, **options: Any
     ) -> Any:
-        """A model with first values, in `dtype` or else that of the configuration, which is told of it: what
+        """A model with first values in `dtype`, by default the configuration's (which becomes `dtype`): what
         transformers' AutoModel.from_config calls."""
         dtype = next((given for given in (dtype, torch_dtype, config.dtype) if given is not None), None)
         config.dtype = None if dtype is None else to_dtype(dtype)

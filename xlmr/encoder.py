@@ -368,7 +368,7 @@ class Encoder:
 
 
 def chunks(texts: str | Iterable[str], name: str = "texts") -> Iterator[list[str]]:
-    """The texts in lists of thousands, of which no one holds many more characters than CHUNK_CHARACTERS.
+    """The texts in lists of up to CHUNK_TEXTS; a list ends with the text that brings it to CHUNK_CHARACTERS.
 
     A single string is one text. TypeError, with its place, for what is none.
     """
@@ -442,8 +442,10 @@ def embed(
 ) -> Tensor:
     """One vector per text: fp32 (fp64 for a float64 model) [len(texts), N], on the CPU, in the order of `texts`.
 
-    pooling: one of xlmr.encode.POOLINGS, see `pool` there; or several, whose vectors are joined. normalize: divide by
-    the Euclidean length. progress: a bar on standard error. The rest is as in `Encoder.encode`, which computes this.
+    pooling: one of xlmr.encode.POOLINGS, see `pool` there; or several, whose vectors are joined.
+    normalize: whether each vector is divided by its Euclidean length.
+    batch_tokens, max_length: as in `Encoder.encode`.  progress: a bar on standard error.
+
     Raises TypeError for what is no model of ours, ValueError for an unknown pooling, a wrong max_length, a single
     string, and a model in training mode, whose dropout is random.
     """
@@ -470,14 +472,19 @@ def load(
 ) -> Encoder:
     """An Encoder from a directory, or hub name, of sentence-transformers, FlagEmbedding or transformers.
 
-    pooling: modes of xlmr.encode.pool, instead of the directory's. A directory without modules.json is a cross-encoder
-    if its model is a ForSequenceClassification; a bge-m3 ("cls", normalised) if it has one's heads; else its vectors
-    are the mean, as in sentence-transformers, which a warning says. device: by default a GPU where there is one.
+    pooling: modes of xlmr.encode.pool, instead of the directory's.
+    dtype: "auto" is the checkpoint's.
+    device: by default a GPU where there is one.
     backend: "auto" is the kernels on a GPU and "prepacked" on a CPU: the linear layers' weights are in memory twice
-    (see xlmr.prepacked); "eager" keeps them once.
+        (see xlmr.prepacked); "eager" keeps them once.
+    revision, cache_dir, token, local_files_only: the hub's, see xlmr.files.resolve.
 
-    OSError: no such checkpoint, or files missing. ValueError: another architecture, modules and poolings unknown here,
-    parts that do not fit each other, missing weights, damaged or hostile files.
+    A directory without modules.json is a cross-encoder if its model is a ForSequenceClassification; a bge-m3 ("cls",
+    normalised) if it has bge-m3's heads; else its vectors are the mean, as in sentence-transformers, and a warning says
+    so.
+
+    Raises OSError where there is no such checkpoint, or a file is missing; ValueError for another architecture, unknown
+    modules and poolings, parts that do not fit each other, missing weights, damaged or hostile files.
     """
     source: dict[str, Any] = {
         "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,

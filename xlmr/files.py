@@ -81,7 +81,9 @@ def resolve(
     subfolder: str = "",
 ) -> Path | None:
     """The path of one file of a checkpoint, fetched if `name_or_dir` names a hub repository; None if it has none.
-    force_download: even if the hub's cache has it.
+
+    revision, cache_dir, token, local_files_only, force_download: as in huggingface_hub.hf_hub_download.  subfolder: of
+    the directory or repository.
 
     A directory always wins over a hub name. `filename` must be a bare name and `subfolder` a relative path without
     "..". Symbolic links are followed: the hub's cache is made of them. OSError if there is neither such a directory

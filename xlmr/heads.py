@@ -203,8 +203,10 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """`labels` [B, S], −100 where there is none. With return_logits=False only the loss is computed, from the
         labelled rows alone, and logits is None."""
-        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
-        inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross)
+        inputs = Arguments(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, encoder_hidden_states, encoder_attention_mask,
+        )  # fmt: skip
         labels = self.checked_labels(labels, inputs, return_logits)
         ours, wanted = untouched(self.lm_head), None
         if ours and labels is not None and not (return_logits or torch.compiler.is_compiling()):
@@ -274,11 +276,11 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         """The loss is that of predicting token s + 1 of `labels` [B, S] from the logits at s, in fp32: the mean, or
         with `num_items_in_batch` the sum divided by it. `logits_to_keep`: the last n positions, or the positions given;
         0 keeps all. With return_logits=False only the loss is computed, from the labelled rows, and logits is None."""
-        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
-        cached = past_key_values, use_cache if labels is None else False
+        use_cache = use_cache if labels is None else False
         inputs = Arguments(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross, *cached
-        )
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache,
+        )  # fmt: skip
         labels = self.checked_labels(labels, inputs, return_logits)
         following = None if labels is None else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         part = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -170,9 +170,11 @@ def attention_forward(
 
 
 class TrainerMixin:
-    """Lets transformers' Trainer save our models, which it does for its own alone: `class Mine(xlmr.TrainerMixin,
-    Trainer): pass`. What Mine saves has a config.json and tied weights once, and from_pretrained loads it. Without, it
-    has no config.json, and a head with tied weights is refused by safetensors. Other models are saved as ever."""
+    """Makes transformers' Trainer save our models whole: `class MyTrainer(xlmr.TrainerMixin, Trainer): pass`.
+
+    Trainer knows transformers' own classes only: of ours it saves no config.json, and fails where weights are tied.
+    What MyTrainer saves has a config.json, and tied weights once; other models it saves as Trainer does.
+    """
 
     model: Any
     args: Any
@@ -338,12 +340,23 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     beyond = encoder.config.is_decoder or _positions(encoder.config) != "absolute" or _rewritten(encoder.host_class)
     if beyond or any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in encoder.layer):
         return None
-    known = encoder.__dict__.get("view")
+    view: _View | None = encoder.__dict__.get("view")
     path = encoder.backend, device, *[module.scaling for module in modules if "scaling" in module.__dict__]
-    if known is None or known[1] != path or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
-        known = encoder.__dict__["view"] = _build(encoder, device), path, modules
-    view: XLMRobertaEncoder | None = known[0]
-    return None if every_module_is_hooked() or any(map(_hooked, modules[1:])) else view
+    if view is None or not view.is_of(modules, path):
+        view = encoder.__dict__["view"] = _View(_build(encoder, device), modules, path)
+    return None if every_module_is_hooked() or any(map(_hooked, modules[1:])) else view.blocks
+
+
+class _View(NamedTuple):
+    """Our blocks over a host's encoder (None where they cannot be), and what they were built of."""
+
+    blocks: XLMRobertaEncoder | None
+    modules: list[nn.Module]
+    path: tuple[Any, ...]
+
+    def is_of(self, modules: list[nn.Module], path: tuple[Any, ...]) -> bool:
+        same = len(self.modules) == len(modules) and not any(map(is_not, self.modules, modules))
+        return same and self.path == path
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -265,11 +265,10 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         cross attention, past_key_values and use_cache for decoding, of a decoder. TypeError, ValueError and IndexError
         for what does not fit: see xlmr.inputs.
         """
-        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
-        cached = past_key_values, use_cache
         inputs = Arguments(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross, *cached
-        )
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache,
+        )  # fmt: skip
         encoded = self.encode(inputs, reads_first=self.pooler is not None)
         pooled = None if self.pooler is None else self.pool(encoded)
         states = encoded.fields["hidden_states"]
@@ -288,19 +287,27 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             return self.pooler.rows(encoded.first_rows())
         return self.pooler(encoded.layout.pad(encoded.x))
 
-    def encode(self, inputs: Arguments, *, wanted: Callable[[Layout], Tensor] | None = None, **needs: Any) -> Encoded:
-        """The forward pass up to the last layer's rows; `needs` (reads_first, labels, every_position) go to
-        varlen.plan. `wanted` gives the rows (sorted int64 [R]) that the caller reads of the last layer: where nobody
-        sees the others, they are not computed there."""
+    def encode(
+        self,
+        inputs: Arguments,
+        *,
+        wanted: Callable[[Layout], Tensor] | None = None,
+        every_position: bool = False,
+        reads_first: bool = False,
+        labels: Tensor | None = None,
+    ) -> Encoded:
+        """The forward pass up to the last layer's rows; varlen.plan says what the last three arguments mean. `wanted`
+        gives the rows (sorted int64 [R]) that the caller reads of the last layer: where nobody sees the others, they
+        are not computed there."""
         if getattr(self.encoder, "checkpointing", None) is not None and self.training:
             inputs = inputs.without_cache()
         given = Inputs(self.config, self.tables, inputs)
         collected = given.collected()
         with COLLECTED.set(collected):
             ours = all(untouched(block) for block in (self.embeddings, self.encoder, self.pooler) if block is not None)
-            whole = EVERY_POSITION.get() or needs.pop("every_position", False) or not (self.unpad and ours)
+            whole = every_position or EVERY_POSITION.get() or not (self.unpad and ours)
             self.hand_to_new_layers()
-            state = given.begin(every_position=whole, **needs)
+            state = given.begin(every_position=whole, reads_first=reads_first, labels=labels)
             picks = ours and not state.causal and collected.nothing and state.layout.dense is None
             if picks and wanted is not None:
                 state.rows = wanted(state.layout)

@@ -85,9 +85,9 @@ class Sequences:
         """The `rows` rows of q, or of k and v, in blocks of at most `size`, none across sequences: the sequence of each
         of rows // size + B blocks, int32, and the number of the first block of each sequence, int32 [B].
 
-        A sequence's blocks follow one another; those that begin behind its rows are empty, and the last ones are.
-        Computed on the device once for all layers, in six launches; `rows` is q.shape[0] or k.shape[0], known on the
-        host. The keys of two sequences must not overlap.
+        A sequence's blocks follow one another. There may be more blocks than are needed: the last ones begin behind
+        the rows of the last sequence, and are empty. Computed on the device once for all layers, in six launches;
+        `rows` is q.shape[0] or k.shape[0], known on the host. The keys of two sequences must not overlap.
         """
         if (size, keys) not in self._blocks:
             lens = self.k_lens if keys else self.q_lens

@@ -209,7 +209,7 @@ def _grouped(found: list[dict[str, Any]], tokenizer: XLMRobertaTokenizer) -> lis
 
 
 def without_overlaps(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of entities that overlap, since several windows saw them, the longest, and of equally long ones the surest."""
+    """Several windows may have seen an entity: of those that overlap the longest, of equally long ones the surest."""
     kept: list[dict[str, Any]] = []
     for one in sorted(found, key=lambda one: one["start"]):
         if not kept or not kept[-1]["start"] <= one["start"] < kept[-1]["end"]:

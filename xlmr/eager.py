@@ -120,8 +120,8 @@ def dense_attention(
 
 
 def in_chunks(operations: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`operations`, a chain of position-wise ones, on the rows x [T, N]. On a CPU, without gradients, ROWS at a time: the
-    widest temporary stays in cache instead of being fresh memory. Else on all at once; so also where a graph is
+    """`operations`, a chain of position-wise ones, on the rows x [T, N]. On a CPU, without gradients, ROWS at a time:
+    the widest temporary then stays in cache, and is no fresh memory. Else on all at once; so also where a graph is
     recorded, which would keep the number of chunks."""
     # The graph first: len would fix its number of rows.
     if _recorded() or len(x) <= ROWS or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):

@@ -96,8 +96,8 @@ def colbert_score(query: Any, passage: Any) -> Tensor:
 def pair_scores(
     queries: Mapping[str, Any], passages: Mapping[str, Any], weights: Sequence[float]
 ) -> dict[str, list[float]]:
-    """The scores of n pairs of a query and a passage that a bge-m3 has encoded: by each kind of vector, and the means of
-    two and of all three. `weights`: of dense, sparse and ColBERT in these means."""
+    """The scores of n pairs of a query and a passage that a bge-m3 has encoded: by each kind of vector, and the means
+    of two and of all three. `weights`: of dense, sparse and ColBERT in these means."""
     if len(weights) != 3 or 0 in (weights[0] + weights[1], sum(weights)):
         raise ValueError(f"weights_for_different_modes is {weights}: three for dense, sparse and colbert are needed")
     w_dense, w_sparse, w_colbert = weights

@@ -138,8 +138,8 @@ class Pass:
     collected: Collected | None = None
 
     def kept(self, x: Tensor) -> Tensor:
-        """Adds the rows x, padded, to the hidden states where these were asked for, and returns x; then as read back
-        from there, so that a gradient of what the caller sees passes through."""
+        """Returns the rows x. Where hidden states were asked for, x is added to them, padded, and returned as read back
+        from there: so a gradient of what the caller sees passes through."""
         states = self.collected.hidden_states if self.collected else None
         if states is None:
             return x

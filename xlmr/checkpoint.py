@@ -2,8 +2,8 @@
 
 Loading maps the weight files into memory, builds the model on the meta device, checks names, shapes and dtypes of one
 against the other, and only then assigns: a parameter that needs no conversion is the mapped file itself. Of a class
-that is written elsewhere only our base model, and our LM head, are on the meta device: what else it builds keeps its
-first values where the files have none.
+that is written elsewhere only our base model, and our LM head, are on the meta device: what else it builds stays as it
+was initialised where the files have no values for it.
 """
 
 import contextlib

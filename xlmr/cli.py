@@ -67,10 +67,10 @@ COMPUTING = (
     argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)"),
     JSON,
 )
-CHECKPOINT = "checkpoint directory or hub name"
-MODEL = argument("--model", metavar="DIR|NAME", help=f"{CHECKPOINT} (default: the demo model)"), *COMPUTING
+SOURCE = "checkpoint directory or hub name"
+MODEL = argument("--model", metavar="DIR|NAME", help=f"{SOURCE} (default: the demo model)"), *COMPUTING
 TEXTS = argument("texts", nargs="*", default=[], metavar="TEXT", help="by default standard input, one text a line")
-TASK = TEXTS, argument("--model", metavar="DIR|NAME", required=True, help=CHECKPOINT), *COMPUTING  # needs a task head
+TASK = TEXTS, argument("--model", metavar="DIR|NAME", required=True, help=SOURCE), *COMPUTING  # needs a task head
 
 
 def main(argv: Sequence[str] | None = None) -> int:

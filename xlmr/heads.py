@@ -42,7 +42,7 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
         self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
     ) -> None:
         super().__init__(config, ops=ops, backend=backend, unpad=unpad)
-        self.add_head(config)  # first, as in the reference: the order of the parameters, and of their first values
+        self.add_head(config)  # first, as in the reference: the order of the parameters and of their initialisation
         self.roberta = XLMRobertaModel(config, add_pooling_layer=self.has_pooler)
         self.post_init()
 

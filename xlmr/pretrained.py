@@ -55,7 +55,7 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
     def __init__(
         self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
     ) -> None:
-        """A model with first values; `from_pretrained` reads one.
+        """A model with random weights; `from_pretrained` loads one.
 
         backend: which path computes: "auto" (resolved from the device of the parameters, again whenever they move),
             "eager", "prepacked" (eager with packed weights, on a CPU: xlmr.prepacked) or "triton".
@@ -149,7 +149,7 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
     def _from_config(
         cls, config: XLMRobertaConfig, *, dtype: Any = None, torch_dtype: Any = None, **options: Any
     ) -> Any:
-        """A model with first values in `dtype`, by default the configuration's (which becomes `dtype`): what
+        """A model with random weights in `dtype`, by default the configuration's (which becomes `dtype`): what
         transformers' AutoModel.from_config calls."""
         dtype = next((given for given in (dtype, torch_dtype, config.dtype) if given is not None), None)
         config.dtype = None if dtype is None else to_dtype(dtype)

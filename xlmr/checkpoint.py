@@ -29,8 +29,7 @@ from .weights import read_weights, write_weights
 logger = logging.getLogger(__name__)
 
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers too: neither library initialises it a second time
-# Set while from_pretrained builds a model: the values of its base model and LM head follow.
-LOADING: ContextVar[bool] = ContextVar("loading", default=False)
+_loading: ContextVar[bool] = ContextVar("loading", default=False)  # set while from_pretrained builds a model
 
 
 def from_pretrained(
@@ -129,23 +128,24 @@ def _renamed(weights: dict[str, Tensor], key_mapping: Mapping[str, str]) -> dict
 
 
 def _build(cls: Any, config: Any, *args: Any, **arguments: Any) -> Any:
-    """A `cls` without values. One that is written elsewhere may build anything: only our own modules in it are left
-    without."""
-    token = LOADING.set(True)
+    """A `cls` without values. One that is written elsewhere may build anything: there only our own modules, which call
+    `values_follow`, are without."""
+    token = _loading.set(True)
     try:
-        with values_follow(cls.__module__.startswith("xlmr.")):
+        with _without_values() if cls.__module__.startswith("xlmr.") else contextlib.nullcontext():
             return cls(config, *args, **arguments)
     finally:
-        LOADING.reset(token)
+        _loading.reset(token)
+
+
+def values_follow() -> contextlib.AbstractContextManager[None]:
+    """Modules built inside lie on the meta device while `from_pretrained` builds a model: their values follow."""
+    return _without_values() if _loading.get() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def values_follow(expected: bool) -> Iterator[None]:
-    """Modules built inside lie on the meta device if their values are `expected` from a checkpoint."""
-    with contextlib.ExitStack() as stack:
-        if expected:
-            stack.enter_context(torch.device("meta"))
-            stack.enter_context(_NoNormal())
+def _without_values() -> Iterator[None]:
+    with torch.device("meta"), _NoNormal():
         yield
 
 

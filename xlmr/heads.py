@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, untouched
-from .checkpoint import LOADING, values_follow
+from .checkpoint import values_follow
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
 from .inputs import Arguments, as_targets, check_positions, check_tensors, class_labels
@@ -129,7 +129,7 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
     }
 
     def add_head(self, config: XLMRobertaConfig) -> None:
-        with values_follow(LOADING.get()):  # the decoder is as large as the word embeddings, to which it is tied
+        with values_follow():  # the decoder is as large as the word embeddings, to which it is tied
             self.lm_head = XLMRobertaLMHead(config)
 
     def get_output_embeddings(self) -> nn.Module:

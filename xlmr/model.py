@@ -32,7 +32,7 @@ from .block import (
     untouched,
 )
 from .cache import KeyValueCache, extended
-from .checkpoint import LOADING, values_follow
+from .checkpoint import values_follow
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
 from .inputs import Arguments, Inputs, Tables, check_packed
@@ -236,7 +236,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         unpad: bool = True,
     ) -> None:
         super().__init__(config, ops=ops, backend=backend, unpad=unpad)
-        with values_follow(LOADING.get()):
+        with values_follow():
             self.embeddings = XLMRobertaEmbeddings(config)
             self.encoder = XLMRobertaEncoder(config)
             self.pooler: Any = XLMRobertaPooler(config) if add_pooling_layer else None

@@ -265,10 +265,10 @@ def _recorded(encoder: Any, states: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _expansion(config: Any, tokens: Any, mask: Any) -> Tensor | None:
-    """Labels [B, S] at masked positions whose states the caller reads: ColBERT fills a query up with one token, [MASK],
-    masks it, and reads it. So the token, where one and the same that is no padding stands at masked positions; else,
-    and where these hold different tokens, -100. Padding is 0 or 1 in the whole family, whatever a configuration says.
-    Nothing waits for the device."""
+    """Labels [B, S] by which masked positions are computed that the caller reads: ColBERT fills queries up with one
+    token, [MASK], masks it, and reads its states. The labels are that token where it stands under the mask, but -100
+    elsewhere, where it is padding, and where other tokens are masked too. Padding is 0 or 1 in the whole family,
+    whatever a configuration says. Nothing waits for the device."""
     if not (isinstance(tokens, Tensor) and isinstance(mask, Tensor) and mask.shape == tokens.shape and mask.numel()):
         return None
     filled = (mask == 0) & (tokens > 1)

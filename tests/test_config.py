@@ -1,5 +1,6 @@
 """XLMRobertaConfig against transformers' class: fields, files, labels, refusals."""
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -156,6 +157,13 @@ class OwnConfig(XLMRobertaConfig):
     def __init__(self, crf: bool = False, **rest: Any):
         super().__init__(**rest)
         self.crf = crf
+
+
+def test_help_shows_the_fields_that_may_be_given() -> None:
+    shown, own = inspect.signature(XLMRobertaConfig).parameters, inspect.signature(OwnConfig).parameters
+    assert shown["vocab_size"].default == 30522
+    assert [*shown][:2] == ["model_type", "vocab_size"]
+    assert [*own] == ["crf", "rest"]
 
 
 def test_overrides(tmp_path: Path) -> None:

@@ -318,3 +318,5 @@ def test_ops_are_swapped_in_one_line_and_invisible() -> None:
     assert ours.ops is EAGER
     assert "eager on cpu" in ours.backend_report()
     assert tree.XLMRobertaModel(ours.config, ops=ours.ops).backend_report() == "the ops given"
+    again = type(ours).from_pretrained(None, config=ours.config, state_dict=ours.state_dict(), ops=ours.ops)
+    assert again.backend_report() == "the ops given"

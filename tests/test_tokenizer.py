@@ -296,6 +296,7 @@ def test_targets_become_labels(ours: Any, theirs: Any, options: dict[str, Any]) 
         found, expected = (tokenizer(**call, padding=True, **options) for tokenizer in (ours, theirs))
         assert found.keys() == expected.keys()
         assert all(np.array_equal(found[key], expected[key]) for key in found)
+    assert {"text_target", "text_pair_target"} <= inspect.signature(ours).parameters.keys()  # for help()
 
 
 def test_transformers_collators_work(ours: Any) -> None:

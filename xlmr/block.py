@@ -138,8 +138,8 @@ class Pass:
     collected: Collected | None = None
 
     def kept(self, x: Tensor) -> Tensor:
-        """The rows x, which are added, padded, to the hidden states where these were asked for: the rows returned come
-        from there, so that gradients pass through what the caller sees."""
+        """Returns the rows x. Where hidden states were asked for, x is added to them, padded, and returned as read back
+        from there: so a gradient of what the caller sees passes through."""
         states = self.collected.hidden_states if self.collected else None
         if states is None:
             return x
@@ -196,7 +196,7 @@ class Block(nn.Module):
             BLOCKS.add(cls)
 
     def leaves_plain(self) -> bool:
-        """Whether what this block calls on rows may be so called; a leaf that needs [B, S] says no."""
+        """Whether this block's leaves may be called on rows; where one was replaced, the embeddings say no."""
         return True
 
     def linear(self, dense: Any, x: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def run_rows(block: Any, layout: Layout, *tensors: Tensor) -> Tensor:
 
 
 def run(block: Any, x: Tensor, state: Pass, positional: tuple[str, ...] = ()) -> Tensor:
-    """A block in which rows see each other, or whatever stands in its place, on rows [T, N]; `positional` are the
+    """A block in which rows see each other, or whatever stands in its place, on rows [T, N]. `positional`: the
     arguments that the reference gives it by position."""
     if plain(block):
         return block.rows(x, state)
@@ -310,7 +310,7 @@ def run(block: Any, x: Tensor, state: Pass, positional: tuple[str, ...] = ()) ->
 
 
 def run_again(block: Any, x: Tensor, state: Pass, positional: tuple[str, ...] = ()) -> Tensor:
-    """`run`, also where activation checkpointing repeats it in the backward pass: it collects as it did, elsewhere."""
+    """`run` for activation checkpointing, which repeats it in the backward pass: what is collected then is dropped."""
     if state.collected is None or COLLECTED.get() is state.collected:
         return run(block, x, state, positional)
     collected = state.collected.like()

@@ -2,8 +2,8 @@
 
 Loading maps the weight files into memory, builds the model on the meta device, checks names, shapes and dtypes of one
 against the other, and only then assigns: a parameter that needs no conversion is the mapped file itself. Of a class
-that is written elsewhere only our base model, and our LM head, are on the meta device: what else it builds keeps its
-first values where the files have none.
+that is written elsewhere only our base model, and our LM head, are on the meta device: what else it builds stays as it
+was initialised where the files have no values for it.
 """
 
 import contextlib
@@ -29,13 +29,12 @@ from .weights import read_weights, write_weights
 logger = logging.getLogger(__name__)
 
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers too: neither library initialises it a second time
-# Set while load_model builds a model: the values of its base model and LM head follow.
-LOADING: ContextVar[bool] = ContextVar("loading", default=False)
+_loading: ContextVar[bool] = ContextVar("loading", default=False)  # set while from_pretrained builds a model
 
 
-def load_model(
+def from_pretrained(
     cls: Any,
-    name_or_dir: str | os.PathLike[str] | None,
+    pretrained_model_name_or_path: str | os.PathLike[str] | None,
     *model_args: Any,
     config: Any = None,
     dtype: str | torch.dtype | None = "auto",
@@ -58,48 +57,46 @@ def load_model(
     output_loading_info: bool = False,
     **overrides: Any,
 ) -> Any:
-    """A model of class `cls`, in eval mode, from a checkpoint directory or hub name.
+    """A model in eval mode, from a checkpoint directory or a name on the Hugging Face hub.
 
-    model_args: positional arguments of the constructor of `cls`, after the configuration.  config: used instead of the
-    checkpoint's own (an object, which is copied, or a directory).  dtype: "auto" is the configuration's, else that of
-    the first weight; `torch_dtype` is its old name.  device: the CPU by default.  device_map: transformers' name for
-    it; "auto" is the first GPU, or else the CPU.  use_safetensors, variant: as weights.read_weights takes them.
-    key_mapping: regular expressions and what replaces them in the weights' names.  state_dict: weights that are copied
-    instead of any files being read; name_or_dir may be None then, if there is a config.  overrides: fields of the
-    configuration, or keywords of the constructor of `cls` (one written elsewhere may take any); those that
-    files.own_keywords drops are taken too.
+    Args:
+        model_args: positional arguments of the constructor, after the configuration.
+        config: a configuration (it is copied), or the directory of one, instead of the checkpoint's own.
+        dtype: "auto" is the configuration's, else that of the first weight. torch_dtype: its old name.
+        device: by default the CPU. device_map: transformers' name for it; "auto" is the first GPU, or else the CPU.
+        backend, unpad: as of the constructor, see XLMRobertaPreTrainedModel.
+        revision, cache_dir, token, local_files_only, force_download, subfolder: the hub's, see xlmr.files.resolve.
+        use_safetensors: whether safetensors alone are read, or pickles alone; None takes either.
+        variant: such as "fp16", which stands in the names of the weight files then.
+        key_mapping: regular expressions and what replaces them in the weights' names.
+        state_dict: weights, which are copied; no weight files are read. With a config the name may be None then.
+        ignore_mismatched_sizes: initialise weights of another shape, too.
+        output_loading_info: return (model, info) and log nothing; info is a dict of missing_keys, unexpected_keys,
+            mismatched_keys and error_msgs, as in transformers.
+        overrides: fields of the configuration, or keywords of the constructor (one written elsewhere may take any).
+            What only tells transformers how to load is passed over.
 
-    Parameters that the checkpoint lacks are initialised. They, weights of no use here and, with
-    `ignore_mismatched_sizes`, those of another shape are logged in one warning; `output_loading_info` makes the return
-    value (model, info) in its stead, where info has transformers' missing_keys, unexpected_keys, mismatched_keys and
-    error_msgs.
-
-    backend, unpad: as of the constructor, see XLMRobertaPreTrainedModel.  revision, cache_dir, token, local_files_only,
-    force_download, subfolder: the hub's, see files.resolve.
-
+    Parameters that the checkpoint lacks are initialised; one warning names them, and the weights of no use here.
     On the CPU a parameter in the checkpoint's dtype is the mapped file, copied on write: files may be replaced, but not
-    changed in place, while the model lives. OSError: no such checkpoint. RuntimeError: weights of another shape.
-    ValueError: damaged, hostile or quantised files, or less than half of the model. TypeError: an override that is no
-    field.
+    changed in place, while the model lives.
+
+    Raises OSError where there is no such checkpoint, RuntimeError for weights of another shape, ValueError for damaged,
+    hostile or quantised files and for less than half of the model, TypeError for an override that is no field.
     """
     source: dict[str, Any] = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "token": token,
-        "local_files_only": local_files_only,
-        "force_download": force_download,
-        "subfolder": subfolder,
-    }
+        "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+        "force_download": force_download, "subfolder": subfolder,
+    }  # fmt: skip
     place = place_on(device, device_map)
-    config, arguments = _configuration(cls, name_or_dir if config is None else config, source, own_keywords(overrides))
-    config.name_or_path = where = os.fspath(name_or_dir or "")
+    described = pretrained_model_name_or_path if config is None else config
+    config, arguments = _configuration(cls, described, source, own_keywords(overrides))
+    config.name_or_path = where = os.fspath(pretrained_model_name_or_path or "")
     if state_dict is None:
         refuse_adapter(where, **source)
         weights = read_weights(functools.partial(resolve, where, **source), where, use_safetensors, variant)
     else:
         weights = {name: weight.detach().clone() for name, weight in state_dict.items()}
-    for pattern, replacement in (key_mapping or {}).items():
-        weights = {re.sub(pattern, replacement, name): weight for name, weight in weights.items()}
+    weights = _renamed(weights, key_mapping or {})
     config.dtype = _choose_dtype(torch_dtype if dtype in (None, "auto") else dtype, config, weights)
     model = _build(cls, config, *model_args, **arguments)
     model.unpad = unpad
@@ -123,24 +120,32 @@ def refuse_adapter(where: str | os.PathLike[str], **source: Any) -> None:
         )
 
 
+def _renamed(weights: dict[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights, in whose names each pattern is replaced, one pattern after the other."""
+    for pattern, replacement in key_mapping.items():
+        weights = {re.sub(pattern, replacement, name): weight for name, weight in weights.items()}
+    return weights
+
+
 def _build(cls: Any, config: Any, *args: Any, **arguments: Any) -> Any:
-    """A `cls` without values. One that is written elsewhere may build anything: only what is ours in it waits for
-    them."""
-    token = LOADING.set(True)
+    """A `cls` without values. One that is written elsewhere may build anything: there only our own modules, which call
+    `values_follow`, are without."""
+    token = _loading.set(True)
     try:
-        with values_follow(cls.__module__.startswith("xlmr.")):
+        with _without_values() if cls.__module__.startswith("xlmr.") else contextlib.nullcontext():
             return cls(config, *args, **arguments)
     finally:
-        LOADING.reset(token)
+        _loading.reset(token)
+
+
+def values_follow() -> contextlib.AbstractContextManager[None]:
+    """Modules built inside lie on the meta device while `from_pretrained` builds a model: their values follow."""
+    return _without_values() if _loading.get() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def values_follow(expected: bool) -> Iterator[None]:
-    """Modules built inside lie on the meta device if their values are `expected` from a checkpoint."""
-    with contextlib.ExitStack() as stack:
-        if expected:
-            stack.enter_context(torch.device("meta"))
-            stack.enter_context(_NoNormal())
+def _without_values() -> Iterator[None]:
+    with torch.device("meta"), _NoNormal():
         yield
 
 
@@ -204,8 +209,7 @@ def _configuration(
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the weights are quantised ({method}), which is not read; use the checkpoint they came from")
-    theirs = not cls.__module__.startswith("xlmr.")
-    if theirs and any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):  # a class written elsewhere
         arguments |= unused
     for name in unused.keys() - arguments.keys():
         raise config.unknown_field(name)
@@ -219,11 +223,8 @@ def _choose_dtype(dtype: Any, config: Any, weights: Mapping[str, Tensor]) -> tor
 
 
 def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore_mismatched: bool) -> dict[str, Any]:
-    """Give every parameter and buffer of `model` its values, those on the meta device first ones where there are none;
-    returns what did not fit.
-
-    `weights` is emptied, so that each can be freed once it is converted.
-    """
+    """Gives the parameters and buffers of `model` their values in `weights`, and initialises those on the meta device
+    that have none there; returns what did not fit. `weights` is emptied: each can be freed once it is converted."""
     wanted = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     found, unexpected = _match(weights, wanted, model.base_model_prefix, model.config.kind.prefix)
     weights.clear()
@@ -241,17 +242,22 @@ def _assign(model: Any, weights: dict[str, Tensor], device: torch.device, ignore
         reason = f"it lacks {_listed(missing)}" + (f", and holds {_listed(unexpected, 3)}" if unexpected else "")
         raise ValueError(f"the checkpoint holds less than half of {type(model).__name__}: {reason}")
     _initialise(model, wanted.keys() - found.keys() - ties.keys(), device)
-    places: set[int] = set()
-    for name in list(found):
-        dtype = model.config.dtype if wanted[name].is_floating_point() else wanted[name].dtype
-        values = found.pop(name).to(device, dtype).contiguous()
-        if values.data_ptr() in places:  # a pickle may hold one storage twice
-            values = values.clone()
-        places.add(values.data_ptr())
-        _set(model, name, values)
+    _fill(model, found, wanted, device)
     for tied, source in ties.items():
         _set(model, tied, model.get_parameter(source))
     return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": []}
+
+
+def _fill(model: Any, found: dict[str, Tensor], wanted: Mapping[str, Tensor], device: torch.device) -> None:
+    """Puts each weight of `found`, which is emptied, on the device, in the dtype of the model, and into it."""
+    addresses: set[int] = set()
+    for name in list(found):
+        dtype = model.config.dtype if wanted[name].is_floating_point() else wanted[name].dtype
+        values = found.pop(name).to(device, dtype).contiguous()
+        if values.data_ptr() in addresses:  # a pickle may hold one storage twice
+            values = values.clone()
+        addresses.add(values.data_ptr())
+        _set(model, name, values)
 
 
 def _match(

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,12 +34,43 @@ from .pipelines.token_classification import STRATEGIES
 from .terminal import clean, print_json, print_table
 from .verify import Verdict, verify, verify_gradients
 
-Command = Callable[..., argparse.ArgumentParser]  # adds the parser of a command
-Parsers = tuple[argparse.ArgumentParser, ...]
 PIPE_CLOSED = 141  # what a shell reports after SIGPIPE
 PACKAGES = ("torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub", "transformers")
 SHOWN = 4  # numbers of a vector that a table shows
 VERIFIED = 6  # held-out sentences that `xlmr verify` computes by default
+
+Run = Callable[[argparse.Namespace], "int | None"]  # what a command does; returns the exit status, None for 0
+Add = Callable[[argparse.ArgumentParser], Any]  # adds arguments to the parser of a command
+Rows = Iterable[Sequence[Any]]  # of a table
+COMMANDS: dict[str, tuple[Run, tuple[Add, ...]]] = {}  # filled by the decorator `command`, in the order of this file
+
+
+def command(name: str, *arguments: Add) -> Callable[[Run], Run]:
+    """Makes the function below it a sub-command, with its docstring as the help."""
+
+    def register(run: Run) -> Run:
+        COMMANDS[name] = run, arguments
+        return run
+
+    return register
+
+
+def argument(*names: str, **settings: Any) -> Add:
+    """An argument of a command, as argparse's add_argument takes it."""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+JSON = argument("--json", action="store_true", help="write JSON, one object a line")
+COMPUTING = (
+    argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)"),
+    argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's)"),
+    argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)"),
+    JSON,
+)
+SOURCE = "checkpoint directory or hub name"
+MODEL = argument("--model", metavar="DIR|NAME", help=f"{SOURCE} (default: the demo model)"), *COMPUTING
+TEXTS = argument("texts", nargs="*", default=[], metavar="TEXT", help="by default standard input, one text a line")
+TASK = TEXTS, argument("--model", metavar="DIR|NAME", required=True, help=SOURCE), *COMPUTING  # needs a task head
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,207 +103,177 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     """That of the whole, and those of the commands by name."""
     parser = argparse.ArgumentParser(prog="xlmr", description="XLM-RoBERTa from the command line.")
     parser.add_argument("--version", action="version", version=f"xlmr {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], Any], about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (run, arguments) in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
         sub.set_defaults(run=run, command=name)
-        return sub
-
-    words, tasks, models = _of_words(command), _of_tasks(command), _of_models(command)
-    for sub in (*words, *tasks):
-        about = "by default standard input, one text a line"
-        sub.add_argument("texts", nargs="*", default=[], metavar="TEXT", help=about)
-    for sub in (*words, *tasks, *models):
-        _add_model(sub, required=sub in tasks)
-    _of_files(command)
-    return parser, commands.choices
+        for add in arguments:
+            add(sub)
+    return parser, subparsers.choices
 
 
-def _add_model(sub: argparse.ArgumentParser, required: bool) -> None:
-    """The options of every command that runs a model, `required` where the demo model, which has no task head, will not
-    do."""
-    about = "checkpoint directory or hub name" + ("" if required else " (default: the demo model)")
-    sub.add_argument("--model", metavar="DIR|NAME", required=required, help=about)
-    sub.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
-    sub.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's)")
-    sub.add_argument("--backend", choices=BACKENDS, default="auto", help="which path computes (default auto)")
-    sub.add_argument("--json", action="store_true", help="write JSON, one object a line")
+# What every model can do
 
 
-def _of_words(command: Command) -> Parsers:
-    """fill-mask and embed, which every model can do."""
-    fill = command("fill-mask", _fill_mask, "Fill each <mask> in the texts with the most probable words.")
-    fill.add_argument("--top-k", type=int, default=5, metavar="K", help="how many words to show (default 5)")
-    words = "let only this word, and others so given, compete"
-    fill.add_argument("--target", action="append", metavar="WORD", help=words)
-    vectors = command("embed", _embed, "Turn each text into a vector.")
-    pooling = "how the tokens' vectors become one (default: as the directory says, else their mean)"
-    vectors.add_argument("--pooling", choices=POOLINGS, help=pooling)
-    vectors.add_argument("--no-normalize", action="store_true", help="keep the lengths of the vectors")
-    limit = "truncate to N tokens (default: the model's limit)"
-    vectors.add_argument("--max-length", type=int, metavar="N", help=limit)
-    array = "write a NumPy array [texts, N] to this file instead"
-    vectors.add_argument("--output", type=Path, metavar="FILE", help=array)
-    return fill, vectors
-
-
-def _of_tasks(command: Command) -> Parsers:
-    """The commands on texts that need a task head."""
-    classify = command("classify", _classify, "Give each text its classes.")
-    classify.add_argument("--top-k", type=int, metavar="K", help="how many classes to show (default: all)")
-    entities = command("ner", _ner, "Find the named entities in each text.")
-    how = "how tokens become entities (default simple)"
-    entities.add_argument("--aggregation", choices=STRATEGIES, default="simple", help=how)
-    entities.add_argument("--stride", type=int, metavar="N", help="read long texts in windows that share N tokens")
-    zero = command("zero-shot", _zero_shot, "Say which of your own labels fits each text.")
-    zero.add_argument("--labels", required=True, metavar="A,B,…", help="the labels, with commas between them")
-    sentence = "the sentence that a label is put into (default %(default)r)"
-    zero.add_argument("--template", default="This example is {}.", help=sentence)
-    zero.add_argument("--multi-label", action="store_true", help="judge each label by itself")
-    answer = command("qa", _qa, "Answer a question from each text.")
-    answer.add_argument("question", metavar="QUESTION")
-    answer.add_argument("--top-k", type=int, default=1, metavar="K", help="how many answers to show (default 1)")
-    ranks = command("rerank", _rerank, "Order passages by how well they answer a query.")
-    ranks.add_argument("query", metavar="QUERY")
-    ranks.add_argument("--normalize", action="store_true", help="scores from 0 to 1, by a sigmoid")
-    return classify, entities, zero, answer, ranks
-
-
-def _of_models(command: Command) -> Parsers:
-    """The commands about a model itself."""
-    info = command("info", _info, "Show the environment, the device, and which path computes a model and why.")
-    show = command("demo", _demo, "Show a model at work: filled masks, nearest sentences across languages.")
-    about = "Compare each operation and the whole model with float64; exit 1 if one is wrong."
-    check = command("verify", _verify, about)
-    check.add_argument("--gradients", action="store_true", help="compare the gradients of a training step instead")
-    given = f"compute this text, and others so given (default: {VERIFIED} sentences held out from the demo model)"
-    check.add_argument("--text", action="append", metavar="TEXT", help=given)
-    return info, show, check
-
-
-def _of_files(command: Command) -> None:
-    """The commands that make a checkpoint."""
-    rewrite = command("convert", _convert, "Rewrite the weights of a checkpoint directory as safetensors.")
-    source = "checkpoint directory: .bin or safetensors, shards too"
-    rewrite.add_argument("source", type=Path, metavar="SRC", help=source)
-    rewrite.add_argument("target", type=Path, metavar="DST", help="directory to make; it must be empty if it exists")
-    rewrite.add_argument("--json", action="store_true", help="write JSON, one object a line")
-    training = command("pretrain", pretrain.main, "Train a masked language model on text files, or go on training one.")
-    pretrain.add_arguments(training)
-
-
+@command(
+    "fill-mask",
+    argument("--top-k", type=int, default=5, metavar="K", help="how many words to show (default 5)"),
+    argument("--target", action="append", metavar="WORD", help="let only this word, and others so given, compete"),
+    TEXTS,
+    *MODEL,
+)
 def _fill_mask(args: argparse.Namespace) -> None:
+    """Fill each <mask> in the texts with the most probable words."""
     texts = _texts(args)
     answers = _pipeline("fill-mask", args)(texts, top_k=args.top_k, targets=args.target)
-    for text, answer in zip(texts, answers if len(texts) > 1 else [answers], strict=True):
-        if args.json:
-            print_json({"text": text, "answers": answer})
-        else:
-            print(clean(text))
-            _print_answers(answer)
+    _print_answers(args, texts, answers if len(texts) > 1 else [answers], _by_mask)
 
 
-def _print_answers(answer: list[Any]) -> None:
+def _by_mask(answer: list[Any]) -> Iterator[Sequence[Any]]:
     masks = answer if isinstance(answer[0], list) else [answer]
-    print_table(
-        (f"mask {number}" if len(masks) > 1 and not rank else "", f"{a['score']:.4f}", a["token_str"], a["sequence"])
-        for number, row in enumerate(masks, 1)
-        for rank, a in enumerate(row)
-    )
+    for number, row in enumerate(masks, 1):
+        for rank, a in enumerate(row):
+            mask = f"mask {number}" if len(masks) > 1 and not rank else ""
+            yield mask, f"{a['score']:.4f}", a["token_str"], a["sequence"]
 
 
+@command(
+    "embed",
+    argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="how the tokens' vectors become one (default: as the directory says, else their mean)",
+    ),
+    argument("--no-normalize", action="store_true", help="keep the lengths of the vectors"),
+    argument("--max-length", type=int, metavar="N", help="truncate to N tokens (default: the model's limit)"),
+    argument("--output", type=Path, metavar="FILE", help="write a NumPy array [texts, N] to this file instead"),
+    TEXTS,
+    *MODEL,
+)
 def _embed(args: argparse.Namespace) -> None:
+    """Turn each text into a vector."""
     if args.output and args.output.is_dir():
         raise ValueError(f"--output {args.output} is a directory: give the name of a file")
     texts = _texts(args)
-    found = _encoder(args, pooling=args.pooling).encode(
+    vectors = _encoder(args, pooling=args.pooling).encode(
         texts,
         normalize=not args.no_normalize,
         max_length=args.max_length,
         show_progress_bar=sys.stderr is not None and sys.stderr.isatty(),
     )
     if args.output:
-        write_atomically(args.output.parent, {args.output.name: lambda path: _save_array(path, found)})
-        if args.json:
-            print_json({"path": str(args.output), "vectors": len(texts), "size": found.shape[1]})
-        else:
-            print(f"{args.output}: {len(texts)} vectors of {found.shape[1]} numbers", file=sys.stderr)
-    elif args.json:
-        for text, vector in zip(texts, found.tolist(), strict=True):
-            print_json({"text": text, "embedding": vector})
+        _write_vectors(args, vectors)
+        return
+    pairs = list(zip(texts, vectors, strict=True))
+    _print(
+        args,
+        ({"text": text, "embedding": vector.tolist()} for text, vector in pairs),
+        ((*(f"{x:+.4f}" for x in vector[:SHOWN]), f"… {len(vector)} numbers", text) for text, vector in pairs),
+    )
+
+
+def _write_vectors(args: argparse.Namespace, vectors: np.ndarray) -> None:
+    def save(path: Path) -> None:
+        with path.open("wb") as file:  # given a name instead, NumPy would append .npy to it
+            np.save(file, vectors)
+
+    write_atomically(args.output.parent, {args.output.name: save})
+    count, size = vectors.shape
+    if args.json:
+        print_json({"path": str(args.output), "vectors": count, "size": size})
     else:
-        print_table(
-            (*(f"{number:+.4f}" for number in vector[:SHOWN].tolist()), f"… {len(vector)} numbers", text)
-            for text, vector in zip(texts, found, strict=True)
-        )
+        print(f"{args.output}: {count} vectors of {size} numbers", file=sys.stderr)
 
 
-def _save_array(path: Path, vectors: np.ndarray) -> None:
-    with path.open("wb") as file:  # given a name instead, NumPy would append .npy to it
-        np.save(file, vectors)
+# What needs a task head
 
 
+@command(
+    "classify",
+    argument("--top-k", type=int, metavar="K", help="how many classes to show (default: all)"),
+    *TASK,
+)
 def _classify(args: argparse.Namespace) -> None:
+    """Give each text its classes."""
     texts = _texts(args)
-    _print_found(args, texts, _pipeline("text-classification", args)(texts, top_k=args.top_k), ("label",))
+    _print_answers(args, texts, _pipeline("text-classification", args)(texts, top_k=args.top_k), _scored("label"))
 
 
+@command(
+    "ner",
+    argument("--aggregation", choices=STRATEGIES, default="simple", help="how tokens become entities (default simple)"),
+    argument("--stride", type=int, metavar="N", help="read long texts in windows that share N tokens"),
+    *TASK,
+)
 def _ner(args: argparse.Namespace) -> None:
+    """Find the named entities in each text."""
     texts = _texts(args)
     options = {"aggregation_strategy": args.aggregation, "stride": args.stride}
     kind = "entity" if args.aggregation == "none" else "entity_group"
-    _print_found(args, texts, _pipeline("token-classification", args)(texts, **options), (kind, "word"))
+    _print_answers(args, texts, _pipeline("token-classification", args)(texts, **options), _scored(kind, "word"))
 
 
+@command(
+    "zero-shot",
+    argument("--labels", required=True, metavar="A,B,…", help="the labels, with commas between them"),
+    argument(
+        "--template",
+        default="This example is {}.",
+        help="the sentence that a label is put into (default %(default)r)",
+    ),
+    argument("--multi-label", action="store_true", help="judge each label by itself"),
+    *TASK,
+)
 def _zero_shot(args: argparse.Namespace) -> None:
+    """Say which of your own labels fits each text."""
     texts = _texts(args)
-    options = {
-        "candidate_labels": args.labels,
-        "hypothesis_template": args.template,
-        "multi_label": args.multi_label,
-    }
-    found = _pipeline("zero-shot-classification", args)(texts, **options)
-    rows = [
+    settings = {"candidate_labels": args.labels, "hypothesis_template": args.template, "multi_label": args.multi_label}
+    answers = [
         [{"label": label, "score": score} for label, score in zip(one["labels"], one["scores"], strict=True)]
-        for one in found
+        for one in _pipeline("zero-shot-classification", args)(texts, **settings)
     ]
-    _print_found(args, texts, rows, ("label",))
+    _print_answers(args, texts, answers, _scored("label"))
 
 
+@command(
+    "qa",
+    argument("question", metavar="QUESTION"),
+    argument("--top-k", type=int, default=1, metavar="K", help="how many answers to show (default 1)"),
+    *TASK,
+)
 def _qa(args: argparse.Namespace) -> None:
+    """Answer a question from each text."""
     texts = _texts(args)
     asked = [{"question": args.question, "context": text} for text in texts]
-    pipe = _pipeline("question-answering", args)
-    found = pipe(asked, top_k=args.top_k)
-    found = [found] if len(texts) == 1 else found
-    _print_found(args, texts, [[one] if isinstance(one, dict) else one for one in found], ("answer",))
+    found = _pipeline("question-answering", args)(asked, top_k=args.top_k)
+    answers = [found] if len(texts) == 1 else found
+    _print_answers(args, texts, [[one] if isinstance(one, dict) else one for one in answers], _scored("answer"))
 
 
+@command(
+    "rerank",
+    argument("query", metavar="QUERY"),
+    argument("--normalize", action="store_true", help="scores from 0 to 1, by a sigmoid"),
+    *TASK,
+)
 def _rerank(args: argparse.Namespace) -> None:
+    """Order passages by how well they answer a query."""
     texts = _texts(args)
     scores = _encoder(args).rerank(args.query, texts, normalize=args.normalize).tolist()
     ranked = sorted(zip(scores, texts, strict=True), key=lambda row: -row[0])
-    if args.json:
-        for score, text in ranked:
-            print_json({"text": text, "score": score})
-    else:
-        print_table((f"{score:.4f}", text) for score, text in ranked)
+    _print(
+        args,
+        ({"text": text, "score": score} for score, text in ranked),
+        ((f"{score:.4f}", text) for score, text in ranked),
+    )
 
 
-def _print_found(
-    args: argparse.Namespace, texts: list[str], found: list[list[dict[str, Any]]], shown: tuple[str, ...]
-) -> None:
-    """For each text its answers; of each answer a table has the score and the fields `shown`."""
-    for text, rows in zip(texts, found, strict=True):
-        if args.json:
-            print_json({"text": text, "answers": rows})
-        else:
-            print(clean(text))
-            print_table((f"{row['score']:.4f}", *(row[field] for field in shown)) for row in rows)
+# About a model itself
 
 
+@command("info", *MODEL)
 def _info(args: argparse.Namespace) -> None:
+    """Show the environment, the device, and which path computes a model and why."""
     model = _pipeline("feature-extraction", args).model
     facts: dict[str, Any] = {
         "xlmr": __version__,
@@ -289,10 +290,7 @@ def _info(args: argparse.Namespace) -> None:
         "longest text": model.config.max_length,
         "path": model.backend_report(),
     }
-    if args.json:
-        print_json(facts)
-    else:
-        print_table((name, _shown(value)) for name, value in facts.items())
+    _print(args, [facts], ((name, _shown(value)) for name, value in facts.items()))
 
 
 def _shown(fact: Any) -> str:
@@ -306,33 +304,10 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _verify(args: argparse.Namespace) -> int:
-    if args.backend == "auto" and unsupported(torch.device(args.device or "cpu")) is None:
-        args.backend = "triton"  # under the interpreter: "auto" would stay eager on a CPU, which needs no proof
-    pipe = _pipeline("fill-mask", args)
-    texts = args.text or [sentence.text for sentence in read(demo.HELD_OUT)[:VERIFIED]]
-    verdicts = (verify_gradients if args.gradients else verify)(pipe.model, pipe.tokenizer, texts)
-    if args.json:
-        for verdict in verdicts:
-            facts = {"bound": verdict.worst.bound, "calls": verdict.calls, "right": verdict.right}
-            print_json(asdict(verdict.worst) | facts)
-    else:
-        print(f"{pipe.model.backend_report()}; {str(pipe.model.dtype).removeprefix('torch.')}, {len(texts)} texts")
-        _print_verdicts(verdicts)
-    return 0 if all(verdict.right for verdict in verdicts) else 1
-
-
-def _print_verdicts(verdicts: list[Verdict]) -> None:
-    errors = ((v.worst.error, v.worst.twin_error, v.worst.bound) for v in verdicts)
-    rows = (
-        (v.operation, v.calls, *(f"{x:.1e}" for x in found), "" if v.right else "WRONG")
-        for v, found in zip(verdicts, errors, strict=True)
-    )
-    print_table([("operation", "calls", "error", "eager's error", "bound", ""), *rows])
-
-
+@command("demo", *MODEL)
 @torch.inference_mode()
 def _demo(args: argparse.Namespace) -> None:
+    """Show a model at work: filled masks, nearest sentences across languages."""
     started = time.perf_counter()
     sentences = read(demo.HELD_OUT)
     fill = _pipeline("fill-mask", args)
@@ -363,14 +338,59 @@ def _compare(fill: Pipeline, sentences: list[Sentence]) -> None:
     if why is None:
         model = copy.deepcopy(fill.model)
         model.set_backend("triton")
-        _print_verdicts(verify(model, fill.tokenizer, [sentence.text for sentence in sentences]))
+        print_table(_verdict_rows(verify(model, fill.tokenizer, [sentence.text for sentence in sentences])))
 
 
 def _share(rows: list[dict[str, Any]]) -> str:
     return f"{sum(row['right'] for row in rows)} of {len(rows)}"
 
 
+@command(
+    "verify",
+    argument("--gradients", action="store_true", help="compare the gradients of a training step instead"),
+    argument(
+        "--text",
+        action="append",
+        metavar="TEXT",
+        help=f"compute this text, and others so given (default: {VERIFIED} sentences held out from the demo model)",
+    ),
+    *MODEL,
+)
+def _verify(args: argparse.Namespace) -> int:
+    """Compare each operation and the whole model with float64; exit 1 if one is wrong."""
+    if args.backend == "auto" and unsupported(torch.device(args.device or "cpu")) is None:
+        args.backend = "triton"  # under the interpreter: "auto" would stay eager on a CPU, which needs no proof
+    pipe = _pipeline("fill-mask", args)
+    texts = args.text or [sentence.text for sentence in read(demo.HELD_OUT)[:VERIFIED]]
+    verdicts = (verify_gradients if args.gradients else verify)(pipe.model, pipe.tokenizer, texts)
+    if not args.json:
+        print(f"{pipe.model.backend_report()}; {str(pipe.model.dtype).removeprefix('torch.')}, {len(texts)} texts")
+    _print(args, map(_verdict_record, verdicts), _verdict_rows(verdicts))
+    return 0 if all(verdict.right for verdict in verdicts) else 1
+
+
+def _verdict_record(verdict: Verdict) -> dict[str, Any]:
+    return asdict(verdict.worst) | {"bound": verdict.worst.bound, "calls": verdict.calls, "right": verdict.right}
+
+
+def _verdict_rows(verdicts: list[Verdict]) -> Iterator[Sequence[Any]]:
+    yield "operation", "calls", "error", "eager's error", "bound", ""
+    for v in verdicts:
+        errors = (f"{x:.1e}" for x in (v.worst.error, v.worst.twin_error, v.worst.bound))
+        yield v.operation, v.calls, *errors, "" if v.right else "WRONG"
+
+
+# What makes a checkpoint
+
+
+@command(
+    "convert",
+    argument("source", type=Path, metavar="SRC", help="checkpoint directory: .bin or safetensors, shards too"),
+    argument("target", type=Path, metavar="DST", help="directory to make; it must be empty if it exists"),
+    JSON,
+)
 def _convert(args: argparse.Namespace) -> None:
+    """Rewrite the weights of a checkpoint directory as safetensors."""
     done = convert(args.source, args.target)
     for path in done.left_out:
         reason = "large, and no weights that xlmr reads" if path.is_file() else "no file"
@@ -379,6 +399,12 @@ def _convert(args: argparse.Namespace) -> None:
         print_json({"path": str(args.target), "weights": done.weights, "bytes": done.size})
     else:
         print(f"{args.target}: {done.weights} weights, {done.size:,} bytes")
+
+
+command("pretrain", pretrain.add_arguments)(pretrain.main)
+
+
+# What the commands share
 
 
 def _encoder(args: argparse.Namespace, **options: Any) -> Encoder:
@@ -402,3 +428,29 @@ def _texts(args: argparse.Namespace) -> list[str]:
     if not given:
         raise ValueError("there is no text: give texts as arguments, or one a line on standard input")
     return given.replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def _print(args: argparse.Namespace, records: Iterable[dict[str, Any]], table: Rows) -> None:
+    """The records where JSON is asked for, else the table."""
+    if args.json:
+        for record in records:
+            print_json(record)
+    else:
+        print_table(table)
+
+
+def _print_answers(
+    args: argparse.Namespace, texts: list[str], answers: list[Any], table: Callable[[Any], Rows]
+) -> None:
+    """Each text and its answer, of which `table` makes the rows that people see."""
+    for text, answer in zip(texts, answers, strict=True):
+        if args.json:
+            print_json({"text": text, "answers": answer})
+        else:
+            print(clean(text))
+            print_table(table(answer))
+
+
+def _scored(*fields: str) -> Callable[[list[dict[str, Any]]], Rows]:
+    """A table of answers: the score, and these fields."""
+    return lambda answers: ((f"{one['score']:.4f}", *(one[field] for field in fields)) for one in answers)

@@ -379,6 +379,17 @@ class XLMRobertaConfig(Pushable):
         return f"{type(self).__name__} {self.to_json_string()}"
 
 
+def _signature(cls: type[XLMRobertaConfig]) -> inspect.Signature:
+    """What help() and notebooks show of the constructor: the fields as keywords, and that others are taken."""
+    keyword, named = inspect.Parameter.KEYWORD_ONLY, [f for f in fields(cls) if not f.name.startswith("_")]
+    shown = [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in named]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return inspect.Signature([first, *shown, inspect.Parameter("values", inspect.Parameter.VAR_KEYWORD)])
+
+
+XLMRobertaConfig.__init__.__signature__ = _signature(XLMRobertaConfig)  # type: ignore[attr-defined]
+
+
 def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
     try:
         return copy.deepcopy(values)

@@ -120,9 +120,9 @@ def dense_attention(
 
 
 def in_chunks(operations: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`operations`, a chain of position-wise ones, on the rows x [T, N]. On a CPU, without gradients, on so many at a
-    time that the widest temporary stays in cache instead of being fresh memory; else on all at once, as also where a
-    graph is recorded, which would keep the number of chunks."""
+    """`operations`, a chain of position-wise ones, on the rows x [T, N]. On a CPU, without gradients, ROWS at a time:
+    the widest temporary then stays in cache, and is no fresh memory. Else on all at once; so also where a graph is
+    recorded, which would keep the number of chunks."""
     # The graph first: len would fix its number of rows.
     if _recorded() or len(x) <= ROWS or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
         return operations(x)

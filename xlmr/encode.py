@@ -1,4 +1,4 @@
-"""What texts become vectors and scores by: batches of so many tokens, longest first, packed; logits; poolings.
+"""From token ids to vectors and scores: packed batches of so many tokens, longest first; poolings; logits.
 
 Packing happens on the host, from the lengths the tokenizer gives, so no forward waits for the device.
 """
@@ -57,9 +57,9 @@ def batches(lengths: Sequence[int], batch_tokens: int, batch_size: int | None = 
 
 
 def tokens_at_once(batch_tokens: int | None, model: Any) -> int:
-    """`batch_tokens`, the tokens of a batch; by default 8,192, on a CPU at most so many that queries, keys and values
-    take 16 MiB together (3,640 at width 384 in fp32): what is larger than 32, glibc takes from the system anew each
-    time, page by page."""
+    """The tokens of a batch: `batch_tokens`, by default 8,192. On a CPU fewer where queries, keys and values would take
+    more than 16 MiB together (at width 384 in fp32 that are 3,640 tokens): glibc takes blocks above 32 MiB from the
+    system anew each time, page by page."""
     if batch_tokens is not None:
         return batch_tokens
     if model.device.type != "cpu":

@@ -47,7 +47,7 @@ from .multi_vector import (
 )
 from .ops import for_inference
 from .pretrained import XLMRobertaPreTrainedModel
-from .sentence_directory import Dense, LayerNorm, Recipe, check_architecture, read_recipe, unit
+from .sentence_directory import Dense, LayerNorm, Recipe, check_architecture, l2_normalize, read_recipe
 from .tokenizer import XLMRobertaTokenizer
 
 logger = logging.getLogger(__name__)
@@ -299,14 +299,14 @@ class Encoder:
         if truncate_dim is not None and not 1 <= integer("truncate_dim", truncate_dim) <= self._width:
             raise ValueError(f"truncate_dim is {truncate_dim}: allowed are 1 to {self._width}, the size of a vector")
         steps = self.recipe.steps
-        if normalize is False and steps and steps[-1] is unit:
+        if normalize is False and steps and steps[-1] is l2_normalize:
             steps = steps[:-1]
 
         def finish(x: Tensor) -> Tensor:
             for step in steps:
                 x = step(x)
             x = x[:, : truncate_dim or self.dimension]
-            return unit(x) if normalize else x
+            return l2_normalize(x) if normalize else x
 
         return finish
 
@@ -368,7 +368,7 @@ class Encoder:
 
 
 def chunks(texts: str | Iterable[str], name: str = "texts") -> Iterator[list[str]]:
-    """The texts in lists of thousands, of which no one holds many more characters than CHUNK_CHARACTERS.
+    """The texts in lists of up to CHUNK_TEXTS; a list ends with the text that brings it to CHUNK_CHARACTERS.
 
     A single string is one text. TypeError, with its place, for what is none.
     """
@@ -442,8 +442,10 @@ def embed(
 ) -> Tensor:
     """One vector per text: fp32 (fp64 for a float64 model) [len(texts), N], on the CPU, in the order of `texts`.
 
-    pooling: one of xlmr.encode.POOLINGS, see `pool` there; or several, whose vectors are joined. normalize: divide by
-    the Euclidean length. progress: a bar on standard error. The rest is as in `Encoder.encode`, which computes this.
+    pooling: one of xlmr.encode.POOLINGS, see `pool` there; or several, whose vectors are joined.
+    normalize: whether each vector is divided by its Euclidean length.
+    batch_tokens, max_length: as in `Encoder.encode`.  progress: a bar on standard error.
+
     Raises TypeError for what is no model of ours, ValueError for an unknown pooling, a wrong max_length, a single
     string, and a model in training mode, whose dropout is random.
     """
@@ -470,14 +472,19 @@ def load(
 ) -> Encoder:
     """An Encoder from a directory, or hub name, of sentence-transformers, FlagEmbedding or transformers.
 
-    pooling: modes of xlmr.encode.pool, instead of the directory's. A directory without modules.json is a cross-encoder
-    if its model is a ForSequenceClassification; a bge-m3 ("cls", normalised) if it has one's heads; else its vectors
-    are the mean, as in sentence-transformers, which a warning says. device: by default a GPU where there is one.
+    pooling: modes of xlmr.encode.pool, instead of the directory's.
+    dtype: "auto" is the checkpoint's.
+    device: by default a GPU where there is one.
     backend: "auto" is the kernels on a GPU and "prepacked" on a CPU: the linear layers' weights are in memory twice
-    (see xlmr.prepacked); "eager" keeps them once.
+        (see xlmr.prepacked); "eager" keeps them once.
+    revision, cache_dir, token, local_files_only: the hub's, see xlmr.files.resolve.
 
-    OSError: no such checkpoint, or files missing. ValueError: another architecture, modules and poolings unknown here,
-    parts that do not fit each other, missing weights, damaged or hostile files.
+    A directory without modules.json is a cross-encoder if its model is a ForSequenceClassification; a bge-m3 ("cls",
+    normalised) if it has bge-m3's heads; else its vectors are the mean, as in sentence-transformers, and a warning says
+    so.
+
+    Raises OSError where there is no such checkpoint, or a file is missing; ValueError for another architecture, unknown
+    modules and poolings, parts that do not fit each other, missing weights, damaged or hostile files.
     """
     source: dict[str, Any] = {
         "revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
@@ -488,25 +495,21 @@ def load(
 
     recipe = read_recipe(find)
     folder = recipe.folder if recipe else ""
+    inside = {**source, "subfolder": folder}
     path = find("config.json", folder)
     if path is None:
-        refuse_adapter(name_or_dir, subfolder=folder, **source)
+        refuse_adapter(name_or_dir, **inside)
         raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, folder)}")
     config = read_json(path)
     check_architecture(config, name_or_dir)
-    cls = _model_class(config, recipe, pooling)
     lower_case = recipe is not None and recipe.lower_case
-    tokenizer = XLMRobertaTokenizer.from_pretrained(name_or_dir, subfolder=folder, do_lower_case=lower_case, **source)
+    tokenizer = XLMRobertaTokenizer.from_pretrained(name_or_dir, do_lower_case=lower_case, **inside)
     device = choose_device(device)
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "backend": for_inference(backend, device)}
-    if cls is XLMRobertaModel:
-        options["add_pooling_layer"] = False
-    model, info = cls.from_pretrained(name_or_dir, subfolder=folder, output_loading_info=True, **options, **source)
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"]))
-        raise ValueError(f"{name_or_dir} lacks weights of its {cls.__name__}: {missing}")
-    if cls is XLMRobertaForSequenceClassification:
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "backend": for_inference(backend, device)}
+    if _scores_pairs(config, recipe, pooling):
+        model = _load_whole(XLMRobertaForSequenceClassification, name_or_dir, **settings, **inside)
         return Encoder(model, tokenizer, recipe or Recipe(pooling=(), prompts={}))
+    model = _load_whole(XLMRobertaModel, name_or_dir, add_pooling_layer=False, **settings, **inside)
     heads = read_token_heads(find, model.config.hidden_size)
     recipe = recipe or _default_recipe(heads, pooling, name_or_dir)
     if pooling is not None:
@@ -514,19 +517,30 @@ def load(
     return Encoder(model, tokenizer, recipe, heads)
 
 
-def _model_class(config: dict[str, Any], recipe: Recipe | None, pooling: Any) -> Any:
-    """A cross-encoder's where modules.json, or else config.json, says so."""
+def _scores_pairs(config: dict[str, Any], recipe: Recipe | None, pooling: Any) -> bool:
+    """Whether the model is a cross-encoder: where no pooling is asked for, modules.json or else config.json says so."""
+    if pooling is not None:
+        return False
+    if recipe is not None:
+        return not recipe.pooling
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []
-    pairs = any(str(name).endswith("ForSequenceClassification") for name in named)
-    pairs = pooling is None and (not recipe.pooling if recipe else pairs)
-    return XLMRobertaForSequenceClassification if pairs else XLMRobertaModel
+    return any(str(name).endswith("ForSequenceClassification") for name in named)
+
+
+def _load_whole(cls: Any, name_or_dir: str | os.PathLike[str], **options: Any) -> Any:
+    """cls.from_pretrained; ValueError where the checkpoint lacks weights."""
+    model, info = cls.from_pretrained(name_or_dir, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ValueError(f"{name_or_dir} lacks weights of its {cls.__name__}: {missing}")
+    return model
 
 
 def _default_recipe(heads: TokenHeads, pooling: Any, where: Any) -> Recipe:
     """Of a directory without modules.json: bge-m3's if it has its heads, else the mean, like sentence-transformers."""
     if heads.sparse is not None or heads.colbert is not None:
-        return Recipe(pooling=("cls",), steps=(unit,))
+        return Recipe(pooling=("cls",), steps=(l2_normalize,))
     if pooling is None:
         logger.warning("%s does not say how to pool (no modules.json): the mean is taken; load(…, pooling=…)", where)
     return Recipe()

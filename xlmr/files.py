@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Keywords of transformers' from_pretrained, save_pretrained, decode and pipeline: how it does it, which decides nothing
-# here, …
+# Keywords of transformers' from_pretrained, save_pretrained, decode and pipeline that say how it works, not what comes
+# out: they are passed over.
 WITHOUT_EFFECT = {
     "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "adapter_name", "allow_all_kernels",
     "attn_implementation", "disable_mmap", "experts_implementation", "finetuning_task", "fix_mistral_regex",
@@ -30,7 +30,7 @@ WITHOUT_EFFECT = {
     "save_original_format", "save_peft_format", "spaces_between_special_tokens", "tqdm_class", "trust_remote_code",
     "use_fast", "use_kernels", "use_safetensors", "use_source_tokenizer", "use_temp_dir", "verbose", "weights_only",
 }  # fmt: skip
-# … and what: allowed as nothing (None, False, {}) only, which is their default there.
+# Those that change what comes out, and are not offered here: allowed as None, False or {} only, their defaults there.
 NOT_OFFERED = {
     "adapter_kwargs", "device_mesh", "distributed_checkpoint", "distributed_config", "force_download", "from_flax",
     "from_tf", "fusion_config", "generation_config", "gguf_file", "kernel_config", "key_mapping", "proxies",
@@ -49,7 +49,7 @@ def to_dtype(value: Any) -> "torch.dtype":
 
 
 def own_keywords(given: dict[str, Any]) -> dict[str, Any]:
-    """`given` without the keywords of transformers that change nothing here; TypeError for those that would."""
+    """`given` without keywords that are transformers' alone; TypeError for one that would change what comes out."""
     for name in sorted(NOT_OFFERED & given.keys()):
         if given[name]:
             raise TypeError(f"{name} is {reprlib.repr(given[name])}: this is not offered here, leave it out")
@@ -81,7 +81,9 @@ def resolve(
     subfolder: str = "",
 ) -> Path | None:
     """The path of one file of a checkpoint, fetched if `name_or_dir` names a hub repository; None if it has none.
-    force_download: even if the hub's cache has it.
+
+    revision, cache_dir, token, local_files_only, force_download: as in huggingface_hub.hf_hub_download.  subfolder: of
+    the directory or repository.
 
     A directory always wins over a hub name. `filename` must be a bare name and `subfolder` a relative path without
     "..". Symbolic links are followed: the hub's cache is made of them. OSError if there is neither such a directory

@@ -45,34 +45,28 @@ def generate(
     and continuations [B, S + new].
 
     A text that has ended (`eos_token_id`, by default the config's) is filled with `pad_token_id`. Greedy unless
-    `do_sample`; then the `top_k` best words (0: all) compete, of these the fewest whose probabilities reach `top_p`.
+    `do_sample`; then the `top_k` best tokens (0: all) compete, of these the fewest whose probabilities reach `top_p`.
     Raises ValueError where config.is_decoder is not set, or where a text would outgrow the positions, and TypeError for
     lists in place of tensors, and for what only transformers' generate offers, such as beams.
     """
     check_neutral(others)
     check_tensors(input_ids=input_ids, attention_mask=attention_mask)
-    config = self.config
-    if not config.is_decoder:
-        raise ValueError("generate needs a decoder: this model's config.is_decoder is False")
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: generate takes [batch, at least one token]")
+    check_prompts(self.config, input_ids)
     if do_sample and not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: allowed are > 0, ≥ 0 and (0, 1]")
     if max_new_tokens is None:
         max_new_tokens = 20 if max_length is None else max_length - input_ids.shape[1]
     tables = self.roberta.tables
     check_length(tables, int((input_ids != tables.offset - 1).sum(1).max()) + max_new_tokens)
-    eos = config.eos_token_id if eos_token_id is None else eos_token_id
+    eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = torch.tensor([] if eos is None else eos, device=input_ids.device, dtype=input_ids.dtype).view(-1)
-    pad = config.pad_token_id if pad_token_id is None else pad_token_id
+    pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    cross = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
     cache = KeyValueCache() if use_cache else None
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for _ in range(max_new_tokens):
-        step = self.prepare_inputs_for_generation(
-            input_ids, cache, mask, use_cache, encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-        )  # fmt: skip
+        step = self.prepare_inputs_for_generation(input_ids, cache, mask, use_cache, **cross)
         scores = self(**step, logits_to_keep=1).logits[:, -1].float()
         token = _sample(scores, temperature, top_k, top_p, generator) if do_sample else scores.argmax(-1)
         token = token.masked_fill(done, pad)
@@ -91,6 +85,14 @@ def check_neutral(others: dict[str, Any]) -> None:
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
         if value is not None and value != NEUTRAL[name]:
             raise TypeError(f"{name} is {value!r}: only {NEUTRAL[name]!r} is offered, greedy search or sampling")
+
+
+def check_prompts(config: Any, input_ids: Tensor) -> None:
+    """ValueError unless the model decodes, and the prompts are [B, S] with a token at least."""
+    if not config.is_decoder:
+        raise ValueError("generate needs a decoder: this model's config.is_decoder is False")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: generate takes [batch, at least one token]")
 
 
 def prepare_inputs_for_generation(
@@ -117,9 +119,9 @@ def prepare_inputs_for_generation(
 
 
 def _sample(scores: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One word of each row of scores [B, V]."""
-    scores, words = (scores / temperature).topk(min(top_k or scores.shape[-1], scores.shape[-1]))
+    """One token for each row of scores [B, V]."""
+    scores, tokens = (scores / temperature).topk(min(top_k or scores.shape[-1], scores.shape[-1]))
     probabilities = scores.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of the better words: the best word always stays
+    before = probabilities.cumsum(-1) - probabilities  # mass of the better tokens: the best one always stays
     probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return words.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
+    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block import EVERY_POSITION, Block, Encoded, RowBlock, plain, plain_norm, rate, untouched
-from .checkpoint import LOADING, values_follow
+from .checkpoint import values_follow
 from .config import XLMRobertaConfig
 from .generation import generate, prepare_inputs_for_generation
 from .inputs import Arguments, as_targets, check_positions, check_tensors, class_labels
 from .model import XLMRobertaModel
-from .ops import top_words
+from .ops import Ops, top_words
 from .outputs import (
     CausalLMOutput,
     MaskedLMOutput,
@@ -29,19 +29,30 @@ from .varlen import Layout, plan
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # the label of a token that is not to be predicted
-NOTHING_TO_RETURN = "return_logits=False leaves nothing to return without labels: give labels"
 
 
 class XLMRobertaHead(XLMRobertaPreTrainedModel):
     """Base class of the heads: the base model `roberta` below, and the one place that runs it."""
 
     accepts_loss_kwargs = False  # for transformers' Trainer: whether forward takes num_items_in_batch
-    roberta: XLMRobertaModel
+    has_pooler = False
     dropout: nn.Module
 
+    def __init__(
+        self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
+    ) -> None:
+        super().__init__(config, ops=ops, backend=backend, unpad=unpad)
+        self.add_head(config)  # first, as in the reference: the order of the parameters and of their initialisation
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=self.has_pooler)
+        self.post_init()
+
+    def add_head(self, config: XLMRobertaConfig) -> None:
+        """Builds the modules that stand on the base model."""
+        raise NotImplementedError
+
     def encode(self, inputs: Arguments, **needs: Any) -> tuple[Encoded, dict[str, Any]]:
-        """Runs the base model on `inputs`; `needs` as in XLMRobertaModel.encode. Returns the last layer's rows and the
-        fields that every output shares. A base model that is not plain is called instead."""
+        """Runs the base model on `inputs`, or calls it where it is not plain; `needs` as in XLMRobertaModel.encode.
+        Returns the last layer's rows, and the fields that every output shares."""
         encoded = self.roberta.encode(inputs, **needs) if plain(self.roberta) else self._called(inputs)
         return encoded, {name: encoded.fields.get(name) for name in ("hidden_states", "attentions")}
 
@@ -57,6 +68,13 @@ class XLMRobertaHead(XLMRobertaPreTrainedModel):
     def dropped(self, x: Tensor) -> Tensor:
         """The head's own dropout, where it is one of torch's; else whatever stands in its place."""
         return F.dropout(x, rate(self.dropout)) if plain(self.dropout, nn.Dropout) else self.dropout(x)
+
+    def token_logits(self, classifier: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+        """`classifier` of every token, [T, N] → [B, S, labels]. One that is no linear layer (an LSTM, say) may mix
+        positions: it is called on the padded batch."""
+        if isinstance(classifier, nn.Linear):
+            return layout.pad(self.linear(classifier, x))
+        return classifier(layout.pad(x))
 
 
 class XLMRobertaLMHead(RowBlock):
@@ -110,12 +128,9 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
         "lm_head.decoder.bias": "lm_head.bias",
     }
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
-        with values_follow(LOADING.get()):  # the decoder is as large as the word embeddings, to which it is tied
+    def add_head(self, config: XLMRobertaConfig) -> None:
+        with values_follow():  # the decoder is as large as the word embeddings, to which it is tied
             self.lm_head = XLMRobertaLMHead(config)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -132,6 +147,12 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
             bias = F.pad(bias, (0, size - len(bias)), value=fill)  # a negative padding cuts
             self.lm_head.bias = nn.Parameter(bias, requires_grad=self.lm_head.bias.requires_grad)
 
+    def checked_labels(self, labels: Tensor | None, inputs: Arguments, return_logits: bool) -> Tensor | None:
+        """The labels as int64 [B, S]; ValueError where they do not fit, or where no logits are wanted without them."""
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False leaves nothing to return without labels: give labels")
+        return class_labels(labels, inputs.shape, self.config.vocab_size)
+
     def outcome(
         self,
         encoded: Encoded,
@@ -140,8 +161,8 @@ class XLMRobertaLanguageModel(XLMRobertaHead):
         items: int | Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Loss against labels [B, S] and logits [B, S, V], each where it is asked for. The loss is the mean cross
-        entropy, or with `items` the sum divided by it; beside logits it is computed from them, in `dtype`."""
+        """Loss (where there are `labels` [B, S]) and logits [B, S, V] (where wanted). The loss is the mean cross
+        entropy, or with `items` the sum divided by it; where there are logits it is computed from them, in `dtype`."""
         x, layout, head, ours = encoded.x, encoded.layout, self.lm_head, plain(self.lm_head)
         if labels is None:
             return None, head.padded(x, layout) if ours else head(layout.pad(x))
@@ -182,11 +203,11 @@ class XLMRobertaForMaskedLM(XLMRobertaLanguageModel):
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """`labels` [B, S], −100 where there is none. With return_logits=False only the loss is computed, from the
         labelled rows alone, and logits is None."""
-        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
-        inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross)
-        labels = class_labels(labels, inputs.shape, self.config.vocab_size)
-        if labels is None and not return_logits:
-            raise ValueError(NOTHING_TO_RETURN)
+        inputs = Arguments(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, encoder_hidden_states, encoder_attention_mask,
+        )  # fmt: skip
+        labels = self.checked_labels(labels, inputs, return_logits)
         ours, wanted = untouched(self.lm_head), None
         if ours and labels is not None and not (return_logits or torch.compiler.is_compiling()):
             wanted = functools.partial(labelled, labels)  # how many rows is unknown to a compiler
@@ -223,10 +244,10 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
     generate = generate
     prepare_inputs_for_generation = prepare_inputs_for_generation
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
+    def add_head(self, config: XLMRobertaConfig) -> None:
         if not config.is_decoder:
             logger.warning("XLMRobertaForCausalLM sees the tokens that it predicts: set config.is_decoder=True")
-        super().__init__(config, **path)
+        super().add_head(config)
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -255,14 +276,12 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         """The loss is that of predicting token s + 1 of `labels` [B, S] from the logits at s, in fp32: the mean, or
         with `num_items_in_batch` the sum divided by it. `logits_to_keep`: the last n positions, or the positions given;
         0 keeps all. With return_logits=False only the loss is computed, from the labelled rows, and logits is None."""
-        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
-        cached = past_key_values, use_cache if labels is None else False
+        use_cache = use_cache if labels is None else False
         inputs = Arguments(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross, *cached
-        )
-        labels = class_labels(labels, inputs.shape, self.config.vocab_size)
-        if labels is None and not return_logits:
-            raise ValueError(NOTHING_TO_RETURN)
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache,
+        )  # fmt: skip
+        labels = self.checked_labels(labels, inputs, return_logits)
         following = None if labels is None else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         part = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
         if part and labels is not None:
@@ -305,12 +324,9 @@ def classifier_dropout(config: XLMRobertaConfig) -> float:
 class XLMRobertaForSequenceClassification(XLMRobertaHead):
     """One class, several labels or one number a text; also every cross-encoder."""
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    def add_head(self, config: XLMRobertaConfig) -> None:
         self.num_labels = config.num_labels
         self.classifier = XLMRobertaClassificationHead(config)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.post_init()
 
     def forward(
         self,
@@ -328,11 +344,9 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
         """`labels` [B] (classes or numbers) or [B, num_labels] (several labels, or several numbers)."""
         asked = output_attentions, output_hidden_states
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
-        ours = untouched(self.classifier)
-        encoded, shared = self.encode(
-            inputs, wanted=Layout.first_rows if ours else None, reads_first=True, every_position=not ours
-        )
-        head = self.classifier
+        head, ours = self.classifier, untouched(self.classifier)
+        wanted = Layout.first_rows if ours else None
+        encoded, shared = self.encode(inputs, wanted=wanted, reads_first=True, every_position=not ours)
         logits = head.rows(encoded.first_rows()) if ours else head(encoded.layout.pad(encoded.x))
         loss = None if labels is None else self.loss(logits, labels)
         return self.returned(SequenceClassifierOutput(loss, logits, **shared), return_dict)
@@ -359,13 +373,12 @@ class XLMRobertaForSequenceClassification(XLMRobertaHead):
 class XLMRobertaForMultipleChoice(XLMRobertaHead):
     """Chooses one of C texts."""
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    has_pooler = True
+
+    def add_head(self, config: XLMRobertaConfig) -> None:
         as_classifiers = config.kind.choices_drop_as_classifiers
         self.dropout = nn.Dropout(classifier_dropout(config) if as_classifiers else config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, 1)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=True)
-        self.post_init()
 
     def forward(
         self,
@@ -400,13 +413,10 @@ class XLMRobertaForMultipleChoice(XLMRobertaHead):
 class XLMRobertaForTokenClassification(XLMRobertaHead):
     """A label for each token, such as named entities."""
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    def add_head(self, config: XLMRobertaConfig) -> None:
         self.num_labels = config.num_labels
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.post_init()
 
     def forward(
         self,
@@ -425,10 +435,9 @@ class XLMRobertaForTokenClassification(XLMRobertaHead):
         asked = output_attentions, output_hidden_states
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
         labels = class_labels(labels, inputs.shape, self.num_labels)
-        by_token = isinstance(self.classifier, nn.Linear)  # another classifier (an LSTM, say) may mix positions
-        encoded, shared = self.encode(inputs, labels=labels, every_position=not by_token)
-        x, layout = self.dropped(encoded.x), encoded.layout
-        logits = layout.pad(self.linear(self.classifier, x)) if by_token else self.classifier(layout.pad(x))
+        encoded, shared = self.encode(inputs, labels=labels, every_position=not isinstance(self.classifier, nn.Linear))
+        layout = encoded.layout
+        logits = self.token_logits(self.classifier, self.dropped(encoded.x), layout)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(layout.unpad(logits), layout.unpad(labels.to(logits.device)))
@@ -438,12 +447,9 @@ class XLMRobertaForTokenClassification(XLMRobertaHead):
 class XLMRobertaForQuestionAnswering(XLMRobertaHead):
     """Where an answer begins and ends in the text."""
 
-    def __init__(self, config: XLMRobertaConfig, **path: Any):
-        super().__init__(config, **path)
+    def add_head(self, config: XLMRobertaConfig) -> None:
         self.num_labels = config.num_labels
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.post_init()
 
     def forward(
         self,
@@ -464,9 +470,7 @@ class XLMRobertaForQuestionAnswering(XLMRobertaHead):
         asked = output_attentions, output_hidden_states
         inputs = Arguments(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked)
         encoded, shared = self.encode(inputs, every_position=True)
-        x, layout = encoded.x, encoded.layout
-        plain_linear = isinstance(self.qa_outputs, nn.Linear)
-        logits = layout.pad(self.linear(self.qa_outputs, x)) if plain_linear else self.qa_outputs(layout.pad(x))
+        logits = self.token_logits(self.qa_outputs, encoded.x, encoded.layout)
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -57,8 +57,8 @@ class Arguments(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """How many rows the embedding tables have now, and the position of the first token: the configuration may have been
-    changed since the model was built, which in the reference moves no position either."""
+    """How many rows the embedding tables have, and the position of the first token: the modules tell, for as in the
+    reference a configuration that is changed after the model was built changes neither."""
 
     words: int
     positions: int
@@ -179,9 +179,9 @@ def positions_and_types(
     position_ids: Tensor | None,
     past: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Positions and token types of a batch, [B, S] each, checked. By default types are 0 and positions offset,
-    offset + 1, … (tables.offset), whatever the attention mask; pad tokens among the ids are skipped and have
-    the position before the first, except in a model that counts them: there offset − 1 is −1, the id of no token."""
+    """Positions and token types of a batch, [B, S] each, checked. By default types are 0, and positions count up from
+    tables.offset, whatever the attention mask. Pad tokens among the ids are skipped: their position is the one before
+    the first. (A model of offset 0 counts them like any token: −1 is the id of none.)"""
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
     shape, device, pad = given.shape[:2], given.device, tables.offset - 1

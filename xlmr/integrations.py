@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -170,9 +170,11 @@ def attention_forward(
 
 
 class TrainerMixin:
-    """Lets transformers' Trainer save our models, which it does for its own alone: `class Mine(xlmr.TrainerMixin,
-    Trainer): pass`. What Mine saves has a config.json and tied weights once, and from_pretrained loads it. Without, it
-    has no config.json, and a head with tied weights is refused by safetensors. Other models are saved as ever."""
+    """Makes transformers' Trainer save our models whole: `class MyTrainer(xlmr.TrainerMixin, Trainer): pass`.
+
+    Trainer knows transformers' own classes only: of ours it saves no config.json, and fails where weights are tied.
+    What MyTrainer saves has a config.json, and tied weights once; other models it saves as Trainer does.
+    """
 
     model: Any
     args: Any
@@ -196,49 +198,48 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _packed_class(model_type: str) -> type[nn.Module]:
     """The subclass of a host's encoder class whose forward packs."""
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
-
     host = _host_class(model_type)
+    facts = {"host_class": host, "__doc__": host.__doc__, "__module__": __name__}
+    forward = torch.compiler.disable(_Packing.forward)  # the lengths of a batch, read there, decide every shape
+    return type(f"Packed{host.__name__}", (_Packing, host), {"forward": forward, **facts})
 
-    def __new__(cls: Any, *args: Any, **kw: Any) -> Any:
-        encoder = nn.Module.__new__(cls)
+
+class _Packing:
+    """What a host's encoder class inherits besides, to become ours."""
+
+    host_class: type[nn.Module]
+    config: Any
+    every_position = False
+    backend: str | Ops = "auto"
+
+    def __new__(cls, *args: Any, **kw: Any) -> Any:
+        encoder = super().__new__(cls)
         _watch_heads()
-        _ours.add(encoder)
+        _ours.add(encoder)  # type: ignore[arg-type]
         return encoder
 
-    @torch.compiler.disable  # the lengths of a batch, read here, decide every shape
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kw: Any,
-    ) -> Any:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kw: Any) -> Any:
         view = None if _asks_more(self.config, args, kw) else _view(self, hidden_states.device)
         if view is None:
-            return host.forward(self, hidden_states, attention_mask, *args, **kw)
-        whole = self.every_position or EVERY_POSITION.get()
+            return self.host_class.forward(self, hidden_states, attention_mask, *args, **kw)
         labels = EXPANSION.get()
         if labels is not None and labels.shape != hidden_states.shape[:2]:
             labels = None  # of an encoder around this one
+        whole = self.every_position or EVERY_POSITION.get()
         state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole, labels=labels)
         states: list[Tensor] | None = [] if _asks("output_hidden_states", self.config, kw) else None
         state.collected = Collected(hidden_states=states)
         x = state.layout.pad(view.rows(state.layout.unpad(hidden_states), state))
-        return Output(last_hidden_state=x, hidden_states=None if states is None else _recorded(self, states))
+        return _host_output(x, None if states is None else _recorded(self, states))
 
-    def __getstate__(self: Any) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "view"}  # rebuilt where needed
 
-    members = {"__new__": __new__, "forward": forward, "__getstate__": __getstate__}
-    facts = {
-        "host_class": host,
-        "every_position": False,
-        "backend": "auto",
-        "__doc__": host.__doc__,
-        "__module__": __name__,
-    }
-    return type(f"Packed{host.__name__}", (host,), {**members, **facts})
+
+def _host_output(x: Tensor, states: tuple[Tensor, ...] | None) -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
 
 def _asks_more(config: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
@@ -264,9 +265,10 @@ def _recorded(encoder: Any, states: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _expansion(config: Any, tokens: Any, mask: Any) -> Tensor | None:
-    """The tokens [B, S] as labels where one token that is no padding fills up the masked positions, as ColBERT's [MASK]
-    does a query, which it then reads; else, and where different tokens are masked, -100. Padding is 0 or 1 in the whole
-    family, whatever a configuration says. Nothing waits for the device."""
+    """Labels [B, S] by which masked positions are computed that the caller reads: ColBERT fills queries up with one
+    token, [MASK], masks it, and reads its states. The labels are that token where it stands under the mask, but -100
+    elsewhere, where it is padding, and where other tokens are masked too. Padding is 0 or 1 in the whole family,
+    whatever a configuration says. Nothing waits for the device."""
     if not (isinstance(tokens, Tensor) and isinstance(mask, Tensor) and mask.shape == tokens.shape and mask.numel()):
         return None
     filled = (mask == 0) & (tokens > 1)
@@ -338,12 +340,23 @@ def _view(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     beyond = encoder.config.is_decoder or _positions(encoder.config) != "absolute" or _rewritten(encoder.host_class)
     if beyond or any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in encoder.layer):
         return None
-    known = encoder.__dict__.get("view")
+    view: _View | None = encoder.__dict__.get("view")
     path = encoder.backend, device, *[module.scaling for module in modules if "scaling" in module.__dict__]
-    if known is None or known[1] != path or len(known[2]) != len(modules) or any(map(is_not, known[2], modules)):
-        known = encoder.__dict__["view"] = _build(encoder, device), path, modules
-    view: XLMRobertaEncoder | None = known[0]
-    return None if every_module_is_hooked() or any(map(_hooked, modules[1:])) else view
+    if view is None or not view.is_of(modules, path):
+        view = encoder.__dict__["view"] = _View(_build(encoder, device), modules, path)
+    return None if every_module_is_hooked() or any(map(_hooked, modules[1:])) else view.blocks
+
+
+class _View(NamedTuple):
+    """Our blocks over a host's encoder (None where they cannot be), and what they were built of."""
+
+    blocks: XLMRobertaEncoder | None
+    modules: list[nn.Module]
+    path: tuple[Any, ...]
+
+    def is_of(self, modules: list[nn.Module], path: tuple[Any, ...]) -> bool:
+        same = len(self.modules) == len(modules) and not any(map(is_not, self.modules, modules))
+        return same and self.path == path
 
 
 def _hooked(module: nn.Module) -> bool:

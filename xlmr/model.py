@@ -32,11 +32,11 @@ from .block import (
     untouched,
 )
 from .cache import KeyValueCache, extended
-from .checkpoint import LOADING, values_follow
+from .checkpoint import values_follow
 from .config import XLMRobertaConfig
 from .embeddings import XLMRobertaEmbeddings
 from .inputs import Arguments, Inputs, Tables, check_packed
-from .ops import dense_attention
+from .ops import Ops, dense_attention
 from .outputs import BaseModelOutput
 from .pretrained import XLMRobertaPreTrainedModel
 from .varlen import Layout, Sequences, packed_positions, padded_places
@@ -78,8 +78,9 @@ class XLMRobertaSelfAttention(AttentionBlock):
         return out.flatten(-2)
 
     def project(self, x: Tensor, source: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x (of its `rows`), keys and values of source: in one fused projection where they allow it. The
-        queries of all rows in one launch cost less than two launches more: they are a twelfth of a layer's products."""
+        """Queries of x (only of `rows`, where given), keys and values of `source`; in one fused projection where all
+        three layers are plain. That projects the queries of all rows, which costs less than two more launches: they
+        are a twelfth of a layer's products."""
         query, key, value = leaves = self.query, self.key, self.value
         if source is x and all(plain(leaf, nn.Linear) for leaf in leaves):
             q, k, v = self.ops.qkv_projection(x, *(m.weight for m in leaves), *(m.bias for m in leaves))
@@ -90,7 +91,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
     def attend_densely(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, batch: int, collected: Collected | None
     ) -> Tensor:
-        """What no kernel computes, by rule in plain PyTorch: a mask per query, and the attention weights themselves."""
+        """Attention in plain PyTorch, for what no kernel computes: a mask per query, or the attention weights."""
         q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
         out, weights = dense_attention(q, k, v, mask, self.scaling, rate(self.dropout))
         if (asked := self.collected_weights(collected)) is not None:
@@ -225,9 +226,17 @@ class XLMRobertaPooler(Block):
 class XLMRobertaModel(XLMRobertaPreTrainedModel):
     """The encoder (or, with config.is_decoder, decoder) without a task head; arguments as in the reference."""
 
-    def __init__(self, config: XLMRobertaConfig, add_pooling_layer: bool = True, **path: Any):
-        super().__init__(config, **path)
-        with values_follow(LOADING.get()):
+    def __init__(
+        self,
+        config: XLMRobertaConfig,
+        add_pooling_layer: bool = True,
+        *,
+        ops: Ops | None = None,
+        backend: str = "auto",
+        unpad: bool = True,
+    ) -> None:
+        super().__init__(config, ops=ops, backend=backend, unpad=unpad)
+        with values_follow():
             self.embeddings = XLMRobertaEmbeddings(config)
             self.encoder = XLMRobertaEncoder(config)
             self.pooler: Any = XLMRobertaPooler(config) if add_pooling_layer else None
@@ -256,11 +265,10 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         cross attention, past_key_values and use_cache for decoding, of a decoder. TypeError, ValueError and IndexError
         for what does not fit: see xlmr.inputs.
         """
-        asked, cross = (output_attentions, output_hidden_states), (encoder_hidden_states, encoder_attention_mask)
-        cached = past_key_values, use_cache
         inputs = Arguments(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, *asked, *cross, *cached
-        )
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache,
+        )  # fmt: skip
         encoded = self.encode(inputs, reads_first=self.pooler is not None)
         pooled = None if self.pooler is None else self.pool(encoded)
         states = encoded.fields["hidden_states"]
@@ -279,19 +287,27 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             return self.pooler.rows(encoded.first_rows())
         return self.pooler(encoded.layout.pad(encoded.x))
 
-    def encode(self, inputs: Arguments, *, wanted: Callable[[Layout], Tensor] | None = None, **needs: Any) -> Encoded:
-        """The forward pass up to the last layer's rows; `needs` (reads_first, labels, every_position) go to
-        varlen.plan. `wanted` names the only rows (sorted int64 [R]) that the caller reads of the last layer: where
-        nothing else is to be seen, no other is computed there."""
+    def encode(
+        self,
+        inputs: Arguments,
+        *,
+        wanted: Callable[[Layout], Tensor] | None = None,
+        every_position: bool = False,
+        reads_first: bool = False,
+        labels: Tensor | None = None,
+    ) -> Encoded:
+        """The forward pass up to the last layer's rows; varlen.plan says what the last three arguments mean. `wanted`
+        gives the rows (sorted int64 [R]) that the caller reads of the last layer: where nobody sees the others, they
+        are not computed there."""
         if getattr(self.encoder, "checkpointing", None) is not None and self.training:
             inputs = inputs.without_cache()
         given = Inputs(self.config, self.tables, inputs)
         collected = given.collected()
         with COLLECTED.set(collected):
             ours = all(untouched(block) for block in (self.embeddings, self.encoder, self.pooler) if block is not None)
-            whole = EVERY_POSITION.get() or needs.pop("every_position", False) or not (self.unpad and ours)
+            whole = every_position or EVERY_POSITION.get() or not (self.unpad and ours)
             self.hand_to_new_layers()
-            state = given.begin(every_position=whole, **needs)
+            state = given.begin(every_position=whole, reads_first=reads_first, labels=labels)
             picks = ours and not state.causal and collected.nothing and state.layout.dense is None
             if picks and wanted is not None:
                 state.rows = wanted(state.layout)

@@ -53,7 +53,7 @@ def read_token_heads(find: Find, hidden_size: int) -> TokenHeads:
 def lexical_weights(
     x: Tensor, head: Linear | None, texts: Sequence[list[int]], unused: set[int]
 ) -> list[dict[str, float]]:
-    """From the last layer [T, N] of `texts` (ids): of each text the largest weight of every token id, those above 0.
+    """For each of `texts` (ids), from their last layer x [T, N], the largest weight of every token id, where above 0.
 
     The id is a str. Tokens of `unused`, the special ones, are left out.
     """
@@ -96,8 +96,8 @@ def colbert_score(query: Any, passage: Any) -> Tensor:
 def pair_scores(
     queries: Mapping[str, Any], passages: Mapping[str, Any], weights: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Of what a bge-m3 encodes of n queries and n passages the scores of each pair: by the three kinds of vector, and
-    the means of two and of all three, in which dense, sparse and ColBERT have these `weights`."""
+    """The scores of n pairs of a query and a passage that a bge-m3 has encoded: by each kind of vector, and the means
+    of two and of all three. `weights`: of dense, sparse and ColBERT in these means."""
     if len(weights) != 3 or 0 in (weights[0] + weights[1], sum(weights)):
         raise ValueError(f"weights_for_different_modes is {weights}: three for dense, sparse and colbert are needed")
     w_dense, w_sparse, w_colbert = weights

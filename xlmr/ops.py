@@ -124,8 +124,7 @@ def resolve(backend: str | Ops, device: torch.device) -> tuple[Ops, str]:
 
 
 def for_inference(backend: str, device: torch.device) -> str:
-    """What `backend` means to a loader whose models only infer on `device`: to "auto" packed weights are as good as
-    eager's on a CPU."""
+    """`backend` for a model that only infers on `device`: "auto" is then "prepacked" on a CPU that can."""
     return "prepacked" if backend == "auto" and device.type == "cpu" and not unpackable(device) else backend
 
 
@@ -187,8 +186,8 @@ def traced(ops: Ops) -> Ops:
 
 
 def checked_gradients(ops: Ops, checks: list[Check], against: Ops = EAGER) -> Ops:
-    """`ops`, of whose every call the gradients for a random upstream one, the same at every run, are also computed, by
-    the operation and by its twin in the same dtype and in float64: one Check an argument. For calls without dropout."""
+    """`ops`, of which every call is also differentiated, for a random upstream gradient that is the same at every run:
+    by the operation, and by its twin in the same dtype and in float64. One Check an argument; not for dropout."""
     generator = torch.Generator().manual_seed(0)
 
     def check(name: str) -> Callable[..., Any]:
@@ -232,9 +231,10 @@ def gradients(
 def compare(
     operation: str, out: Any, twin: Any, exact: Any, *, scale: float | None = None, dtype: torch.dtype | None = None
 ) -> Check:
-    """Of tensors or tuples of them; integers (the ids of a top-k, whose order ties leave open) are not compared. The
-    units in the last place are those of `scale`, by default the largest magnitude, at least 1, in `dtype`, by default
-    that of `out`."""
+    """The Check of a call that returned `out`, while its twin returned `twin`, and `exact` in float64: tensors, or
+    tuples of them, of which integers (the ids of a top-k, whose order ties leave open) are not compared. Units in the
+    last place are those of `scale`, by default the largest magnitude, at least 1, in `dtype`, by default that of `out`.
+    """
     pairs = [
         (o.double(), t.double(), e)
         for o, t, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (out, twin, exact)), strict=True)

@@ -27,7 +27,7 @@ class ModelOutput(OrderedDict):
         )
 
     def __post_init__(self) -> None:
-        """A single mapping, or pairs, of names and values are the fields: accelerate and DataParallel rebuild so."""
+        """accelerate and DataParallel rebuild an output from one argument: a mapping, or pairs, of names and values."""
         first = next(iter(self.values()), None)
         if len(self) == 1 and not isinstance(first, Tensor):
             given = dict(cast(Any, first))

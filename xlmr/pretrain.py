@@ -373,15 +373,17 @@ def _train(
     run.model.eval().save_pretrained(output)
     run.tokenizer.save_pretrained(output)
     _draw(log, output / CURVE)
+    seconds = round(time.monotonic() - began, 1)
+    return (log[-1] if log else {}) | _summary(run) | {"seconds": seconds, "output": str(output)}
+
+
+def _summary(run: Run) -> dict[str, Any]:
     return {
-        **(log[-1] if log else {}),
         "epochs": run.position.epoch,
         "texts": run.encode.texts,
         "texts_cut": run.encode.cut,
         "max_length": run.encode.max_length,
         "parameters": run.model.num_parameters(),
-        "seconds": round(time.monotonic() - began, 1),
-        "output": str(output),
     }
 
 
@@ -471,7 +473,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `xlmr pretrain`; the summary goes to standard output."""
+    """Train a masked language model on text files, or go on training one."""
     recipe = Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
     summary = pretrain(
         args.texts,

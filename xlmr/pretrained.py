@@ -16,7 +16,7 @@ from . import checkpoint
 from .block import Block
 from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
-from .files import own_keywords, to_dtype
+from .files import own_keywords, refuse_unknown, to_dtype
 from .hub import Pushable, take_keywords
 from .ops import Ops, resolve
 from .outputs import ModelOutput
@@ -42,13 +42,7 @@ def check_config(config: Any, cls: type) -> None:
 
 
 class XLMRobertaPreTrainedModel(Block, Pushable):
-    """Base class of XLMRobertaModel and the heads.
-
-    backend: "auto" (resolved from the device of the parameters, again whenever they move), "eager", "prepacked" (eager
-    with packed weights, on a CPU: xlmr.prepacked) or "triton"; or give `ops`, any xlmr.ops.Ops, which then stays.
-    `model.ops` may be set at any moment. unpad: whether tokens whose mask is 0 are left out of the computation (their
-    outputs are zeros) where no answer depends on them.
-    """
+    """Base class of XLMRobertaModel and the heads."""
 
     config_class = XLMRobertaConfig
     base_model_prefix = "roberta"
@@ -56,11 +50,19 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["XLMRobertaEmbeddings", "XLMRobertaLayer"]  # wrapped by FSDP
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
-    _keys_to_ignore_on_save = None  # what a Trainer that resumes asks for, where it misses the tied ones
+    _keys_to_ignore_on_save = None  # read by a Trainer that resumes and finds tied weights missing
 
     def __init__(
         self, config: XLMRobertaConfig, *, ops: Ops | None = None, backend: str = "auto", unpad: bool = True
     ) -> None:
+        """A model with random weights; `from_pretrained` loads one.
+
+        backend: which path computes: "auto" (resolved from the device of the parameters, again whenever they move),
+            "eager", "prepacked" (eager with packed weights, on a CPU: xlmr.prepacked) or "triton".
+        ops: instead of a backend any xlmr.ops.Ops, which then stays; `model.ops` may also be set at any moment.
+        unpad: whether tokens whose mask is 0 are left out of the computation (their outputs are zeros) where no answer
+            depends on them.
+        """
         super().__init__()
         check_config(config, type(self))
         self.config = config
@@ -114,7 +116,7 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
                 module._unpad = unpad
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        """Taken, so that code written for transformers runs: attention is computed by `ops` whatever its name there."""
+        """For code written for transformers; only noted in the configuration, since `ops` computes attention here."""
         self.config._attn_implementation = attn_implementation
 
     def backend_report(self) -> str:
@@ -141,19 +143,13 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
 
     # Loading, saving, initialisation
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
-    ) -> Any:
-        """A model in eval mode from a checkpoint directory or hub name; see xlmr.checkpoint.load_model for the keywords
-        (config, dtype, device, backend, unpad, revision, …), errors and guarantees."""
-        return checkpoint.load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+    from_pretrained = classmethod(checkpoint.from_pretrained)
 
     @classmethod
     def _from_config(
         cls, config: XLMRobertaConfig, *, dtype: Any = None, torch_dtype: Any = None, **options: Any
     ) -> Any:
-        """A model with first values, in `dtype` or else that of the configuration, which is told of it: what
+        """A model with random weights in `dtype`, by default the configuration's (which becomes `dtype`): what
         transformers' AutoModel.from_config calls."""
         dtype = next((given for given in (dtype, torch_dtype, config.dtype) if given is not None), None)
         config.dtype = None if dtype is None else to_dtype(dtype)
@@ -165,18 +161,27 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         *,
-        variant: str | None = None,
         push_to_hub: bool = False,
-        **kwargs: Any,
+        max_shard_size: int | str = "50GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **upload: Any,
     ) -> None:
-        """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model. Nothing where another process
-        is the main one. push_to_hub: uploads them besides; its keywords are taken, repo_id is by default the
-        directory's name."""
-        hub = take_keywords(kwargs, save_directory)
-        saving = {"state_dict": state_dict, "variant": variant, **own_keywords(kwargs)}
-        if is_main_process:
-            checkpoint.save_model(self, save_directory, **saving)
-        if is_main_process and push_to_hub:
+        """Writes config.json and the weights, atomically; xlmr.checkpoint.save_model says what the keywords mean.
+
+        is_main_process: nothing is written where this is False.  push_to_hub: the files are uploaded as well; `upload`
+        are its keywords, of which repo_id is by default the directory's name.
+        """
+        hub = take_keywords(upload, save_directory)
+        refuse_unknown("save_pretrained", upload)
+        if not is_main_process:
+            return
+        saving: dict[str, Any] = {
+            "state_dict": state_dict, "max_shard_size": max_shard_size, "safe_serialization": safe_serialization,
+            "variant": variant,
+        }  # fmt: skip
+        checkpoint.save_model(self, save_directory, **saving)
+        if push_to_hub:
             self.push_to_hub(**hub, **saving)
 
     def init_weights(self) -> None:

@@ -84,7 +84,7 @@ class LayerNorm:
         return F.layer_norm(x, self.weight.shape, self.weight.to(x), self.bias.to(x))
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Each row divided by its Euclidean length."""
     return F.normalize(x, dim=-1)
 
@@ -209,7 +209,7 @@ def _read_step(kind: str, find: Find, folder: str) -> Callable[[Tensor], Tensor]
         if config.get(key) not in (None, "sentence_embedding"):
             raise ValueError(f"{folder} has {key} {config[key]!r:.40}: only 'sentence_embedding' is known")
     if kind == "Normalize":
-        return unit
+        return l2_normalize
     weights = read_weights(lambda name: find(name, folder), folder)
     return (_read_dense if kind == "Dense" else _read_layer_norm)(folder, config, weights)
 

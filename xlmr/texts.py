@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,6 +118,10 @@ def with_targets(call: Callable[..., Any]) -> Callable[..., Any]:
         encoding["labels"] = targets["input_ids"]
         return encoding
 
+    signature = inspect.signature(call)
+    optional = [p.replace(default=None) if p.name == "text" else p for p in signature.parameters.values()]
+    optional += [p.replace(name=f"{p.name}_target", kind=p.KEYWORD_ONLY) for p in optional if p.name.startswith("text")]
+    call_twice.__signature__ = signature.replace(parameters=optional)  # type: ignore[attr-defined]  # for help()
     return call_twice
 
 

@@ -421,14 +421,9 @@ class XLMRobertaTokenizer(Vocabulary, Pushable):
         offset_mapping; other keys, labels say, stay as they are. Tensors come back as tensors. The other arguments are
         those of a call; `verbose` has no effect.
         """
-        columns = _read_columns(encoded_inputs)
-        return_tensors = return_tensors or _tensor_type(columns["input_ids"])
-        columns = {key: as_lists(value) for key, value in columns.items()}
-        batched = not columns["input_ids"] or isinstance(columns["input_ids"][0], list)
-        if not batched:
-            columns = {key: [value] for key, value in columns.items()}
-        if "offset_mapping" in columns:  # as a call gives it
-            columns["offset_mapping"] = [[tuple(span) for span in row] for row in columns["offset_mapping"]]
+        given = _read_columns(encoded_inputs)
+        return_tensors = return_tensors or _tensor_type(given["input_ids"])
+        columns, batched = _as_rows(given)
         lengths = [len(row) for row in columns["input_ids"]]
         if "attention_mask" in self.model_input_names if return_attention_mask is None else return_attention_mask:
             columns.setdefault("attention_mask", [[1] * length for length in lengths])
@@ -506,6 +501,17 @@ def _read_columns(encoded_inputs: Any) -> dict[str, Any]:
     if "input_ids" not in columns:
         raise ValueError(f"there are no input_ids to pad, but only {list(columns)}")
     return columns
+
+
+def _as_rows(columns: dict[str, Any]) -> tuple[dict[str, list], bool]:
+    """The columns as lists of rows, and whether there were several rows: a single one may be given by itself."""
+    columns = {key: as_lists(value) for key, value in columns.items()}
+    batched = not columns["input_ids"] or isinstance(columns["input_ids"][0], list)
+    if not batched:
+        columns = {key: [value] for key, value in columns.items()}
+    if "offset_mapping" in columns:  # tuples, as a call gives them
+        columns["offset_mapping"] = [[tuple(span) for span in row] for row in columns["offset_mapping"]]
+    return columns, batched
 
 
 def _tensor_type(value: Any) -> str | None:

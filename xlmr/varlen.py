@@ -7,6 +7,7 @@ after the other; otherwise they are all B·S positions. `plan` decides which, on
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +85,9 @@ class Sequences:
         """The `rows` rows of q, or of k and v, in blocks of at most `size`, none across sequences: the sequence of each
         of rows // size + B blocks, int32, and the number of the first block of each sequence, int32 [B].
 
-        A sequence's blocks follow one another; those that begin behind its rows are empty, and the last ones are.
-        Computed on the device once for all layers, in six launches; `rows` is q.shape[0] or k.shape[0], known on the
-        host. The keys of two sequences must not overlap.
+        A sequence's blocks follow one another. There may be more blocks than are needed: the last ones begin behind
+        the rows of the last sequence, and are empty. Computed on the device once for all layers, in six launches;
+        `rows` is q.shape[0] or k.shape[0], known on the host. The keys of two sequences must not overlap.
         """
         if (size, keys) not in self._blocks:
             lens = self.k_lens if keys else self.q_lens
@@ -168,36 +169,22 @@ def plan(
     if reads_first and batch and not seqlen:
         raise ValueError("the sequences have no token, and the first of each is read: give <s> and </s> at least")
     keys = seqlen if keys is None else keys
-    causal = causal and (mask is None or mask.dim() == 2)
-    keep, dense = _read(mask, batch, seqlen, keys, device)
+    shape = _Shape(batch, seqlen, keys, causal and (mask is None or mask.dim() == 2), device)
+    keep, dense = _read(mask, shape)
     if dense is not None:
-        return replace(_every_row(batch, seqlen, keys, device), dense=dense)
+        return _every_row(shape, dense)
     if tracing() or device.type == "meta":
         keep = torch.ones(batch, keys, dtype=torch.bool, device=device) if keep is None else keep
-        return replace(_every_row(batch, seqlen, keys, device), dense=_dense(keep, seqlen, keys, causal, device))
-    if keep is None or keep.numel() == 0:
-        layout = _every_row(batch, seqlen, keys, device)
-        return replace(layout, dense=_dense(None, seqlen, keys, causal, device)) if weights else layout
-
-    lens, firsts, lasts, hidden_labels = _statistics(keep, labels)
-    if min(lens) == keys:
-        keep = None
+        return _every_row(shape, _dense(keep, shape))
+    padding = _key_padding(keep, labels)
+    if padding is None:
+        return _every_row(shape, _dense(None, shape) if weights else None)
     if weights:
-        dense = _dense(keep, seqlen, keys, causal, device)
-        return replace(_every_row(batch, seqlen, keys, device), dense=dense, keep=keep)
-    if keep is None:
-        return _every_row(batch, seqlen, keys, device)
-    if not (every_position or keys != seqlen or min(lens) == 0 or hidden_labels or (reads_first and max(firsts) > 0)):
-        return _packed(keep, lens, batch, seqlen)
-
-    layout = replace(_every_row(batch, seqlen, keys, device), keep=keep)
-    contiguous = all(last - first + 1 == n for n, first, last in zip(lens, firsts, lasts, strict=True) if n)
-    if not contiguous or (causal and min(lasts) < keys - 1):
-        return replace(layout, dense=_dense(keep, seqlen, keys, causal, device))
-    starts = layout.sequences.k_starts + torch.tensor(firsts, dtype=torch.int32, device=device)
-    k_lens = torch.tensor(lens, dtype=torch.int32, device=device)
-    sequences = replace(layout.sequences, k_starts=starts, k_lens=k_lens).known_to_fit(batch * seqlen, batch * keys)
-    return replace(layout, sequences=sequences)
+        return _every_row(shape, _dense(padding.keep, shape), padding.keep)
+    reads_masked = padding.has_label or (reads_first and max(padding.firsts) > 0)
+    if every_position or reads_masked or keys != seqlen or min(padding.lens) == 0:
+        return _masked(padding, shape)
+    return _packed(padding, shape)
 
 
 def packed_positions(input_ids: Tensor, cu_seqlens: Tensor, padding_idx: int) -> Tensor:
@@ -216,14 +203,68 @@ def padded_places(cu_seqlens: Tensor, seqlen: int, tokens: int) -> Tensor:
     return torch.arange(tokens, device=shift.device) + shift
 
 
-def _packed(keep: Tensor, lens: list[int], batch: int, seqlen: int) -> Layout:
+class _Shape(NamedTuple):
+    """A batch before its mask: how many sequences, queries and keys of each, and whether none sees a later key."""
+
+    batch: int
+    seqlen: int
+    keys: int
+    causal: bool
+    device: torch.device
+
+
+class _KeyPadding(NamedTuple):
+    """A mask that leaves keys out, and what was read of it: of each sequence the number of real keys, the first and the
+    last of them; whether a masked token has a label."""
+
+    keep: Tensor  # bool [B, K]
+    lens: list[int]
+    firsts: list[int]
+    lasts: list[int]
+    has_label: bool
+
+
+def _key_padding(keep: Tensor | None, labels: Tensor | None) -> _KeyPadding | None:
+    """Reads a mask [B, K], None where it leaves nothing out."""
+    if keep is None or keep.numel() == 0:
+        return None
+    keys = keep.shape[1]
+    ints = keep.to(torch.int32)
+    rows = [ints.sum(1), ints.argmax(1), keys - 1 - ints.flip(1).argmax(1)]
+    if labels is not None:
+        rows.append(((labels.view(-1, keys).to(keep.device) != -100) & ~keep).sum(1))
+    lens, firsts, lasts, *labelled = torch.stack(rows).tolist()
+    if min(lens) == keys:
+        return None
+    return _KeyPadding(keep, lens, firsts, lasts, any(map(any, labelled)))
+
+
+def _packed(padding: _KeyPadding, shape: _Shape) -> Layout:
+    """The real tokens alone."""
+    keep, tokens = padding.keep, sum(padding.lens)
     cu_seqlens = F.pad(keep.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    indices = torch.nonzero_static(keep.flatten(), size=sum(lens)).squeeze(1)
-    sequences = Sequences.packed(cu_seqlens, max(lens)).known_to_fit(sum(lens), sum(lens))
-    return Layout(batch, seqlen, sequences, indices, keep=keep)
+    indices = torch.nonzero_static(keep.flatten(), size=tokens).squeeze(1)
+    sequences = Sequences.packed(cu_seqlens, max(padding.lens)).known_to_fit(tokens, tokens)
+    return Layout(shape.batch, shape.seqlen, sequences, indices, keep=keep)
 
 
-def _every_row(batch: int, seqlen: int, keys: int, device: torch.device) -> Layout:
+def _masked(padding: _KeyPadding, shape: _Shape) -> Layout:
+    """Every position, under a mask: by bounds on the keys where each sequence's real ones follow one another."""
+    keep, lens, firsts, lasts, _ = padding
+    contiguous = all(last - first + 1 == n for n, first, last in zip(lens, firsts, lasts, strict=True) if n)
+    if not contiguous or (shape.causal and min(lasts) < shape.keys - 1):
+        return _every_row(shape, _dense(keep, shape), keep)
+    layout = _every_row(shape, keep=keep)
+    starts = layout.sequences.k_starts + torch.tensor(firsts, dtype=torch.int32, device=shape.device)
+    k_lens = torch.tensor(lens, dtype=torch.int32, device=shape.device)
+    sequences = replace(layout.sequences, k_starts=starts, k_lens=k_lens)
+    return replace(layout, sequences=sequences.known_to_fit(shape.batch * shape.seqlen, shape.batch * shape.keys))
+
+
+def _every_row(shape: _Shape, dense: Tensor | None = None, keep: Tensor | None = None) -> Layout:
+    """Every position; under the additive mask `dense`, if any."""
+    batch, seqlen, keys, _, device = shape
+
     def every(length: int) -> tuple[Tensor, Tensor]:
         rows = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)
         starts = rows[:batch] if length else rows.expand(batch)
@@ -231,31 +272,19 @@ def _every_row(batch: int, seqlen: int, keys: int, device: torch.device) -> Layo
 
     sequences = Sequences(*every(seqlen), *every(keys), seqlen, keys).known_to_fit(batch * seqlen, batch * keys)
     sequences.__dict__["runs"] = [(batch, 0, seqlen, 0, keys)]  # the cached property: known without reading
-    return Layout(batch, seqlen, sequences)
+    return Layout(batch, seqlen, sequences, dense=dense, keep=keep)
 
 
-def _statistics(keep: Tensor, labels: Tensor | None) -> tuple[list[int], list[int], list[int], bool]:
-    """Per row the number of real tokens, the first and the last of them; whether a masked token has a label."""
-    keys = keep.shape[1]
-    ints = keep.to(torch.int32)
-    rows = [ints.sum(1), ints.argmax(1), keys - 1 - ints.flip(1).argmax(1)]
-    if labels is not None:
-        rows.append(((labels.view(-1, keys).to(keep.device) != -100) & ~keep).sum(1))
-    lens, firsts, lasts, *hidden = torch.stack(rows).tolist()
-    return lens, firsts, lasts, bool(hidden) and any(hidden[0])
-
-
-def _read(
-    mask: Tensor | None, batch: int, seqlen: int, keys: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
+def _read(mask: Tensor | None, shape: _Shape) -> tuple[Tensor | None, Tensor | None]:
     """The mask of `plan` as key padding, bool [B, K], or else as an additive mask [B | 1, H | 1, Q, K]; two None where
     there is none. ValueError for another shape."""
+    batch, seqlen, keys, *_ = shape
     dense = None
     if mask is not None and mask.dim() > 2:
         mask, dense = _reduce(mask, batch, seqlen, keys)
     if mask is None:
         return None, dense
-    keep = mask.to(device) != 0
+    keep = mask.to(shape.device) != 0
     if keep.shape not in ((1, keys), (batch, keys)):
         raise ValueError(
             f"attention_mask has shape {tuple(keep.shape)}: allowed are [batch | 1, keys] = {(batch, keys)}, "
@@ -285,8 +314,9 @@ def _reduce(mask: Tensor, batch: int, seqlen: int, keys: int) -> tuple[Tensor | 
     return None, mask
 
 
-def _dense(keep: Tensor | None, seqlen: int, keys: int, causal: bool, device: torch.device) -> Tensor:
+def _dense(keep: Tensor | None, shape: _Shape) -> Tensor:
     """The additive mask [B | 1, 1, Q | 1, K], fp32, of a key-padding mask [B, K] and, where asked, causality."""
+    _, seqlen, keys, causal, device = shape
     sees = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device) if keep is None else keep[:, None, None]
     if causal:
         sees = sees & torch.ones(seqlen, keys, dtype=torch.bool, device=device).tril(keys - seqlen)

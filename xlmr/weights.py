@@ -187,8 +187,9 @@ def write_weights(
     """Replace the weights (those of `variant`) and config.json (its text `config`) in `directory`; save_model says what
     a break does.
 
-    One rename turns the old checkpoint into the new one: that of the file looked for first into its place, or away if
-    the old one's comes before it in WEIGHTS. Until then new shards lie beside the old ones, under other names.
+    Of each checkpoint one file is looked for first. One rename turns the old checkpoint into the new one: that of the
+    new one's first file into its place, or, where the old one's comes before it in WEIGHTS, of that one away. Until
+    then new shards lie beside the old ones, under other names.
     """
     standing = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     shards = _split(state, _parse_size(max_shard_size))
@@ -228,8 +229,8 @@ def _parse_size(size: int | str) -> int:
 
 
 def _files(shards: list[dict[str, Tensor]], names: list[str], standing: set[str]) -> tuple[dict[str, Any], str]:
-    """What to write under which names, and the one among them that is looked for first: one of `names`, that of a whole
-    file and that of an index."""
+    """What to write, by file name, and which of these files is looked for first. `names`: what a single file is called,
+    and what the index of several."""
     whole, index = names
     if len(shards) == 1:
         return {whole: functools.partial(_write_file, shards[0])}, whole

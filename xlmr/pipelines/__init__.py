@@ -55,13 +55,21 @@ def pipeline(
     token: str | bool | None = None,
     **options: Any,
 ) -> Pipeline:
-    """The pipeline of `task`, one of PIPELINES, on a checkpoint directory, a hub name or a model.
+    """A callable that takes texts, and returns what transformers' pipeline of the same task does.
 
-    model: None is the embedded demo; sentence-similarity takes an Encoder, too. tokenizer: by default the one beside
-    the model's weights. device: by default a GPU where there is one, while a model that is given stays where it is; a
-    number is a GPU's, -1 the CPU. backend: as in `xlmr.load`. device_map, dtype, torch_dtype, revision and token are
-    from_pretrained's, model_kwargs more of its keywords. options: defaults for those of the task's calls. Raises
-    ValueError and TypeError for an unknown task, option or kind of model, OSError for a checkpoint that cannot be read.
+    Args:
+        task: one of PIPELINES, or "ner" or "sentiment-analysis".
+        model: a checkpoint directory, a hub name or a model (for sentence-similarity an Encoder, too); None is the
+            embedded demo model.
+        tokenizer: by default the one beside the model's weights.
+        device: by default a GPU where there is one, but a model that is given stays where it is; a number is that of a
+            GPU, -1 the CPU.
+        backend: as in `xlmr.load`.
+        device_map, dtype, torch_dtype, revision, token: as in from_pretrained; model_kwargs: more of its keywords.
+        options: defaults for the options of a call, which `answers` of the task's class documents.
+
+    Raises ValueError or TypeError for an unknown task, option or kind of model, OSError for a checkpoint that cannot be
+    read.
     """
     task = ALIASES.get(task, task)
     if task not in PIPELINES:

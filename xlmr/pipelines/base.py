@@ -29,7 +29,7 @@ Text = str | tuple[str, str]  # a text, or a pair of them
 
 
 class Unpadded(NamedTuple):
-    """A text's token ids, those that attention leaves out dropped, and where the others stood among how many."""
+    """A text's token ids, but for masked ones; `kept`: where they stood among `length` tokens."""
 
     ids: list[int]
     kept: list[int]
@@ -178,13 +178,14 @@ class Pipeline(ABC):
     def _token_rows(
         self, sequences: Sequence[list[int]], compute: Callable[[Packed], Tensor], batch_size: int | None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Of each of `sequences` the index and [L, …], on the CPU, of what `compute` makes of a batch, [T, …]."""
+        """For each of `sequences` its index and its rows [L, …], on the CPU, of what `compute` makes of a packed batch,
+        [T, …]."""
         for batch, packed in self._batches(sequences, batch_size):
             rows = compute(packed).cpu()
             yield from zip(batch, rows.split([len(sequences[i]) for i in batch]), strict=True)
 
     def _token_logits(self, sequences: Sequence[list[int]], head: Any, batch_size: int | None) -> list[Tensor]:
-        """Of each of `sequences` what `head`, a linear layer, makes of the last layer: fp32 [L, labels], on the CPU."""
+        """`head`, a linear layer, on the last layer of each of `sequences`: fp32 [L, labels], on the CPU."""
 
         def logits(packed: Packed) -> Tensor:
             return self.model.linear(head, self.model.base_model.forward_packed(*packed)).float()

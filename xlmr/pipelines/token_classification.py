@@ -50,36 +50,48 @@ class TokenClassificationPipeline(Pipeline):
         is read in windows that share so many tokens; without it, it is truncated, as in the reference. delimiter: what
         stands between the words of a text that is a list of them, by default a space.
         """
-        strategy = str(aggregation_strategy).lower()
-        if strategy not in STRATEGIES:
-            allowed = ", ".join(map(repr, STRATEGIES))
-            raise ValueError(f"aggregation_strategy is {aggregation_strategy!r}: allowed are {allowed}")
-        if stride is not None and strategy == "none":
-            raise ValueError("stride needs an aggregation_strategy that makes entities, which windows may share")
-        windows: dict[str, Any] = {} if stride is None else {"stride": stride, "return_overflowing_tokens": True}
-        split = any(not isinstance(text, str) for text in texts)
-        batch = self.tokenizer(
-            texts,
-            is_split_into_words=split,
-            truncation=True,
-            max_length=self._longest,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            **windows,
-        )
+        strategy = _checked_strategy(aggregation_strategy, stride)
+        batch = self._windows(texts, stride)
         logits = self._token_logits(batch["input_ids"], self.model.classifier, batch_size)
         owners = batch.get("overflow_to_sample_mapping", range(len(texts)))
         offsets = batch["offset_mapping"]
-        if split:
+        if _of_words(texts):
             texts, offsets = _joined(texts, " " if delimiter is None else delimiter, batch, owners)
         columns = (batch["input_ids"], offsets, batch["special_tokens_mask"])
+        key = "entity" if strategy == "none" else "entity_group"
         found: list[list[list[dict[str, Any]]]] = [[] for _ in texts]
         for owner, row, ids, spans, special in zip(owners, logits, *columns, strict=True):
             tokens = tokens_of(texts[owner], ids, row.softmax(-1).tolist(), spans, special, self.tokenizer)
             rows = entities(tokens, strategy, self.model.config.id2label, self.tokenizer)
-            key = "entity" if strategy == "none" else "entity_group"
             found[owner].append([one for one in rows if one[key] not in ignore_labels])
         return [without_overlaps(chain.from_iterable(own)) if len(own) > 1 else own[0] for own in found]
+
+    def _windows(self, texts: list[Any], stride: int | None) -> BatchEncoding:
+        """The texts tokenised: longer ones in windows that share `stride` tokens, or without it truncated."""
+        several: dict[str, Any] = {} if stride is None else {"stride": stride, "return_overflowing_tokens": True}
+        return self.tokenizer(
+            texts,
+            is_split_into_words=_of_words(texts),
+            truncation=True,
+            max_length=self._longest,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            **several,
+        )
+
+
+def _checked_strategy(given: Any, stride: int | None) -> str:
+    strategy = str(given).lower()
+    if strategy not in STRATEGIES:
+        raise ValueError(f"aggregation_strategy is {given!r}: allowed are {', '.join(map(repr, STRATEGIES))}")
+    if stride is not None and strategy == "none":
+        raise ValueError("stride needs an aggregation_strategy that makes entities, which windows may share")
+    return strategy
+
+
+def _of_words(texts: list[Any]) -> bool:
+    """Whether texts are lists of words."""
+    return any(not isinstance(text, str) for text in texts)
 
 
 def _joined(texts: Any, delimiter: str, batch: BatchEncoding, owners: Iterable[int]) -> tuple[list[str], list[list]]:
@@ -197,7 +209,7 @@ def _grouped(found: list[dict[str, Any]], tokenizer: XLMRobertaTokenizer) -> lis
 
 
 def without_overlaps(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of entities that overlap, since several windows saw them, the longest, and of equally long ones the surest."""
+    """Several windows may have seen an entity: of those that overlap the longest, of equally long ones the surest."""
     kept: list[dict[str, Any]] = []
     for one in sorted(found, key=lambda one: one["start"]):
         if not kept or not kept[-1]["start"] <= one["start"] < kept[-1]["end"]:

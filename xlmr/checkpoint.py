@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import adapters
 from .files import DTYPES, own_keywords, resolve, to_dtype
 from .weights import read_weights, write_weights
 
@@ -56,6 +57,8 @@ def load_model(
     state_dict: Mapping[str, Tensor] | None = None,
     ignore_mismatched_sizes: bool = False,
     output_loading_info: bool = False,
+    adapter_name: str = "default",
+    adapter_kwargs: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Any:
     """A model of class `cls`, in eval mode, from a checkpoint directory or hub name.
@@ -74,6 +77,10 @@ def load_model(
     value (model, info) in its stead, where info has transformers' missing_keys, unexpected_keys, mismatched_keys and
     error_msgs.
 
+    A directory or repository with an adapter_config.json is an adapter of PEFT, which is loaded as `adapter_name` into
+    its base model: the one beside it in a directory, or else the one that the file names. adapter_kwargs: the hub's
+    arguments where the adapter's differ. It takes peft; adapters.Adaptable.load_adapter says what is trusted.
+
     backend, unpad: as of the constructor, see XLMRobertaPreTrainedModel.  revision, cache_dir, token, local_files_only,
     force_download, subfolder: the hub's, see files.resolve.
 
@@ -91,10 +98,12 @@ def load_model(
         "subfolder": subfolder,
     }
     place = place_on(device, device_map)
-    config, arguments = _configuration(cls, name_or_dir if config is None else config, source, own_keywords(overrides))
-    config.name_or_path = where = os.fspath(name_or_dir or "")
+    beside = {**source, **(adapter_kwargs or {})}
+    adapter = None if name_or_dir is None or state_dict is not None else adapters.find(name_or_dir, **beside)
+    base = name_or_dir if name_or_dir is None or adapter is None else adapters.base_of(adapter, name_or_dir, source)
+    config, arguments = _configuration(cls, base if config is None else config, source, own_keywords(overrides))
+    config.name_or_path = where = os.fspath(base or "")
     if state_dict is None:
-        refuse_adapter(where, **source)
         weights = read_weights(functools.partial(resolve, where, **source), where, use_safetensors, variant)
     else:
         weights = {name: weight.detach().clone() for name, weight in state_dict.items()}
@@ -111,16 +120,9 @@ def load_model(
     if not output_loading_info:
         _report(cls.__name__, where, info)
     model.to(place, config.dtype).eval()  # what was loaded is there: this tells the model, and moves the rest
+    if adapter is not None:
+        model.load_adapter(name_or_dir, adapter_name, **beside)
     return (model, info) if output_loading_info else model
-
-
-def refuse_adapter(where: str | os.PathLike[str], **source: Any) -> None:
-    """ValueError for a checkpoint with an adapter, which transformers would apply; `source`: as of files.resolve."""
-    if path := resolve(where, "adapter_config.json", **source):
-        raise ValueError(
-            f"{path} describes an adapter of PEFT, which changes the answers and is not applied here: merge it "
-            "(peft's merge_and_unload) and save that model, or remove the file if the weights beside it have it in them"
-        )
 
 
 def _build(cls: Any, config: Any, *args: Any, **arguments: Any) -> Any:

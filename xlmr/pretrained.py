@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .adapters import Adaptable, save_adapter
 from .block import Block
 from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
@@ -41,7 +42,7 @@ def check_config(config: Any, cls: type) -> None:
             )
 
 
-class XLMRobertaPreTrainedModel(Block, Pushable):
+class XLMRobertaPreTrainedModel(Block, Pushable, Adaptable):
     """Base class of XLMRobertaModel and the heads.
 
     backend: "auto" (resolved from the device of the parameters, again whenever they move), "eager", "prepacked" (eager
@@ -169,12 +170,14 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model. Nothing where another process
-        is the main one. push_to_hub: uploads them besides; its keywords are taken, repo_id is by default the
-        directory's name."""
+        """Writes config.json and the weights, atomically; see xlmr.checkpoint.save_model. Of a model with adapters, the
+        active one alone: see xlmr.adapters.save_adapter. Nothing where another process is the main one. push_to_hub:
+        uploads them besides; its keywords are taken, repo_id is by default the directory's name."""
         hub = take_keywords(kwargs, save_directory)
         saving = {"state_dict": state_dict, "variant": variant, **own_keywords(kwargs)}
-        if is_main_process:
+        if is_main_process and self._hf_peft_config_loaded:
+            save_adapter(self, save_directory, state_dict)
+        elif is_main_process:
             checkpoint.save_model(self, save_directory, **saving)
         if is_main_process and push_to_hub:
             self.push_to_hub(**hub, **saving)

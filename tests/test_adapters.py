@@ -124,6 +124,7 @@ def test_adapters_are_switched_and_deleted(base: Path, tmp_path: Path) -> None:
     state, other = ours.get_adapter_state_dict("second"), theirs.get_adapter_state_dict("second")
     assert state.keys() == other.keys()
     assert all(torch.equal(state[key], other[key]) for key in state)
+    ours.set_adapter("second")
     ours.delete_adapter("default")
     assert (ours.active_adapters(), list(ours.peft_config)) == (["second"], ["second"])
     ours.delete_adapter(["second"])

@@ -219,7 +219,7 @@ def test_two_processes_give_one_s_gradients(way: str, head: str, parallel: dict[
 
 
 def test_a_checkpoint_of_a_trainer_holds_the_adapter(tmp_path: Path) -> None:
-    """The adapter beside all weights: from_pretrained loads the one with its base model, training goes on with these."""
+    """Beside all weights, from which training goes on: from_pretrained loads it with its base model."""
     peft = pytest.importorskip("peft")
     _, base = trained("SequenceClassification")
     base.save_pretrained(tmp_path / "base")

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
 import logging
 import os
 import re
@@ -24,11 +25,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import adapters
-from .files import DTYPES, own_keywords, resolve, to_dtype
+from .files import DTYPES, own_keywords, read_json, resolve, to_dtype, write_atomically
 from .weights import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
+GENERATION = "generation_config.json"  # how a decoder's generate is told by its checkpoint
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers too: neither library initialises it a second time
 # Set while load_model builds a model: the values of its base model and LM head follow.
 LOADING: ContextVar[bool] = ContextVar("loading", default=False)
@@ -120,6 +122,8 @@ def load_model(
     if not output_loading_info:
         _report(cls.__name__, where, info)
     model.to(place, config.dtype).eval()  # what was loaded is there: this tells the model, and moves the rest
+    if model.can_generate() and state_dict is None and (path := resolve(where, GENERATION, **source)):
+        model.generation_config = read_json(path)
     if adapter is not None:
         model.load_adapter(name_or_dir, adapter_name, **beside)
     return (model, info) if output_loading_info else model
@@ -379,6 +383,8 @@ def save_model(
     config = config_to_save(model, state)
     config.validate()
     write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization, variant)
+    if told := getattr(model, "generation_config", None):
+        write_atomically(directory, {GENERATION: json.dumps(dict(told), indent=2) + "\n"})
 
 
 def state_to_save(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

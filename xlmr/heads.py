@@ -2,6 +2,8 @@
 
 import functools
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -220,6 +222,7 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
 
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"  # for Trainer, which then counts the items from the second label on
+    generation_config: Mapping[str, Any] = MappingProxyType({})  # of generation_config.json
     generate = generate
     prepare_inputs_for_generation = prepare_inputs_for_generation
 

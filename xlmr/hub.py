@@ -73,11 +73,9 @@ class Pushable:
             repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/"):
                 hub.create_branch(repo_id, branch=revision, exist_ok=True)
-            tag = next(
-                (PIPELINE_TAGS[cls.__name__] for cls in type(self).__mro__ if cls.__name__ in PIPELINE_TAGS), None
-            )
-            if tag and not hub.file_exists(repo_id, "README.md", revision=revision):
-                card = model_card(self, repo_id, pipeline_tag=tag, license=license, tags=tags)
+            cls = next((cls.__name__ for cls in type(self).__mro__ if cls.__name__ in PIPELINE_TAGS), None)
+            if cls and not hub.file_exists(repo_id, "README.md", revision=revision):
+                card = model_card(self, cls, repo_id, license=license, tags=tags)
                 Path(directory, "README.md").write_text(card, encoding="utf-8")
             return hub.upload_folder(
                 repo_id=repo_id, folder_path=directory, revision=revision, create_pr=create_pr,

@@ -155,11 +155,12 @@ def test_an_adapter_by_its_hub_name(base: Path, tmp_path: Path, monkeypatch: pyt
     ours.save_pretrained(tmp_path)
 
     def download(name: str, filename: str, **options: Any) -> str:
+        assert options["force_download"]
         asked.append((name, filename, options["revision"]))
         return str(tmp_path / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    loaded = getattr(xlmr, HEAD).from_pretrained("some/adapter", adapter_kwargs={"revision": "v2"})
+    loaded = getattr(xlmr, HEAD).from_pretrained("some/adapter", adapter_kwargs={"revision": "v2"}, force_download=True)
     assert logits(loaded).equal(logits(ours))
     files = ("adapter_config.json", "adapter_config.json", "adapter_model.safetensors")
     assert asked == [("some/adapter", name, "v2") for name in files]
@@ -248,6 +249,8 @@ def test_what_is_no_adapter(base: Path, tmp_path: Path, monkeypatch: pytest.Monk
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is an adapter of PEFT alone"):
         xlmr.load(tmp_path)
+    with pytest.raises(ValueError, match="Target modules"):
+        model.add_adapter(peft.LoraConfig(target_modules=["no such"]), "two")
     model.add_adapter(METHODS["lora"](), "two")
     model.set_adapter(["one", "two"])
     with pytest.raises(ValueError, match="2 adapters are active: save one at a time"):

@@ -48,6 +48,7 @@ class Adaptable:
         low_cpu_mem_usage: bool = False,
         is_trainable: bool = False,
         hotswap: bool | str = "auto",
+        force_download: bool = False,
         adapter_kwargs: Mapping[str, Any] | None = None,
         **source: Any,
     ) -> Any:
@@ -55,7 +56,7 @@ class Adaptable:
         Returns what load_state_dict does, of the adapter's weights.
 
         peft_model_id: its directory or hub name; or give peft_config and adapter_state_dict.  low_cpu_mem_usage: it
-        gets no first values, which is faster.  source, adapter_kwargs: the hub's arguments, see files.resolve.
+        gets no first values, which is faster.  force_download, source, adapter_kwargs: the hub's, see files.resolve.
 
         Trusted is what adapter_config.json says of the adapter: how it computes, and the patterns that choose its
         modules. A rank beyond the weights, other files and modules to import are refused, and the base model that it
@@ -66,7 +67,8 @@ class Adaptable:
             raise TypeError(f"hotswap is {hotswap!r}: this is not offered; delete_adapter makes room for another")
         state = dict(adapter_state_dict or {})
         if peft_model_id is not None:
-            peft_config, state = _read(peft_model_id, **own_keywords(source), **(adapter_kwargs or {}))
+            source = {"force_download": force_download, **own_keywords(source), **(adapter_kwargs or {})}
+            peft_config, state = _read(peft_model_id, **source)
         elif peft_config is None or adapter_state_dict is None:
             raise ValueError("there is no adapter to load: give peft_model_id, or peft_config and adapter_state_dict")
         peft_config.inference_mode = not is_trainable

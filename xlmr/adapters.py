@@ -140,7 +140,11 @@ class Adaptable:
                 f"there is an adapter {name!r}: give adapter_name another name, or delete_adapter({name!r})"
             )
         config.base_model_name_or_path = self.config.name_or_path
-        peft().inject_adapter_in_model(config, self, name, **options)
+        try:
+            peft().inject_adapter_in_model(config, self, name, **options)
+        except BaseException:
+            getattr(self, "peft_config", {}).pop(name, None)  # which peft notes first
+            raise
         self._hf_peft_config_loaded = True
         return name
 

@@ -154,7 +154,7 @@ def test_searches_as_transformers(settings: dict[str, Any]) -> None:
         for name in ("scores", "logits"):
             for mine, theirs in zip(found[name], expected[name], strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    assert torch.equal(ours.generate(PROMPTS, **asked), expected.sequences)
+    assert torch.equal(ours.generate(PROMPTS.int(), **asked), expected.sequences)
 
 
 def test_words_are_drawn_among_those_that_transformers_leaves() -> None:

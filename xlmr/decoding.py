@@ -133,7 +133,7 @@ class Words:
             again = (windows[..., :-1] == ids[:, None, length + 1 - n :]).all(-1)
             scores = scores.masked_fill(marked(windows[..., -1], again, size), -math.inf)
         if length < max(settings.min_length, self.real.shape[1] + settings.min_new_tokens):
-            scores = scores.index_fill(-1, self.ends, -math.inf)
+            scores = scores.index_fill(-1, self.ends.long(), -math.inf)
         for processor in self.processors:
             scores = processor(ids, scores)
         return scores
@@ -151,7 +151,7 @@ class Words:
 def marked(words: Tensor, where: Tensor, size: int) -> Tensor:
     """[B, size], True at those of `words` [B, S] that stand `where` [B, S] says so."""
     marks = torch.zeros(len(words), size + 1, dtype=torch.bool, device=words.device)
-    return marks.scatter_(1, words.masked_fill(~where, size), True)[:, :size]
+    return marks.scatter_(1, words.long().masked_fill(~where, size), True)[:, :size]
 
 
 def one_by_one(
@@ -197,7 +197,8 @@ class Beams:
         running = torch.nn.functional.pad(ids, (0, limit - ids.shape[1]), value=pad).unflatten(0, (-1, beams))
         scores = torch.full(running.shape[:2], NO_SCORE, device=ids.device)
         lengths = torch.full_like(scores, ids.shape[1], dtype=torch.long)
-        return cls(running, scores.index_fill(1, lengths.new_zeros(1), 0.0), running, scores, lengths, scores > 0)
+        first = scores.index_fill(1, lengths.new_zeros(1), 0.0)
+        return cls(running, first, running, scores, lengths, torch.zeros_like(scores, dtype=torch.bool))
 
     def go_on(self, log_probabilities: Tensor, length: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         """The best `keep` texts of length + 1 [B, keep, S], their scores and the beams that they come from, given the
@@ -242,9 +243,8 @@ def beam_search(
         words.keep(logits, log_probabilities)
         texts, scores, beam = best.go_on(log_probabilities, length, keep)
         new = texts[..., : length + 1]
-        ends = (
-            torch.isin(new[..., -1], words.ends) | stops(new.flatten(0, 1)).view(scores.shape) | (length + 1 == limit)
-        )
+        ends = torch.isin(new[..., -1], words.ends) | stops(new.flatten(0, 1)).view(scores.shape)
+        ends |= length + 1 == limit
 
         going, chosen = (scores + ends * NO_SCORE).topk(count)
         if reorder is not None:

@@ -259,3 +259,17 @@ def test_what_is_no_adapter(base: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for ask in (lambda: model.add_adapter(None), lambda: getattr(xlmr, HEAD).from_pretrained(tmp_path)):
         with pytest.raises(ImportError, match="adapters need the library peft: pip install peft"):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("ForMaskedLM", None), ("ForTokenClassification", None), ("ForTokenClassification", "SEQ_CLS")]
+)
+def test_all_linear_means_what_it_means_for_transformers_own_classes(name: str, task: str | None) -> None:
+    """Not the decoder, which is tied to the word embeddings; also beside another adapter."""
+    chosen = []
+    for model in build(name, num_hidden_layers=1):
+        for adapter in ("one", "two"):
+            model.add_adapter(peft.LoraConfig(target_modules="all-linear", task_type=task), adapter)
+        chosen.append([set(config.target_modules) for config in model.peft_config.values()])
+    assert chosen[0] == chosen[1]
+    assert "lm_head.decoder" not in chosen[1][0]

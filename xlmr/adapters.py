@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import own_keywords, read_json, resolve, write_atomically
 from .weights import read_weights
@@ -140,6 +140,8 @@ class Adaptable:
                 f"there is an adapter {name!r}: give adapter_name another name, or delete_adapter({name!r})"
             )
         config.base_model_name_or_path = self.config.name_or_path
+        if str(getattr(config, "target_modules", None)).lower() == "all-linear":
+            config.target_modules = self._linear(classifier=config.task_type != "SEQ_CLS")
         try:
             peft().inject_adapter_in_model(config, self, name, **options)
         except BaseException:
@@ -147,6 +149,20 @@ class Adaptable:
             raise
         self._hf_peft_config_loaded = True
         return name
+
+    def _linear(self, classifier: bool) -> set[str]:
+        """All linear layers but the decoder and, unless `classifier`, that: peft leaves them out for transformers' own
+        classes alone."""
+        model: Any = self
+        inside = tuple(f"{path}." for path, _ in self._layers())
+        heads = (model.get_output_embeddings(), None if classifier else getattr(model, "classifier", None))
+        return {
+            path
+            for path, module in model.named_modules()
+            if isinstance(getattr(module, "base_layer", module), nn.Linear)
+            and not any(module is head for head in heads)
+            and not path.startswith(inside)
+        }
 
     def _fill(self, name: str, state: dict[str, Tensor], assign: bool) -> Any:
         """Gives the adapter the values of a file, those of `state`."""

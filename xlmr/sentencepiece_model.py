@@ -83,7 +83,8 @@ class SentencePieceModel:
         normalisation; `options`: the trainer's. ValueError where it finds nothing to learn, or refuses an option."""
         learnt = io.BytesIO()
         settings = {
-            "model_type": "unigram", "vocab_size": size - len({"<pad>", "<mask>"}), "hard_vocab_limit": False,
+            "model_type": "unigram", "vocab_size": size - 2,  # without <pad> and <mask>
+            "hard_vocab_limit": False,
             "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "unk_piece": "<unk>", "bos_piece": "<s>",
             "eos_piece": "</s>", "normalization_rule_name": "identity",  # what it is given has been normalised
             "max_sentence_length": 2**30,  # it leaves out longer texts, by default those of 4,192 bytes

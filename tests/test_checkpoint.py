@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +188,7 @@ def test_the_hub_is_asked_again_where_the_caller_says_so(saved: Path, monkeypatc
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     XLMRobertaModel.from_pretrained("someone/model", force_download=True)
-    assert asked == [("config.json", True), ("adapter_config.json", True), ("model.safetensors", True)]
+    assert asked == [("adapter_config.json", True), ("config.json", True), ("model.safetensors", True)]
 
 
 def test_a_hub_name_from_the_cache(saved: Path, tmp_path: Path) -> None:
@@ -388,16 +387,6 @@ def test_what_contradicts_the_configuration_is_refused(
     directory = variant(saved / "XLMRobertaForMaskedLM", tmp_path / "v", change, config)
     with pytest.raises(error, match=message):
         XLMRobertaForMaskedLM.from_pretrained(directory)
-
-
-def test_an_adapter_beside_the_weights_is_refused(saved: Path, tmp_path: Path) -> None:
-    """transformers applies it: without it the answers are another model's."""
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="an adapter of PEFT"):
-        xlmr.load(tmp_path)  # which has no config.json
-    shutil.copytree(saved / "XLMRobertaModel", tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="describes an adapter of PEFT"):
-        XLMRobertaModel.from_pretrained(tmp_path)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Decoding: steps with a cache, cross attention, generate."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -96,11 +99,126 @@ def test_generate() -> None:
     with pytest.raises(ValueError, match="45 tokens: this model takes at most 40"):
         ours.generate(prompt, max_new_tokens=40)
     assert torch.equal(ours.generate(prompt, max_new_tokens=9, num_beams=1, streamer=None), expected)
-    for given, words in (({"num_beams": 4}, "num_beams is 4: only 1 is offered"), ({"beams": 4}, "argument 'beams'")):
+    refused = {"num_beam_groups": (2, "num_beam_groups is 2: only 1 is offered"), "beams": (4, "argument 'beams'")}
+    for name, (value, words) in refused.items():
         with pytest.raises(TypeError, match=words):
-            ours.generate(prompt, **given)
+            ours.generate(prompt, **{name: value})
     with pytest.raises(TypeError, match="input_ids is a list: give a tensor"):
         ours.generate(prompt.tolist())
     _, encoder = build("ForCausalLM")
     with pytest.raises(ValueError, match="is_decoder is False"):
         encoder.generate(prompt)
+
+
+def searching(**settings: Any) -> tuple[Any, Any]:
+    """transformers' decoder and ours; its searches, like ours, by its forward, which counts positions from pad + 1."""
+    reference, ours = build("ForCausalLM", is_decoder=True, pad_token_id=1, vocab_size=31, **settings)
+    reference.prepare_inputs_for_generation = lambda input_ids, attention_mask=None, **_: {
+        "input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False
+    }  # fmt: skip
+    return reference, ours
+
+
+PROMPTS, SEEN = (
+    torch.tensor([[5, 9, 6, 5, 9], [1, 1, 8, 7, 8], [4, 20, 21, 20, 22]]),
+    torch.ones(3, 5, dtype=torch.long),
+)
+SEEN[1, :2] = 0
+SEVERAL = [2, *range(5, 14)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 4, "eos_token_id": SEVERAL},
+        {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": SEVERAL, "length_penalty": 2.0},
+        {"num_beams": 3, "eos_token_id": SEVERAL, "early_stopping": True, "length_penalty": -1.0},
+        {"num_beams": 2, "eos_token_id": SEVERAL, "early_stopping": "never"},
+        {"num_beams": 2, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+        {"eos_token_id": SEVERAL, "repetition_penalty": 0.7, "min_length": 8},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3, "eos_token_id": 8, "max_new_tokens": 1},
+    ],
+)
+def test_searches_as_transformers(settings: dict[str, Any]) -> None:
+    reference, ours = searching()
+    asked = {"max_new_tokens": 9, **settings, "attention_mask": SEEN}
+    kept = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    expected = reference.generate(PROMPTS, pad_token_id=1, use_cache=False, **asked, **kept)
+    for use_cache in (True, False):
+        found = ours.generate(PROMPTS, use_cache=use_cache, **asked, **kept)
+        assert torch.equal(found.sequences, expected.sequences)
+        if "num_beams" in settings:
+            torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-4)
+        for name in ("scores", "logits"):
+            for mine, theirs in zip(found[name], expected[name], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.generate(PROMPTS.int(), **asked), expected.sequences)
+
+
+def test_words_are_drawn_among_those_that_transformers_leaves() -> None:
+    reference, ours = searching()
+    asked = {"max_new_tokens": 1, "do_sample": True, "return_dict_in_generate": True, "output_scores": True}
+    for settings in ({"temperature": 0.7, "top_k": 9, "top_p": 0.8}, {"top_k": 0, "min_p": 0.2}, {"top_p": 0.5}):
+        expected = reference.generate(
+            PROMPTS, attention_mask=SEEN, pad_token_id=1, use_cache=False, **asked, **settings
+        )
+        found = ours.generate(PROMPTS, SEEN, num_return_sequences=2, **asked, **settings)
+        torch.testing.assert_close(found.scores[0][::2], expected.scores[0], rtol=1e-4, atol=1e-4)
+        assert found.sequences.shape == (6, 6)
+        assert found.scores[0].gather(1, found.sequences[:, -1:]).isfinite().all()
+
+
+class Streamer:
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.told.append(value.tolist())
+
+    def end(self) -> None:
+        self.told.append("end")
+
+
+def test_the_callers_own_rules() -> None:
+    """As transformers calls them; a list is what it takes there."""
+    reference, ours = searching()
+    rules = {
+        "logits_processor": [lambda ids, scores: scores.index_fill(-1, ids[0, -1:], -torch.inf)],
+        "stopping_criteria": [lambda ids, scores: ids[:, -1] % 5 == 0],
+        "max_new_tokens": 9,
+    }
+    streamers = Streamer(), Streamer()
+    found = ours.generate(PROMPTS[:1], streamer=streamers[0], **rules)
+    expected = reference.generate(PROMPTS[:1], streamer=streamers[1], pad_token_id=1, use_cache=False, **rules)
+    assert torch.equal(found, expected)
+    assert streamers[0].told == streamers[1].told
+    beams = ours.generate(PROMPTS, SEEN, num_beams=2, **rules)
+    expected = reference.generate(PROMPTS, attention_mask=SEEN, num_beams=2, pad_token_id=1, use_cache=False, **rules)
+    assert torch.equal(beams, expected)
+    with pytest.raises(ValueError, match="beams change them later"):
+        ours.generate(PROMPTS, num_beams=2, streamer=Streamer())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_return_sequences": 2}, {"num_beams": 0}, {"num_beams": 2, "do_sample": True}, {"top_p": 0.0}]
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{list(settings)[-1]}.*: allowed are temperature"):
+        searching()[1].generate(PROMPTS, **settings)
+
+
+def test_a_checkpoint_tells_how_to_generate(tmp_path: Path) -> None:
+    """generation_config.json, which both libraries write and read; what a caller gives goes before it."""
+    reference, ours = searching()
+    reference.generation_config.update(num_beams=3, max_new_tokens=4, no_repeat_ngram_size=2)
+    reference.save_pretrained(tmp_path / "theirs")
+    loaded = xlmr.XLMRobertaForCausalLM.from_pretrained(tmp_path / "theirs")
+    found = loaded.generate(PROMPTS, SEEN)
+    assert torch.equal(found, ours.generate(PROMPTS, SEEN, generation_config=reference.generation_config))
+    assert torch.equal(found, ours.generate(PROMPTS, SEEN, num_beams=3, max_new_tokens=4, no_repeat_ngram_size=2))
+    assert loaded.generate(PROMPTS, SEEN, max_new_tokens=7, generation_config={"max_new_tokens": 6}).shape == (3, 12)
+    loaded.save_pretrained(tmp_path / "ours")
+    again = transformers.XLMRobertaForCausalLM.from_pretrained(tmp_path / "ours").generation_config
+    assert again.to_diff_dict() == reference.generation_config.to_diff_dict()

@@ -11,7 +11,7 @@ from processes import ROOT, python
 
 import xlmr
 
-OPTIONAL = {"babel", "huggingface_hub", "matplotlib", "tqdm", "transformers", "triton"}
+OPTIONAL = {"babel", "huggingface_hub", "matplotlib", "peft", "tqdm", "transformers", "triton"}
 
 
 class Rule(NamedTuple):
@@ -22,8 +22,8 @@ class Rule(NamedTuple):
 
 
 TREE = {
-    "torch", "xlmr.activations", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config", "xlmr.embeddings",
-    "xlmr.family", "xlmr.inputs", "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
+    "torch", "xlmr.activations", "xlmr.adapters", "xlmr.block", "xlmr.cache", "xlmr.checkpoint", "xlmr.config",
+    "xlmr.embeddings", "xlmr.family", "xlmr.inputs", "xlmr.ops", "xlmr.outputs", "xlmr.pretrained", "xlmr.varlen",
 }  # fmt: skip
 WORDS = {"xlmr.added_tokens", "xlmr.arguments", "xlmr.sentencepiece_model"}
 TOKENIZER = WORDS | {
@@ -46,12 +46,13 @@ RULES = {
     "xlmr/__init__": Rule(set(), {"xlmr"}),
     "xlmr/__main__": Rule({"xlmr.cli"}),
     "xlmr/activations": Rule({"torch"}),
+    "xlmr/adapters": Rule({"safetensors", "torch", "xlmr.files", "xlmr.weights"}, {"peft"}),
     "xlmr/added_tokens": Rule(set()),
     "xlmr/arguments": Rule(set()),
     "xlmr/batch_encoding": Rule(set(), {"numpy", "torch"}),
     "xlmr/block": Rule({"torch", "xlmr.cache", "xlmr.ops", "xlmr.varlen"}),
     "xlmr/cache": Rule({"torch"}),
-    "xlmr/checkpoint": Rule({"torch", "xlmr.files", "xlmr.weights"}),
+    "xlmr/checkpoint": Rule({"torch", "xlmr.adapters", "xlmr.files", "xlmr.weights"}),
     "xlmr/cli": Rule({"numpy", "torch", "xlmr"}),
     "xlmr/config": Rule({"xlmr.family", "xlmr.files", "xlmr.hub"}, {"torch"}),
     "xlmr/convert": Rule({"xlmr.files", "xlmr.weights"}),
@@ -64,7 +65,8 @@ RULES = {
     "xlmr/encoder": Rule(TASKS | {"xlmr.encode", "xlmr.multi_vector", "xlmr.sentence_directory"}, {"tqdm"}),
     "xlmr/family": Rule(set()),
     "xlmr/files": Rule(set(), {"huggingface_hub", "torch"}),
-    "xlmr/generation": Rule({"torch", "xlmr.cache", "xlmr.inputs"}),
+    "xlmr/decoding": Rule({"torch"}),
+    "xlmr/generation": Rule({"torch", "xlmr.cache", "xlmr.decoding", "xlmr.inputs", "xlmr.outputs"}),
     "xlmr/heads": Rule(TREE | {"xlmr.generation", "xlmr.model"}),
     "xlmr/hub": Rule(set(), {"huggingface_hub"}),
     "xlmr/inputs": Rule({"torch", "xlmr.block", "xlmr.cache", "xlmr.config", "xlmr.values"}),

@@ -406,7 +406,7 @@ def test_compiled_by_inductor() -> None:
         torch.testing.assert_close(torch.compile(ours)(tokens, RIGHT)[0], ours(tokens, RIGHT)[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["Model", "ForMaskedLM"])
+@pytest.mark.parametrize("name", ["Model", "ForMaskedLM", "ForSequenceClassification"])
 def test_without_a_mask_forward_is_one_graph(name: str) -> None:
     """Of every length from the second on."""
     _, ours = build(name, num_hidden_layers=1)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +20,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_python_runs_as_written() -> None:
+def test_the_python_runs_as_written(tmp_path: Path) -> None:
     """One block after the other, with the demo checkpoint and, as `theirs`, a model of transformers."""
     pytest.importorskip("triton")  # which the last block is about
+    pytest.importorskip("peft")
     theirs = transformers.XLMRobertaForMaskedLM.from_pretrained(CHECKPOINT)
     names: dict[str, Any] = {"theirs": theirs}
+    paths = {"path/to/checkpoint": CHECKPOINT, "path/to/adapter": tmp_path}
     try:
         for block in blocks("python"):
-            exec(block.replace("path/to/checkpoint", str(CHECKPOINT)), names)
+            exec(re.sub("|".join(paths), lambda path: str(paths[path[0]]), block), names)
     finally:
         xlmr.unpatch()
     assert names["output"].logits.shape[2] == theirs.config.vocab_size

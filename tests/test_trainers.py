@@ -216,3 +216,24 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Te
 def test_two_processes_give_one_s_gradients(way: str, head: str, parallel: dict[str, dict[str, Tensor]]) -> None:
     model, given = data_parallel.model_and_batch(head)
     assert_same(parallel[f"{way} {head}"], gradients(model, data_parallel.loss(model, given, given)))
+
+
+def test_a_checkpoint_of_a_trainer_holds_the_adapter(tmp_path: Path) -> None:
+    """Beside all weights, from which training goes on: from_pretrained loads it with its base model."""
+    peft = pytest.importorskip("peft")
+    _, base = trained("SequenceClassification")
+    base.save_pretrained(tmp_path / "base")
+    runs = []
+    for steps in (2, 4):
+        torch.manual_seed(1)
+        model = type(base).from_pretrained(tmp_path / "base").train()
+        model.add_adapter(peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+        saving = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        runs.append((model, trainer(model, ROWS, tmp_path / "run", kind=SavingTrainer, **saving)))
+    runs[0][1].train()
+    loaded = type(base).from_pretrained(tmp_path / "run/checkpoint-2").eval()
+    ids = ROWS[0]["input_ids"][None]
+    assert torch.equal(loaded(ids).logits, runs[0][0].eval()(ids).logits)
+    runs[1][1].train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert runs[1][1].state.global_step == 4
+    assert not torch.equal(runs[1][0].eval()(ids).logits, loaded(ids).logits)

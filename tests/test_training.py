@@ -84,6 +84,23 @@ def test_loss_without_logits(name: str, kind: str) -> None:
         )  # fmt: skip
 
 
+def test_labels_that_are_shifted_already() -> None:
+    """They go before labels, as in the reference, and need none here; what is masked is computed where they ask."""
+    reference, ours = trained("CausalLM")
+    given = inputs("CausalLM", RIGHT)
+    shifted = torch.nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
+    for mask in (RIGHT, None):
+        given |= {"attention_mask": mask, "shift_labels": shifted, "labels": torch.zeros_like(shifted)}
+        expected = reference(**given).loss
+        assert_same(gradients(ours, ours(**given).loss), gradients(reference, expected))
+        for labels in (given["labels"], None):
+            for extra in ({}, {"num_items_in_batch": int((shifted != -100).sum())}):
+                lean = ours(**{**given, "labels": labels}, **extra, return_logits=False)
+                torch.testing.assert_close(lean.loss, expected.detach(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="labels score every position"):
+        ours(given["input_ids"], shift_labels=shifted, logits_to_keep=2)
+
+
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_the_loss_beside_logits_needs_no_padded_gradient(name: str) -> None:
     _, ours = trained(name)

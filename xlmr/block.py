@@ -126,8 +126,8 @@ class Pass:
     """What travels with the rows through one forward pass.
 
     `layout` says where they lie; `cache` holds past keys and values; `cross` is an encoder's states [B·Sk, N] and their
-    layout against the queries; `rows` (sorted int64 [R]) are the only ones that the layer's caller wants; `collected`
-    takes what the caller of the model asked to see.
+    layout against the queries; `rows` (sorted int64 [R]) are the only ones that the layer's caller wants, `one_each` if
+    they are one of every sequence; `collected` takes what the caller of the model asked to see.
     """
 
     layout: Layout
@@ -135,6 +135,7 @@ class Pass:
     cache: KeyValueCache | Any = None
     cross: tuple[Tensor, Layout] | None = None
     rows: Tensor | None = None
+    one_each: bool = False
     collected: Collected | None = None
 
     def kept(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
 import logging
 import os
 import re
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .files import DTYPES, own_keywords, resolve, to_dtype
+from . import adapters
+from .files import DTYPES, own_keywords, read_json, resolve, to_dtype, write_atomically
 from .weights import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
+GENERATION = "generation_config.json"  # how a decoder's generate is told by its checkpoint
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers too: neither library initialises it a second time
 _loading: ContextVar[bool] = ContextVar("loading", default=False)  # set while from_pretrained builds a model
 
@@ -55,6 +58,8 @@ def from_pretrained(
     state_dict: Mapping[str, Tensor] | None = None,
     ignore_mismatched_sizes: bool = False,
     output_loading_info: bool = False,
+    adapter_name: str = "default",
+    adapter_kwargs: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Any:
     """A model in eval mode, from a checkpoint directory or a name on the Hugging Face hub.
@@ -73,8 +78,13 @@ def from_pretrained(
         ignore_mismatched_sizes: initialise weights of another shape, too.
         output_loading_info: return (model, info) and log nothing; info is a dict of missing_keys, unexpected_keys,
             mismatched_keys and error_msgs, as in transformers.
+        adapter_name, adapter_kwargs: of an adapter, see below; the hub's arguments where its own differ.
         overrides: fields of the configuration, or keywords of the constructor (one written elsewhere may take any).
             What only tells transformers how to load is passed over.
+
+    A directory or repository with an adapter_config.json is an adapter of PEFT, which is loaded into its base model:
+    the one beside it in a directory, or else the one that the file names; adapters.Adaptable.load_adapter says what is
+    trusted.
 
     Parameters that the checkpoint lacks are initialised; one warning names them, and the weights of no use here.
     On the CPU a parameter in the checkpoint's dtype is the mapped file, copied on write: files may be replaced, but not
@@ -88,11 +98,12 @@ def from_pretrained(
         "force_download": force_download, "subfolder": subfolder,
     }  # fmt: skip
     place = place_on(device, device_map)
-    described = pretrained_model_name_or_path if config is None else config
-    config, arguments = _configuration(cls, described, source, own_keywords(overrides))
-    config.name_or_path = where = os.fspath(pretrained_model_name_or_path or "")
+    name, beside = pretrained_model_name_or_path, {**source, **(adapter_kwargs or {})}
+    adapter = None if name is None or state_dict is not None else adapters.find(name, **beside)
+    base = name if name is None or adapter is None else adapters.base_of(adapter, name, source)
+    config, arguments = _configuration(cls, base if config is None else config, source, own_keywords(overrides))
+    config.name_or_path = where = os.fspath(base or "")
     if state_dict is None:
-        refuse_adapter(where, **source)
         weights = read_weights(functools.partial(resolve, where, **source), where, use_safetensors, variant)
     else:
         weights = {name: weight.detach().clone() for name, weight in state_dict.items()}
@@ -108,16 +119,11 @@ def from_pretrained(
     if not output_loading_info:
         _report(cls.__name__, where, info)
     model.to(place, config.dtype).eval()  # what was loaded is there: this tells the model, and moves the rest
+    if model.can_generate() and state_dict is None and (path := resolve(where, GENERATION, **source)):
+        model.generation_config = read_json(path)
+    if adapter is not None:
+        model.load_adapter(name, adapter_name, **beside)
     return (model, info) if output_loading_info else model
-
-
-def refuse_adapter(where: str | os.PathLike[str], **source: Any) -> None:
-    """ValueError for a checkpoint with an adapter, which transformers would apply; `source`: as of files.resolve."""
-    if path := resolve(where, "adapter_config.json", **source):
-        raise ValueError(
-            f"{path} describes an adapter of PEFT, which changes the answers and is not applied here: merge it "
-            "(peft's merge_and_unload) and save that model, or remove the file if the weights beside it have it in them"
-        )
 
 
 def _renamed(weights: dict[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
@@ -383,6 +389,8 @@ def save_model(
     config = config_to_save(model, state)
     config.validate()
     write_weights(Path(directory), state, config.to_json_string(), max_shard_size, safe_serialization, variant)
+    if told := getattr(model, "generation_config", None):
+        write_atomically(directory, {GENERATION: json.dumps(dict(told), indent=2) + "\n"})
 
 
 def state_to_save(model: Any, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

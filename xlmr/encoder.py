@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import adapters
 from .arguments import integer
-from .checkpoint import refuse_adapter
 from .encode import (
     at_least_fp32,
     base_of,
@@ -498,7 +498,11 @@ def load(
     inside = {**source, "subfolder": folder}
     path = find("config.json", folder)
     if path is None:
-        refuse_adapter(name_or_dir, **inside)
+        if adapters.find(name_or_dir, **inside):
+            raise ValueError(
+                f"{name_or_dir} is an adapter of PEFT alone: XLMRobertaModel.from_pretrained loads it with its base "
+                "model, for xlmr.embed; or merge the two (peft's merge_and_unload), and save that"
+            )
         raise FileNotFoundError(f"there is no config.json in {os.path.join(name_or_dir, folder)}")
     config = read_json(path)
     check_architecture(config, name_or_dir)

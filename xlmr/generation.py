@@ -1,24 +1,16 @@
-"""Decoding with XLMRobertaForCausalLM: greedy, or sampling with temperature, top-k and top-p (nucleus) cuts.
+"""Decoding with XLMRobertaForCausalLM: greedy search, sampling and beam search; decoding.py chooses the words."""
 
-The nucleus is that of Holtzman et al., 2020.
-"""
-
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as padded
 
 from .cache import KeyValueCache
+from .decoding import Settings, Words, beam_search, one_by_one
 from .inputs import check_length, check_tensors
-
-# What transformers' generate offers besides: allowed as the value that changes nothing, or None.
-NEUTRAL = {
-    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "early_stopping": False, "length_penalty": 1.0,
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "min_p": 0.0,
-    "typical_p": 1.0, "output_scores": False, "output_logits": False, "output_attentions": False,
-    "output_hidden_states": False, "return_dict_in_generate": False, "synced_gpus": False, "generation_config": None,
-    "logits_processor": None, "stopping_criteria": None, "streamer": None,
-}  # fmt: skip
+from .outputs import GenerateOutput
 
 
 @torch.no_grad()
@@ -27,64 +19,78 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    eos_token_id: int | list[int] | None = None,
-    pad_token_id: int | None = None,
-    use_cache: bool = True,
+    generation_config: Any = None,
+    logits_processor: Iterable[Callable[[Tensor, Tensor], Tensor]] | None = None,
+    stopping_criteria: Iterable[Callable[..., Any]] | None = None,
+    streamer: Any = None,
     generator: torch.Generator | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    **others: Any,
-) -> Tensor:
+    **settings: Any,
+) -> Tensor | GenerateOutput:
     """Continues prompts [B, S] by at most `max_new_tokens` (20), or up to `max_length` tokens in all; returns prompts
-    and continuations [B, S + new].
+    and continuations [B, S + new], `num_return_sequences` for each prompt.
 
-    A text that has ended (`eos_token_id`, by default the config's) is filled with `pad_token_id`. Greedy unless
-    `do_sample`; then the `top_k` best tokens (0: all) compete, of these the fewest whose probabilities reach `top_p`.
+    settings, also in a generation_config (transformers' GenerationConfig, or a dict), and last in the checkpoint's:
+        eos_token_id, pad_token_id: a text that has ended by one of the former (an int or several; by default the
+            config's) is filled with the latter. None ends before min_length tokens, or min_new_tokens new ones.
+        do_sample: draw words by `generator`. The `top_k` (50) best compete (0: all), of these the fewest whose
+            probabilities reach `top_p`, and that have `min_p` of the best word's, at `temperature`.
+        num_beams: search for the most probable text instead, among that many at once, the sums of log-probabilities
+            divided by length ** `length_penalty`. early_stopping: True ends it at num_beams ended texts, False where
+            better ones are unlikely, "never" where none can come.
+        repetition_penalty: divides positive scores of words that are there already, multiplies negative ones;
+            no_repeat_ngram_size: so many words in a row come once only.
+        use_cache: False computes every text anew at each step.
+        return_dict_in_generate: a GenerateOutput, with output_scores or output_logits those of each step.
+    logits_processor: functions (ids, scores [B, V]) → scores.  stopping_criteria: functions (ids, None) → bool, or
+    bools [B].  streamer: its put() is given the prompt, then each token [B], and end() is called.
+
     Raises ValueError where config.is_decoder is not set, or where a text would outgrow the positions, and TypeError for
-    lists in place of tensors, and for what only transformers' generate offers, such as beams.
+    lists in place of tensors, and for what only transformers' generate offers, such as sampling from beams.
     """
-    check_neutral(others)
+    told = Settings.of(self.generation_config, generation_config, settings)
     check_tensors(input_ids=input_ids, attention_mask=attention_mask)
-    check_prompts(self.config, input_ids)
-    if do_sample and not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: allowed are > 0, ≥ 0 and (0, 1]")
-    if max_new_tokens is None:
-        max_new_tokens = 20 if max_length is None else max_length - input_ids.shape[1]
-    tables = self.roberta.tables
-    check_length(tables, int((input_ids != tables.offset - 1).sum(1).max()) + max_new_tokens)
-    eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
-    ends = torch.tensor([] if eos is None else eos, device=input_ids.device, dtype=input_ids.dtype).view(-1)
-    pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
+    config, tables = self.config, self.roberta.tables
+    check_prompts(config, input_ids)
+    if streamer is not None and told.num_beams > 1:
+        raise ValueError("a streamer is told words one by one: beams change them later, use num_beams=1")
+    new = told.max_new_tokens
+    if new is None:
+        new = 20 if told.max_length is None else told.max_length - input_ids.shape[1]
+    check_length(tables, int((input_ids != tables.offset - 1).sum(1).max()) + new)
+    eos = config.eos_token_id if told.eos_token_id is None else told.eos_token_id
+    ends = torch.as_tensor([] if eos is None else eos, device=input_ids.device, dtype=input_ids.dtype).view(-1)
+    pad = config.pad_token_id if told.pad_token_id is None else told.pad_token_id
+
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     cross = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
-    cache = KeyValueCache() if use_cache else None
-    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    for _ in range(max_new_tokens):
-        step = self.prepare_inputs_for_generation(input_ids, cache, mask, use_cache, **cross)
-        scores = self(**step, logits_to_keep=1).logits[:, -1].float()
-        token = _sample(scores, temperature, top_k, top_p, generator) if do_sample else scores.argmax(-1)
-        token = token.masked_fill(done, pad)
-        input_ids = torch.cat([input_ids, token[:, None].to(input_ids.dtype)], dim=1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        done = done | torch.isin(token, ends)
-        if bool(done.all()):
-            break
-    return input_ids
+    rows = max(told.num_beams, told.num_return_sequences)
+    ids, mask = (t.repeat_interleave(rows, 0) for t in (input_ids, mask))
+    cross = {name: None if t is None else t.repeat_interleave(rows, 0) for name, t in cross.items()}
+    cache = KeyValueCache() if told.use_cache else None
+    words = Words(told, mask != 0, ends, logits_processor or ())
 
+    def follow(texts: Tensor) -> Tensor:
+        whole = padded(mask, (0, texts.shape[1] - mask.shape[1]), value=1)
+        step = self.prepare_inputs_for_generation(texts, cache, whole, told.use_cache, **cross)
+        return self(**step, logits_to_keep=1).logits[:, -1].float()
 
-def check_neutral(others: dict[str, Any]) -> None:
-    """Refuses what is not in NEUTRAL, or not neutral."""
-    for name, value in others.items():
-        if name not in NEUTRAL:
-            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
-        if value is not None and value != NEUTRAL[name]:
-            raise TypeError(f"{name} is {value!r}: only {NEUTRAL[name]!r} is offered, greedy search or sampling")
+    def stops(texts: Tensor) -> Tensor:
+        found = torch.zeros(len(texts), dtype=torch.bool, device=texts.device)
+        for criterion in stopping_criteria or ():
+            found = found | torch.as_tensor(criterion(texts, None), device=texts.device)
+        return found
+
+    search = ids, input_ids.shape[1] + new, pad, words, follow, stops
+    if told.num_beams > 1:
+        sequences, sequences_scores = beam_search(*search, None if cache is None else cache.reorder_cache)
+    else:
+        sequences, sequences_scores = one_by_one(*search, streamer, generator), None
+    if not told.return_dict_in_generate:
+        return sequences
+    scores, logits = (tuple(kept) if kept else None for kept in (words.scores, words.logits))
+    return GenerateOutput(sequences, sequences_scores if told.output_scores else None, scores, logits, cache)
 
 
 def check_prompts(config: Any, input_ids: Tensor) -> None:
@@ -116,12 +122,3 @@ def prepare_inputs_for_generation(
         "use_cache": use_cache,
         **model_inputs,
     }
-
-
-def _sample(scores: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token for each row of scores [B, V]."""
-    scores, tokens = (scores / temperature).topk(min(top_k or scores.shape[-1], scores.shape[-1]))
-    probabilities = scores.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of the better tokens: the best one always stays
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -241,6 +243,7 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
 
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"  # for Trainer, which then counts the items from the second label on
+    generation_config: Mapping[str, Any] = MappingProxyType({})  # of generation_config.json
     generate = generate
     prepare_inputs_for_generation = prepare_inputs_for_generation
 
@@ -267,24 +270,28 @@ class XLMRobertaForCausalLM(XLMRobertaLanguageModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
+        shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """The loss is that of predicting token s + 1 of `labels` [B, S] from the logits at s, in fp32: the mean, or
-        with `num_items_in_batch` the sum divided by it. `logits_to_keep`: the last n positions, or the positions given;
-        0 keeps all. With return_logits=False only the loss is computed, from the labelled rows, and logits is None."""
-        use_cache = use_cache if labels is None else False
+        """The loss is that of predicting token s + 1 of `labels` [B, S] from the logits at s, or token s of
+        `shift_labels` [B, S], which go before, in fp32: the mean, or with `num_items_in_batch` the sum divided by it.
+        `logits_to_keep`: the last n positions, or the positions given; 0 keeps all. With return_logits=False only the
+        loss is computed, from the labelled rows, and logits is None."""
+        use_cache = use_cache if labels is None and shift_labels is None else False
         inputs = Arguments(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache,
         )  # fmt: skip
-        labels = self.checked_labels(labels, inputs, return_logits)
-        following = None if labels is None else F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        labels = self.checked_labels(labels, inputs, return_logits or shift_labels is not None)
+        following = self.checked_labels(shift_labels, inputs, True)
+        if following is None and labels is not None:
+            following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         part = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
-        if part and labels is not None:
+        if part and following is not None:
             raise ValueError("labels score every position: leave out logits_to_keep, or labels")
         whole = part or past_key_values is not None or not untouched(self.lm_head)
         encoded, shared = self.encode(inputs, labels=None if whole else following, every_position=whole)

@@ -183,8 +183,11 @@ class TrainerMixin:
         ours = isinstance(self.model, XLMRobertaPreTrainedModel)
         state = state_to_save(self.model, state_dict) if ours else state_dict
         super()._save(output_dir, state)  # type: ignore[misc]
-        if ours and self.args.should_save:
-            config_to_save(self.model, state).save_pretrained(output_dir or self.args.output_dir)
+        directory = output_dir or self.args.output_dir
+        if ours and self.args.should_save and self.model._hf_peft_config_loaded:
+            self.model.save_pretrained(directory)  # the adapter, which from_pretrained takes; the rest is to go on from
+        elif ours and self.args.should_save:
+            config_to_save(self.model, state).save_pretrained(directory)
 
 
 def __getattr__(name: str) -> Any:

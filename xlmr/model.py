@@ -69,7 +69,7 @@ class XLMRobertaSelfAttention(AttentionBlock):
             k, v = extended(k, v, state.cache, self.layer_idx, layout.batch)
         sequences = layout.sequences
         if state.rows is not None:  # sorted rows of x: checked where they were given, or made so
-            sequences = sequences.with_queries(state.rows).known_to_fit(len(q), len(k))
+            sequences = sequences.with_queries(state.rows, state.one_each).known_to_fit(len(q), len(k))
         if layout.dense is None:
             causal = state.causal and not self.is_cross_attention
             out = self.ops.attention(q, k, v, sequences, self.scaling, causal, rate(self.dropout))
@@ -310,7 +310,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             state = given.begin(every_position=whole, reads_first=reads_first, labels=labels)
             picks = ours and not state.causal and collected.nothing and state.layout.dense is None
             if picks and wanted is not None:
-                state.rows = wanted(state.layout)
+                state.rows, state.one_each = wanted(state.layout), wanted is Layout.first_rows
             x = run(self.encoder, self.embed(given, state.layout), state)
         fields = collected.fields() | {"past_key_values": given.cache if given.use_cache else None}
         return Encoded(x, state.layout, fields, picked=state.rows is not None)

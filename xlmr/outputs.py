@@ -122,3 +122,15 @@ class QuestionAnsweringOutput(ModelOutput):
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class GenerateOutput(ModelOutput):
+    """Of generate. `sequences` [B, S + new]; `sequences_scores` [B], of beams; `scores`, as the settings have changed
+    them, and `logits`, of each step [B, V]. Reference: GenerateDecoderOnlyOutput, GenerateBeamDecoderOnlyOutput."""
+
+    sequences: Tensor | None = None
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    past_key_values: KeyValueCache | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .adapters import Adaptable, save_adapter
 from .block import Block
 from .checkpoint import INITIALISED
 from .config import XLMRobertaConfig
@@ -41,7 +42,7 @@ def check_config(config: Any, cls: type) -> None:
             )
 
 
-class XLMRobertaPreTrainedModel(Block, Pushable):
+class XLMRobertaPreTrainedModel(Block, Pushable, Adaptable):
     """Base class of XLMRobertaModel and the heads."""
 
     config_class = XLMRobertaConfig
@@ -167,7 +168,8 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
         variant: str | None = None,
         **upload: Any,
     ) -> None:
-        """Writes config.json and the weights, atomically; xlmr.checkpoint.save_model says what the keywords mean.
+        """Writes config.json and the weights, atomically; xlmr.checkpoint.save_model says what the keywords mean. Of a
+        model with adapters, the active one alone: see xlmr.adapters.save_adapter.
 
         is_main_process: nothing is written where this is False.  push_to_hub: the files are uploaded as well; `upload`
         are its keywords, of which repo_id is by default the directory's name.
@@ -180,7 +182,10 @@ class XLMRobertaPreTrainedModel(Block, Pushable):
             "state_dict": state_dict, "max_shard_size": max_shard_size, "safe_serialization": safe_serialization,
             "variant": variant,
         }  # fmt: skip
-        checkpoint.save_model(self, save_directory, **saving)
+        if self._hf_peft_config_loaded:
+            save_adapter(self, save_directory, state_dict)
+        else:
+            checkpoint.save_model(self, save_directory, **saving)
         if push_to_hub:
             self.push_to_hub(**hub, **saving)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import itertools
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 SPACE = "▁"  # how sentencepiece writes a space, and the start of every text
 MAX_MODEL_BYTES = 64 * 2**20  # the real vocabulary, 250,000 pieces, takes 5 MB
@@ -76,6 +77,27 @@ class SentencePieceModel:
     def from_tokenizer_json(cls, content: dict[str, Any]) -> SentencePieceModel:
         """Rebuild the model from a parsed `tokenizer.json`; ValueError if that describes any other pipeline."""
         return cls(_proto_from_tokenizer_json(content), lowers(content))
+
+    def trained(self, texts: Iterable[str], size: int, **options: Any) -> SentencePieceModel:
+        """A model with `size` pieces at most, learnt from texts by sentencepiece's trainer, and this one's rules of
+        normalisation; `options`: the trainer's. ValueError where it finds nothing to learn, or refuses an option."""
+        learnt = io.BytesIO()
+        settings = {
+            "model_type": "unigram", "vocab_size": size - 2,  # without <pad> and <mask>
+            "hard_vocab_limit": False,
+            "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "unk_piece": "<unk>", "bos_piece": "<s>",
+            "eos_piece": "</s>", "normalization_rule_name": "identity",  # what it is given has been normalised
+            "max_sentence_length": 2**30,  # it leaves out longer texts, by default those of 4,192 bytes
+            "minloglevel": 2, **options,
+        }  # fmt: skip
+        normalized = (self._processor.normalize(self._prepared(text)).replace(SPACE, " ") for text in texts)
+        try:
+            SentencePieceTrainer.train(sentence_iterator=normalized, model_writer=learnt, **settings)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"sentencepiece cannot learn {size} pieces: {' '.join(str(error).split())}") from error
+        kept = [(number, value) for number, value, _ in _fields(learnt.getvalue()) if number != _NORMALIZER]
+        kept += [(number, value) for number, value, _ in _fields(self.proto) if number == _NORMALIZER]
+        return type(self)(b"".join(_field(number, value) for number, value in kept), self.lower_case)
 
     def in_lower_case(self) -> SentencePieceModel:
         """The model that puts texts in lower case first."""

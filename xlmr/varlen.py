@@ -40,11 +40,15 @@ class Sequences:
         starts, lens = starts[:-1], starts.diff()
         return cls(starts, lens, starts, lens, max_seqlen, max_seqlen)
 
-    def with_queries(self, rows: Tensor) -> "Sequences":
-        """The same keys for the queries `rows` only: sorted int64 [R] rows of q, which becomes q[rows]."""
+    def with_queries(self, rows: Tensor, one_each: bool = False) -> "Sequences":
+        """The same keys for the queries `rows` only: sorted int64 [R] rows of q, which becomes q[rows]; `one_each`: one
+        of every sequence."""
         bounds = torch.cat([self.q_starts, self.q_starts[-1:] + self.q_lens[-1:]])
         cut = torch.searchsorted(rows, bounds.to(rows.dtype), out_int32=True)
-        return replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=rows.numel())
+        queries = replace(self, q_starts=cut[:-1], q_lens=cut.diff(), max_q=rows.numel())
+        if one_each and "runs" in self.__dict__ and len(self.runs) == 1:  # known without reading
+            queries.__dict__["runs"] = [(count, 0, 1, k_start, k_len) for count, _, _, k_start, k_len in self.runs]
+        return queries
 
     def known_to_fit(self, rows: int, keys: int) -> "Sequences":
         """Itself, made in a way that leaves `check` nothing to find."""

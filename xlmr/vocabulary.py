@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -87,6 +88,40 @@ class Vocabulary:
         self._additional: list[str] = []
         named = {**SPECIAL_TOKENS, **{name: value for name, value in special_tokens.items() if value is not None}}
         self.add_special_tokens({**named, "additional_special_tokens": list(additional_special_tokens)})
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[Any],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Sequence[Any] | None = None,
+        special_tokens_map: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A tokenizer like this one, its settings and added tokens included, with a vocabulary that sentencepiece's
+        trainer (Unigram) learns from texts, or lists of texts: `vocab_size` ids at most, all of them counted.
+
+        new_special_tokens: str or AddedToken, further ones.  special_tokens_map: new contents of added and special
+        tokens.  kwargs: options of SentencePieceTrainer, such as character_coverage or num_threads.  length has no
+        effect. The texts are normalised by this tokenizer's rules. ValueError where the trainer cannot.
+        """
+
+        def renamed(token: AddedToken) -> AddedToken:
+            return replace(token, content=(special_tokens_map or {}).get(token.content, token.content))
+
+        tokens = self._added.tokens
+        own = {name: renamed(tokens[self._added.ids[token]]) for name, token in self._special_tokens.items()}
+        further = [renamed(token) for index, token in tokens.items() if index >= len(self._model)]
+        further += [AddedToken.of(token, special=True) for token in new_special_tokens or ()]
+        added = {token.content for token in [*own.values(), *further]} - {*CONTROL_PIECES, "<mask>"}
+        texts = (text for item in text_iterator for text in ([item] if isinstance(item, str) else item))
+        model = self._model.trained(texts, integer("vocab_size", vocab_size, 1) - len(added), **kwargs)
+
+        new = copy.copy(self)
+        additional = [str((special_tokens_map or {}).get(token, token)) for token in self._additional]
+        Vocabulary.__init__(new, model, own, [*additional, *(new_special_tokens or ())], {})
+        new.add_tokens(further)
+        return new
 
     def __len__(self) -> int:
         """The number of ids, added tokens included."""

@@ -13,7 +13,7 @@ import re
 import secrets
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,15 +38,19 @@ TENSOR_PARTS = re.compile(
 
 
 def read_weights(
-    find: Callable[[str], Path | None], where: str, use_safetensors: bool | None = None, variant: str | None = None
+    find: Callable[[str], Path | None],
+    where: str,
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    names: Sequence[str] = WEIGHTS,
 ) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its name in the files; `find` gives the path of a file, or None if there is none.
 
     use_safetensors: whether safetensors alone are read, or pickles alone; None takes either.  variant: such as "fp16",
-    which stands in the names of the files then, before what follows their last dot.
+    which stands in the names of the files then, before what follows their last dot.  names: of the files.
     FileNotFoundError if there are no weights or a shard is missing, ValueError for damaged or hostile files.
     """
-    names = [name for name in WEIGHTS if use_safetensors in (None, "safetensors" in name)]
+    names = [name for name in names if use_safetensors in (None, "safetensors" in name)]
     names = [_name(name, variant) for name in names]
     for name in names:
         path = find(name)

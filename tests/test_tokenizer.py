@@ -449,6 +449,14 @@ def test_adding_tokens(tokenizer: Any) -> None:
     assert tokenizer.extra_special_tokens_ids == tokenizer.additional_special_tokens_ids == expected
 
 
+def test_a_special_token_that_is_added_again_stays_special(tokenizer: Any) -> None:
+    theirs = reference()
+    assert tokenizer.add_tokens([AddedToken("<mask>")]) == 0
+    theirs.add_tokens([transformers.AddedToken("<mask>")])
+    ids = tokenizer("a <mask> b").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True) == "a b"
+
+
 def test_special_tokens(tokenizer: Any, theirs: Any) -> None:
     names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     for name in names:

@@ -401,7 +401,7 @@ def test_added_tokens_are_matched_as_in_transformers(model_file: Path, parts: li
 
 
 @pytest.mark.parametrize(
-    "beside", ["\u0301", "\u093f", "\u200d", "\u203f", "९", "é", "Ⅳ", "²", "½", "·", "👍", "\u00ad"]
+    "beside", ["\u0301", "\u093f", "\u200d", "\u203f", "९", "é", "Ⅳ", "²", "½", "·", "👍", "\u00ad", "ⓣ", "🄵", "🅵"]
 )
 def test_what_makes_a_word_of_a_single_word(model_file: Path, beside: str) -> None:
     tokenizer, theirs, token = XLMRobertaTokenizer(model_file), reference(), {"single_word": True, "normalized": False}

@@ -87,7 +87,7 @@ def _hypotheses(template: str, labels: list[str]) -> list[str]:
     except (LookupError, ValueError, AttributeError):  # {label}, a lone brace, {.x}
         found = [template]
     if found[0] == template:
-        raise ValueError(f"hypothesis_template is {template!r}: it needs a {{}} where the label goes, and no other brace")
+        raise ValueError(f"hypothesis_template is {template!r}: it needs a {{}} where the label goes, no other brace")
     return found
 
 

@@ -1,5 +1,6 @@
 """The command line: what stands on standard output, what on standard error, and the exit status."""
 
+import errno
 import io
 import json
 import os
@@ -131,12 +132,12 @@ def test_embed_writes_an_array_or_leaves_the_old_one(run: Any, fill: Any, tmp_pa
 
     def fail(file: Any, array: Any) -> None:
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full", "file.write")
 
     assert json.loads(run("embed", "--json", "--output", path, "a")[1]) == {"path": str(path), "vectors": 1, "size": 32}
     run("embed", *options, *TEXTS)
     monkeypatch.setattr(np, "save", fail)
-    assert run("embed", "--output", path, "a") == (1, "", "xlmr embed: disk full\n")
+    assert run("embed", "--output", path, "a") == (1, "", f"xlmr embed: [Errno 28] disk full: '{path.parent}'\n")
     assert np.load(path).shape == (3, 32)
     assert list(path.parent.iterdir()) == [path]
 
@@ -239,7 +240,7 @@ def test_convert_rewrites_a_directory_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr("xlmr.convert.write_weights", fail)
         assert cli.main(["convert", str(source), str(target)]) == 1
-        assert capsys.readouterr() == ("", "xlmr convert: disk full\n")
+        assert capsys.readouterr() == ("", f"xlmr convert: [Errno 5] disk full: '{target.parent}'\n")
         assert list(target.parent.iterdir()) == []
     assert cli.main(["convert", str(source), str(target)]) == 0
     assert list(target.parent.iterdir()) == [target]
@@ -288,11 +289,12 @@ def test_info_says_which_path_computes_and_why(run: Any, fill: Any) -> None:
     status, out, _ = run("info", "--json")
     facts = json.loads(out)
     assert status == 0
+    assert all(name.isidentifier() for name in facts)
     assert facts["xlmr"] == xlmr.__version__
     assert facts["path"] == fill.model.backend_report()
     assert facts["parameters"] == fill.model.num_parameters()
-    assert facts["longest text"] == 48
-    assert facts["triton kernels"] == "Triton kernels need a GPU and the tensors are on 'cpu'"
+    assert facts["longest_text"] == 48
+    assert facts["triton_kernels"] == "Triton kernels need a GPU and the tensors are on 'cpu'"
     status, out, _ = run("info")
     assert status == 0
     assert fill.model.backend_report() in out

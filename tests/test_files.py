@@ -203,7 +203,9 @@ def test_a_target_that_is_no_directory_or_no_file(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="a directory is needed"):
         write_atomically(tmp_path / "file", {"a": "a"})
     (tmp_path / "b").mkdir()
-    with pytest.raises(OSError, match="b"):
+    with pytest.raises(IsADirectoryError, match=rf"Is a directory: '{tmp_path}'$"):
         write_atomically(tmp_path, {"file": "new", "b": "b"})
+    with pytest.raises(NotADirectoryError, match=rf"Not a directory: '{tmp_path}/file/x'$"):
+        write_atomically(tmp_path / "file/x", {"a": "a"})
     assert (tmp_path / "file").read_text() == "x"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "file"]

@@ -403,8 +403,9 @@ def test_new_tasks_refuse_what_they_cannot_take(ner: Any, qa: Any, nli: Path, ch
         xlmr.pipeline("ner", checkpoint)
     with pytest.raises(ValueError, match="at least one label"):
         zero("a", [])
-    with pytest.raises(ValueError, match=r"needs a {} where the label goes"):
-        zero("a", ["b"], hypothesis_template="is")
+    for template in ("is", "is {label}", "is {1}", "{", "{} is {.x}"):
+        with pytest.raises(ValueError, match=r"needs a {} where the label goes"):
+            zero("a", ["b"], hypothesis_template=template)
     with pytest.raises(ValueError, match="a text is empty"):
         zero(["a", ""], ["b"])
     with pytest.raises(ValueError, match="aggregation_strategy is 'mean': allowed are 'none', 'simple'"):

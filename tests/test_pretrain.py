@@ -197,6 +197,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         pretrain.pretrain([text], tmp_path / "parts", recipe=replace(TINY, learning_rate=0.5), resume=True)
 
 
+def test_a_resumed_run_knows_its_settings(
+    text: Path, tmp_path: Path, config: XLMRobertaConfig, tokenizer: XLMRobertaTokenizer, capsys: Any
+) -> None:
+    recipe = replace(TINY, steps=2, bf16=True)
+    pretrain.pretrain([text], tmp_path, config=config, tokenizer=tokenizer, recipe=recipe, progress=False)
+    again = ["pretrain", str(text), "--output", str(tmp_path), "--resume"]
+    assert cli.main([*again, "--json", "--warmup", str(TINY.warmup), "--bf16"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert cli.main([*again, "--learning-rate", "0.5", "--steps", "3"]) == 1
+    assert capsys.readouterr().err.endswith("texts: steps was 2, is 3; learning_rate was 0.01, is 0.5\n")
+    assert cli.main([*again, "--output", str(tmp_path / "new")]) == 1
+    assert "new holds no checkpoint: for a new run, give" in capsys.readouterr().err
+
+
 def test_command_line_trains_and_goes_on_training(
     text: Path, tmp_path: Path, config: XLMRobertaConfig, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

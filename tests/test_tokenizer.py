@@ -402,7 +402,7 @@ def test_added_tokens_are_matched_as_in_transformers(model_file: Path, parts: li
 
 
 @pytest.mark.parametrize(
-    "beside", ["\u0301", "\u093f", "\u200d", "\u203f", "९", "é", "Ⅳ", "²", "½", "·", "👍", "\u00ad"]
+    "beside", ["\u0301", "\u093f", "\u200d", "\u203f", "९", "é", "Ⅳ", "²", "½", "·", "👍", "\u00ad", "ⓣ", "🄵", "🅵"]
 )
 def test_what_makes_a_word_of_a_single_word(model_file: Path, beside: str) -> None:
     tokenizer, theirs, token = XLMRobertaTokenizer(model_file), reference(), {"single_word": True, "normalized": False}
@@ -448,6 +448,14 @@ def test_adding_tokens(tokenizer: Any) -> None:
     assert tokenizer.extra_special_tokens == ["<a>", "<b>", "<c>"]
     expected = tokenizer.convert_tokens_to_ids(["<a>", "<b>", "<c>"])
     assert tokenizer.extra_special_tokens_ids == tokenizer.additional_special_tokens_ids == expected
+
+
+def test_a_special_token_that_is_added_again_stays_special(tokenizer: Any) -> None:
+    theirs = reference()
+    assert tokenizer.add_tokens([AddedToken("<mask>")]) == 0
+    theirs.add_tokens([transformers.AddedToken("<mask>")])
+    ids = tokenizer("a <mask> b").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True) == "a b"
 
 
 def test_special_tokens(tokenizer: Any, theirs: Any) -> None:

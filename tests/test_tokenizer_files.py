@@ -275,6 +275,7 @@ HOSTILE: list[tuple[Change, str]] = [
     (put("model", "byte_fallback", True), "must be a Unigram without byte fallback"),
     (put("model", "vocab", {}), "model.vocab must be a list"),
     (put("model", "vocab", []), "must be a list"),
+    (put("model", "vocab", [0] * (2**20 + 1)), "holds 1048577 pieces: at most 1048576 are read"),
     (put("model", "vocab", 9, ["x"]), r"model.vocab\[9\] is \['x'\]"),
     (put("model", "vocab", 9, ["x", "y"]), r"model.vocab\[9\] is \['x', 'y'\]"),
     (put("model", "vocab", 9, [None, 0.5]), r"model.vocab\[9\]"),

@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  # categories of Unicode
-JOINERS = "\u200c\u200d"
+# Of a word too, whatever their category: joiners, and the Latin letters in circles and squares.
+ENCLOSED = (0x24B6, 0x24EA), (0x1F130, 0x1F14A), (0x1F150, 0x1F16A), (0x1F170, 0x1F18A)
+JOINING = {"\u200c", "\u200d", *(chr(code) for start, stop in ENCLOSED for code in range(start, stop))}
 SEPARATORS = "\x1c\x1d\x1e\x1f"  # white space for Python alone
 
 
@@ -143,7 +145,7 @@ def _is_space(character: str) -> bool:
 def _touches_word(text: str, start: int, stop: int) -> bool:
     """Whether a word goes on at either side, vowel signs and joiners included, which are none of Python's \\w."""
     beside = text[max(start - 1, 0) : start] + text[stop : stop + 1]
-    return any(char in JOINERS or unicodedata.category(char) in WORD for char in beside)
+    return any(char in JOINING or unicodedata.category(char) in WORD for char in beside)
 
 
 def tokens_by_id(entries: Iterable[tuple[Any, Any]]) -> dict[int, Any]:

@@ -282,12 +282,12 @@ def _info(args: argparse.Namespace) -> None:
         "platform": platform.platform(),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "triton kernels": unsupported(model.device) or f"can run on {model.device}",
+        "triton_kernels": unsupported(model.device) or f"can run on {model.device}",
         "model": str(args.model or demo.CHECKPOINT),
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "longest text": model.config.max_length,
+        "longest_text": model.config.max_length,
         "path": model.backend_report(),
     }
     _print(args, [facts], ((name, _shown(value)) for name, value in facts.items()))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import resolve
+from .files import hidden_directory, resolve
 from .weights import WEIGHTS, is_shard, read_weights, write_weights
 
 COPIED = 2**26  # bytes: files up to this size are copied
@@ -41,10 +40,12 @@ def convert(source: Path, target: Path) -> Converted:
         left_out.extend(ignored)
         return [*rewritten, *(path.name for path in ignored)]
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as scratch:
-        new = Path(scratch, "new")
-        shutil.copytree(source, new, ignore=ignore)
+    with hidden_directory(target.parent, ".converting-") as scratch:
+        new = scratch / "new"
+        try:
+            shutil.copytree(source, new, ignore=ignore)
+        except shutil.Error as error:  # holds what went wrong with each of the files: the first will do
+            raise OSError(error.args[0][0][2]) from error
         config = (new / "config.json").read_text(encoding="utf-8")
         write_weights(new, weights, config, "50GB", safe_serialization=True)
         os.replace(new, target)

@@ -5,13 +5,14 @@ interrupted save leaves the old files whole.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
 import reprlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -168,13 +169,13 @@ def write_atomically(
     then are they renamed into place one after the other, in the order given, and the obsolete ones moved away. If
     anything raises on the way, what was done is undone and the old files stand as before. A process killed while it
     writes leaves the old files untouched; one killed during the renames, each of them atomic, leaves some done.
+    An OSError names `directory`.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"cannot save to {directory}: it is a file, a directory is needed")
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+    with hidden_directory(directory, ".saving-") as scratch:
+        new, old = scratch / "new", scratch / "old"
         new.mkdir()
         old.mkdir()
         for name, contents in files.items():
@@ -189,6 +190,18 @@ def write_atomically(
                 undo.callback(_put_back, kept, target, existed=True)
                 os.replace(target, kept)
             undo.pop_all()
+
+
+@contextlib.contextmanager
+def hidden_directory(directory: Path, prefix: str) -> Iterator[Path]:
+    """A new directory inside `directory` (made if missing), which is removed in the end. An OSError on the way names
+    `directory`: nobody has heard of the other."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=directory) as hidden:
+            yield Path(hidden)
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(directory)) from error
 
 
 def _write_synced(path: Path, contents: bytes | str | Callable[[Path], None]) -> None:

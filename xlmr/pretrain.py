@@ -218,16 +218,13 @@ class Run:
         for old in older:
             shutil.rmtree(old)
 
-    def restore(self, checkpoint: Path) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Takes up the state that `save` wrote; the model has been loaded from the same directory."""
-        state = _read_state(checkpoint)
         given = asdict(self.recipe) | {"files": self.lines.fingerprint()}
         before = state["recipe"] | {"files": state["files"]}
-        changed = [
-            f"{name} was {before.get(name)}, is {value}" for name, value in given.items() if before.get(name) != value
-        ]
+        changed = [f"{name} was {before[name]}, is {value}" for name, value in given.items() if before[name] != value]
         if changed:
-            raise ValueError(f"cannot resume from {checkpoint} with other settings or texts: {'; '.join(changed)}")
+            raise ValueError(f"cannot resume a run with other settings or texts: {'; '.join(changed)}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.tokens, self.position = state["step"], state["tokens"], Position(**state["position"])
         self.encode.texts, self.encode.cut = state["texts"]
@@ -238,6 +235,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
+        state["recipe"] = asdict(Recipe(**state["recipe"]))
         return {key: state[key] for key in ("step", "tokens", "position", "texts", "recipe", "files", "optimizer")}
     except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError) as error:
         advice = f"go on from {checkpoint} with --init and another --output"
@@ -305,7 +303,7 @@ def pretrain(
     tokenizer: XLMRobertaTokenizer | StrPath | None = None,
     init: StrPath | None = None,
     held_out: StrPath | None = None,
-    recipe: Recipe | None = None,
+    recipe: Recipe | dict[str, Any] | None = None,
     save_every: int = 1000,
     log_every: int = 50,
     device: str | torch.device | None = None,
@@ -316,13 +314,13 @@ def pretrain(
     """Trains a masked language model on `texts` (files, one text a line, a tab inside making it a pair).
 
     Either `config` (a new model, with `tokenizer`) or `init` (a checkpoint to go on from, which brings its tokenizer).
+    recipe: or some of its settings; the others are a resumed run's own, which none may contradict, else the defaults.
     Writes to `output`: every `save_every` steps `checkpoint-<step>` (model and state of the run, in place of the one
     before), every `log_every` steps a line of log.jsonl, at the end the model, the tokenizer and, where matplotlib is
     installed, loss.png. With `resume` a run in `output` is taken up at its checkpoint. progress: a bar on standard
     error, where that is a terminal. Returns what `xlmr pretrain --json` prints. ValueError for settings, texts or files
     that do not fit, OSError for what cannot be read, RuntimeError for a loss that is not finite.
     """
-    recipe = recipe or Recipe()
     for name, steps in (("save_every", save_every), ("log_every", log_every)):
         if steps < 1:
             raise ValueError(f"{name} is {steps}: at least 1 is needed")
@@ -332,8 +330,13 @@ def pretrain(
         raise ValueError(
             f"{output} holds a run at step {_step_of(found[-1])}: resume it (--resume), or choose another --output"
         )
-    if found:
+    state = _read_state(found[-1]) if found else None
+    before = state["recipe"] if state else {}
+    recipe = Recipe(**before | (asdict(recipe) if isinstance(recipe, Recipe) else recipe or {}))
+    if state:
         init = tokenizer = found[-1]
+    elif resume and config is None and init is None:
+        raise ValueError(f"{output} holds no checkpoint: for a new run, give what it starts from (--config or --init)")
     elif config is not None and init is not None:
         raise ValueError("config and init are both given: a new model has a config, one to go on from has its own")
     lines, held = Lines(texts), Lines([held_out]) if held_out else None
@@ -343,8 +346,8 @@ def pretrain(
     model = _load_model(init, config, tokenizer)
     model.to(choose_device(device)).set_backend(backend)
     run = Run(model.train(), tokenizer, lines, recipe)
-    if found:
-        run.restore(found[-1])
+    if state:
+        run.restore(state)
     return _train(run, output, held, save_every, log_every, progress)
 
 
@@ -455,14 +458,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", metavar="DIR|NAME", help="checkpoint to go on training, instead of --config")
     parser.add_argument("--tokenizer", metavar="DIR|NAME|FILE", help="tokenizer (default: that of --init)")
     parser.add_argument("--held-out", metavar="TEXT", help="text file whose perplexity is measured at each checkpoint")
-    parser.add_argument("--resume", action="store_true", help="take up the run in --output at its checkpoint")
+    about = "take up the run in --output at its checkpoint, with its settings"
+    parser.add_argument("--resume", action="store_true", help=about)
     for setting in fields(Recipe):
         option, about = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
         if isinstance(setting.default, bool):
-            parser.add_argument(option, action="store_true", help=about)
+            parser.add_argument(option, action="store_true", default=None, help=about)
         else:
             about = f"{about} (default {setting.default})"
-            parser.add_argument(option, type=type(setting.default), default=setting.default, metavar="N", help=about)
+            parser.add_argument(option, type=type(setting.default), metavar="N", help=about)
     for option, steps, about in (("--save-every", 1000, "checkpoints"), ("--log-every", 50, "lines of log.jsonl")):
         about = f"steps between {about} (default {steps})"
         parser.add_argument(option, type=int, default=steps, metavar="N", help=about)
@@ -474,7 +478,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Train a masked language model on text files, or go on training one."""
-    recipe = Recipe(**{setting.name: getattr(args, setting.name) for setting in fields(Recipe)})
+    given = {setting.name: getattr(args, setting.name) for setting in fields(Recipe)}
     summary = pretrain(
         args.texts,
         args.output,
@@ -482,7 +486,7 @@ def main(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         init=args.init,
         held_out=args.held_out,
-        recipe=recipe,
+        recipe={name: value for name, value in given.items() if value is not None},
         save_every=args.save_every,
         log_every=args.log_every,
         device=args.device,

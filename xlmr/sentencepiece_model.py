@@ -20,6 +20,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 SPACE = "▁"  # how sentencepiece writes a space, and the start of every text
 MAX_MODEL_BYTES = 64 * 2**20  # the real vocabulary, 250,000 pieces, takes 5 MB
+MAX_PIECES = 2**20  # the largest of the family, XLM-V's, has 901,629
 OTHER_TOKENIZER = (  # what to do with a checkpoint that has one
     "leave texts to the library that knows it, and xlmr.accelerate(model) makes the encoder of its model this one"
 )
@@ -302,10 +303,13 @@ def _piece(piece: str, score: float, kind: int | None = None) -> bytes:
 
 
 def vocabulary_size(content: dict[str, Any]) -> int:
-    """How many pieces a parsed `tokenizer.json` holds; ValueError if it is of another kind, or has no such list."""
+    """How many pieces a parsed `tokenizer.json` holds; ValueError if it is of another kind, has no such list, or one
+    that is too long."""
     match content:
         case {"model": {"type": str(kind)}} if kind != "Unigram":
             raise ValueError(f"its model is a {kind:.40}, XLM-R's is a Unigram: {OTHER_TOKENIZER}")
+        case {"model": {"vocab": list(vocabulary)}} if len(vocabulary) > MAX_PIECES:
+            raise ValueError(f"its model.vocab holds {len(vocabulary)} pieces: at most {MAX_PIECES} are read")
         case {"model": {"vocab": list(vocabulary)}}:
             return len(vocabulary)
     raise ValueError("its model.vocab must be a list of [piece, score]")

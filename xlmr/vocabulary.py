@@ -151,10 +151,11 @@ class Vocabulary:
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """Match one token or a list of them (str or AddedToken) verbatim from now on; return how many ids are new.
 
-        New ids follow the old ones: `model.resize_token_embeddings(len(tokenizer))` makes room for them.
+        New ids follow the old ones: `model.resize_token_embeddings(len(tokenizer))` makes room for them. One of
+        `all_special_tokens` stays special.
         """
         tokens = new_tokens if isinstance(new_tokens, (list, tuple)) else [new_tokens]
-        size = len(self)
+        size, special = len(self), {*self.all_special_tokens}
         placed: dict[int, AddedToken] = {}
         fresh: dict[str, int] = {}
         for value in tokens:
@@ -162,7 +163,7 @@ class Vocabulary:
             index = self._index(content)
             if index is None:
                 index = fresh.setdefault(content, size + len(fresh))
-            placed[index] = self._read_token(value, index, special_tokens)
+            placed[index] = self._read_token(value, index, special_tokens or content in special)
         if placed:
             self._added = self._added.with_tokens(placed)
         return len(fresh)

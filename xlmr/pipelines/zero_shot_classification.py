@@ -50,9 +50,7 @@ class ZeroShotClassificationPipeline(Pipeline):
         labels = _labels(candidate_labels)
         if "" in texts:
             raise ValueError("a text is empty: zero-shot-classification needs something to judge")
-        hypotheses = [hypothesis_template.format(label) for label in labels]
-        if hypotheses[0] == hypothesis_template:
-            raise ValueError(f"hypothesis_template is {hypothesis_template!r}: it needs a {{}} where the label goes")
+        hypotheses = _hypotheses(hypothesis_template, labels)
         pairs: list[Text] = [(text, hypothesis) for text in texts for hypothesis in hypotheses]
         encoded = self._encode(pairs, {"truncation": "only_first", "max_length": self._longest})
         logits = self._text_logits([one.ids for one in encoded], batch_size).unflatten(0, (len(texts), len(labels)))
@@ -80,6 +78,17 @@ class ZeroShotClassificationPipeline(Pipeline):
                 "model of entailment (NLI); if it is one, name its labels in config.id2label"
             )
         return found[0]
+
+
+def _hypotheses(template: str, labels: list[str]) -> list[str]:
+    """The sentences that say that a label fits; ValueError for a template that takes none."""
+    try:
+        found = [template.format(label) for label in labels]
+    except (LookupError, ValueError, AttributeError):  # {label}, a lone brace, {.x}
+        found = [template]
+    if found[0] == template:
+        raise ValueError(f"hypothesis_template is {template!r}: it needs a {{}} where the label goes, no other brace")
+    return found
 
 
 def _labels(given: str | Sequence[str]) -> list[str]:

@@ -224,7 +224,7 @@ def _packed_class(model_type: str) -> type[nn.Module]:
         state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole, labels=labels)
         states: list[Tensor] | None = [] if _asks("output_hidden_states", self.config, kw) else None
         state.collected = Collected(hidden_states=states)
-        x = state.layout.pad(view.rows(state.layout.unpad(hidden_states), state))
+        x = state.layout.pad(state.kept(view.rows(state.layout.unpad(hidden_states), state)))
         return Output(last_hidden_state=x, hidden_states=None if states is None else _recorded(self, states))
 
     def __getstate__(self: Any) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
 
     @torch.compiler.disable
     def reads_masked(self: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
-        if not hasattr(getattr(self.base_model, "encoder", None), "host_class"):
+        if not any(hasattr(type(module), "host_class") for module in self.modules()):
             return False
         given = signature.bind(self, *args, **kw).arguments
         mask, labels = given.get("attention_mask"), given.get("labels")

@@ -88,9 +88,16 @@ def test_padding_is_not_computed() -> None:
 
 def test_no_random_number_is_drawn_beside_the_hosts() -> None:
     ours = integrations.accelerate(build("XLMRoberta", "Model"))
+    copied, given = copy.deepcopy(ours), batch()
     state = torch.get_rng_state()
-    ours(**batch())
+    want = ours(**given).pooler_output
     assert torch.equal(torch.get_rng_state(), state)
+    parameters, _ = torch.func.stack_module_state([copied, copied])  # vmap refuses to draw unless it is told how
+
+    def called(own: Any) -> torch.Tensor:
+        return torch.func.functional_call(copied, own, kwargs=given).pooler_output
+
+    torch.testing.assert_close(torch.vmap(called)(parameters), torch.stack([want, want]), rtol=1e-4, atol=1e-5)
 
 
 def test_accelerate_shares_and_is_undone() -> None:

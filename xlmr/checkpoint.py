@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .files import DTYPES, own_keywords, resolve, to_dtype
@@ -140,16 +140,20 @@ def values_follow(expected: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if expected:
             stack.enter_context(torch.device("meta"))
-            stack.enter_context(_NoNormal())
+            stack.enter_context(_NotDrawn())
         yield
 
 
-class _NoNormal(TorchFunctionMode):
-    """normal_ does nothing: on the meta device it has no effect, but imports torch's compiler, 0.7 s, for it."""
+DRAWING = Tensor.normal_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_
+
+
+class _NotDrawn(TorchFunctionMode):
+    """Nothing is drawn: on the meta device that has no effect, but normal_ imports torch's compiler, 0.7 s, for it, and
+    torch.func.vmap takes it for an operation whose randomness it has to be told about."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.normal_, torch.nn.init.normal_):
+        if func in DRAWING:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
@@ -325,8 +329,8 @@ def _set(model: Any, name: str, values: Tensor) -> None:
     if leaf in module._buffers:
         module._buffers[leaf] = values
         return
-    if not isinstance(values, torch.nn.Parameter):
-        values = torch.nn.Parameter(values, requires_grad=module._parameters[leaf].requires_grad)
+    if not isinstance(values, nn.Parameter):
+        values = nn.Parameter(values, requires_grad=module._parameters[leaf].requires_grad)
     module._parameters[leaf] = values
 
 

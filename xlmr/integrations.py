@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import EVERY_POSITION, Block, Collected, Scoped, begin, every_module_is_hooked
-from .checkpoint import config_to_save, state_to_save
+from .checkpoint import config_to_save, state_to_save, values_follow
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
@@ -367,7 +367,7 @@ def _rewritten(kind: Any) -> bool:
 def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     config = encoder.config
     heads = config.num_attention_heads
-    with torch.device("meta"):  # its leaves are thrown away: no memory, and no random numbers drawn from the host's
+    with values_follow(True):  # its leaves are thrown away: no memory, and no random numbers drawn from the host's
         view = XLMRobertaEncoder(
             XLMRobertaConfig(hidden_size=heads, num_attention_heads=heads, num_hidden_layers=len(encoder.layer),
                              chunk_size_feed_forward=config.chunk_size_feed_forward)

@@ -32,6 +32,18 @@ class Adapter(nn.Module):
         return (changed, *out[1:]) if isinstance(out, tuple) else changed
 
 
+class PlainPositions(nn.Module):
+    """Embeddings of somebody's own, which number the positions from 0 where the caller gives none."""
+
+    def __init__(self, embeddings: Any):
+        super().__init__()
+        self.words, self.positions = embeddings.word_embeddings, embeddings.position_embeddings
+
+    def forward(self, input_ids: Any, position_ids: Any = None, **others: Any) -> Any:
+        numbered = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        return self.words(input_ids) + self.positions(numbered)
+
+
 SURGERIES: dict[str, Callable[[Any], Any]] = {
     "layer dropped": lambda m: setattr(m.encoder, "layer", m.encoder.layer[:2]),
     "layer wrapped": lambda m: m.encoder.layer.__setitem__(1, Adapter(m.encoder.layer[1])),
@@ -57,6 +69,10 @@ SURGERIES: dict[str, Callable[[Any], Any]] = {
     "hook changes a layer": lambda m: m.encoder.layer[0].register_forward_hook(lambda mod, i, out: out * 0.5),
     "hook changes a linear": lambda m: m.encoder.layer[0].output.dense.register_forward_hook(lambda mod, i, out: -out),
     "pre-hook changes the encoder": lambda m: m.encoder.register_forward_pre_hook(lambda mod, a: (a[0] + 1, *a[1:])),
+    "hook changes what the encoder returns": lambda m: m.encoder.register_forward_hook(
+        lambda mod, i, out: type(out)(**{**out, "last_hidden_state": out[0] * 0.5})
+    ),
+    "embeddings of another kind": lambda m: setattr(m, "embeddings", PlainPositions(m.embeddings)),
     "forward overridden": lambda m: setattr(
         m.encoder.layer[1].intermediate.dense, "forward", lambda x: x.repeat_interleave(3, dim=-1)[..., :48]
     ),

@@ -13,9 +13,12 @@ import xlmr
 from xlmr.cache import KeyValueCache
 
 
-def test_decoder_steps_with_a_cache() -> None:
-    """Prompt, then one token, then two: as in one pass, and as transformers with its own cache; left padding too."""
+@pytest.mark.parametrize("watched", ["", ".encoder.layer.1", ".encoder.layer.2.attention.self"])
+def test_decoder_steps_with_a_cache(watched: str) -> None:
+    """Prompt, then one token, then two: as in one pass, and as transformers with its own cache; left padding too; with
+    a hook on a layer, which is then called itself, as well."""
     reference, ours = build("ForCausalLM", is_decoder=True)
+    ours.get_submodule(f"roberta{watched}").register_forward_hook(lambda *a: None)
     tokens, mask = ids(None), torch.ones(B, S, dtype=torch.long)
     mask[1, :3] = 0
     tokens[1, :3] = 1
@@ -53,21 +56,23 @@ def test_a_cache_is_reordered_as_the_references() -> None:
     assert ours.get_seq_length() == theirs.get_seq_length() == 6
 
 
-def test_cross_attention() -> None:
+@pytest.mark.parametrize("watched", ["", ".encoder.layer.1", ".encoder.layer.0.crossattention.self"])
+def test_cross_attention(watched: str) -> None:
     reference, ours = build("ForCausalLM", is_decoder=True, add_cross_attention=True)
+    ours.get_submodule(f"roberta{watched}").register_forward_hook(lambda *a: None)
     truth = double(reference)
     states, seen = torch.randn(B, 7, 32), torch.ones(B, 7)
     seen[1, 4:] = seen[2, 2] = 0
-    for asked in ({}, {"output_attentions": True}):
+    for asked in ({}, {"use_cache": True}, {"output_attentions": True}):
         given = {"input_ids": ids(), "attention_mask": RIGHT, "encoder_attention_mask": seen, "use_cache": False}
         with torch.no_grad():
             outs = [
-                m(**given, encoder_hidden_states=states.to(next(m.parameters()).dtype), **asked)
+                m(**given | asked, encoder_hidden_states=states.to(next(m.parameters()).dtype))
                 for m in (ours, reference, truth)
             ]
         real = keep(RIGHT)
         assert_accurate(*(o.logits[real] for o in outs))
-        if asked:
+        if "output_attentions" in asked:
             assert len(outs[0].cross_attentions) == 3
             for layer in zip(*(o.cross_attentions for o in outs), strict=True):
                 assert_accurate(*(w.transpose(1, 2)[real] for w in layer))

@@ -32,6 +32,17 @@ SIZES = {
 FAMILY = ("XLMRoberta", "Roberta", "Camembert", "Bert")
 
 
+class Wrapped(torch.nn.Module):
+    """A module around another that calls it, as wrappers of parallel training are."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        return self.module(*args, **keywords)
+
+
 @pytest.fixture(autouse=True)
 def _undone() -> Iterator[None]:
     yield
@@ -77,9 +88,16 @@ def test_padding_is_not_computed() -> None:
 
 def test_no_random_number_is_drawn_beside_the_hosts() -> None:
     ours = integrations.accelerate(build("XLMRoberta", "Model"))
+    copied, given = copy.deepcopy(ours), batch()
     state = torch.get_rng_state()
-    ours(**batch())
+    want = ours(**given).pooler_output
     assert torch.equal(torch.get_rng_state(), state)
+    parameters, _ = torch.func.stack_module_state([copied, copied])  # vmap refuses to draw unless it is told how
+
+    def called(own: Any) -> torch.Tensor:
+        return torch.func.functional_call(copied, own, kwargs=given).pooler_output
+
+    torch.testing.assert_close(torch.vmap(called)(parameters), torch.stack([want, want]), rtol=1e-4, atol=1e-5)
 
 
 def test_accelerate_shares_and_is_undone() -> None:
@@ -221,7 +239,9 @@ def test_question_answering_reads_padding_as_the_host_does(tmp_path: Any) -> Non
     integrations.patch_transformers()
     patched = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path)
     spans = {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([2, 3, 5])}
-    for ours in (patched, integrations.accelerate(copy.deepcopy(host))):
+    wrapped = integrations.accelerate(copy.deepcopy(host))
+    wrapped.roberta.encoder = Wrapped(wrapped.roberta.encoder)
+    for ours in (patched, integrations.accelerate(copy.deepcopy(host)), wrapped):
         for a, b in zip(host(**batch(), **spans).values(), ours(**batch(), **spans).values(), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 

@@ -147,6 +147,10 @@ class Pass:
         states.append(self.layout.pad(x))
         return self.layout.unpad(states[-1])
 
+    def crossing(self) -> "Pass":
+        """What cross attention gets: another sequence, neither the mask nor the cache of its own."""
+        return replace(self, layout=replace(self.layout, dense=None, keep=None), causal=False, cache=None)
+
     def mask(self, layout: Layout, causal: bool, dtype: torch.dtype) -> Tensor | None:
         """The additive mask [B, 1 | H, Q | 1, K] that the reference would hand to a layer."""
         if layout.dense is not None:
@@ -228,6 +232,7 @@ class SequenceBlock(Block):
     """A block in which a row sees its sequence: `rows(x, state)` [T, N] → [T, N]; `forward` is the reference's."""
 
     is_causal = False
+    layer_idx = 0  # whose past keys and values a cache has for this block
 
     def forward(
         self,
@@ -245,6 +250,7 @@ class SequenceBlock(Block):
             encoder_hidden_states,
             encoder_attention_mask,
             past_key_values,
+            layer_idx=self.layer_idx,
             causal=self.is_causal,
             every_position=True,
         )
@@ -274,14 +280,16 @@ def begin(
     encoder_mask: Tensor | None = None,
     cache: Any = None,
     *,
+    layer_idx: int = 0,
     causal: bool = False,
     **needs: Any,
 ) -> Pass:
-    """The Pass of a batch of which `hidden` [B, S, …] tells shape and device; `needs` go to varlen.plan."""
+    """The Pass of a batch of which `hidden` [B, S, …] tells shape and device, begun by layer `layer_idx`: those before
+    it have put these tokens into the cache. `needs` go to varlen.plan."""
     (batch, seqlen), collected = hidden.shape[:2], COLLECTED.get()
     weights = collected is not None and collected.attentions is not None
     common: dict[str, Any] = {"device": hidden.device, "weights": weights}
-    past = cache.get_seq_length() if cache is not None else 0
+    past = cache.get_seq_length(layer_idx) if cache is not None else 0
     if cache is not None or encoder_hidden is not None:
         needs["every_position"] = True  # keys and values are kept for, or come from, a padded batch
     layout = plan(batch, seqlen, mask, keys=past + seqlen, causal=causal, **common, **needs)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import adapters
@@ -138,7 +138,7 @@ def _build(cls: Any, config: Any, *args: Any, **arguments: Any) -> Any:
     `values_follow`, are without."""
     token = _loading.set(True)
     try:
-        with _without_values() if cls.__module__.startswith("xlmr.") else contextlib.nullcontext():
+        with without_values() if cls.__module__.startswith("xlmr.") else contextlib.nullcontext():
             return cls(config, *args, **arguments)
     finally:
         _loading.reset(token)
@@ -146,21 +146,26 @@ def _build(cls: Any, config: Any, *args: Any, **arguments: Any) -> Any:
 
 def values_follow() -> contextlib.AbstractContextManager[None]:
     """Modules built inside lie on the meta device while `from_pretrained` builds a model: their values follow."""
-    return _without_values() if _loading.get() else contextlib.nullcontext()
+    return without_values() if _loading.get() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _without_values() -> Iterator[None]:
-    with torch.device("meta"), _NoNormal():
+def without_values() -> Iterator[None]:
+    """Modules built inside lie on the meta device, and no random number is drawn for them."""
+    with torch.device("meta"), _NotDrawn():
         yield
 
 
-class _NoNormal(TorchFunctionMode):
-    """normal_ does nothing: on the meta device it has no effect, but imports torch's compiler, 0.7 s, for it."""
+DRAWING = Tensor.normal_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_
+
+
+class _NotDrawn(TorchFunctionMode):
+    """Nothing is drawn: on the meta device that has no effect, but normal_ imports torch's compiler, 0.7 s, for it, and
+    torch.func.vmap takes it for an operation whose randomness it has to be told about."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.normal_, torch.nn.init.normal_):
+        if func in DRAWING:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
@@ -337,8 +342,8 @@ def _set(model: Any, name: str, values: Tensor) -> None:
     if leaf in module._buffers:
         module._buffers[leaf] = values
         return
-    if not isinstance(values, torch.nn.Parameter):
-        values = torch.nn.Parameter(values, requires_grad=module._parameters[leaf].requires_grad)
+    if not isinstance(values, nn.Parameter):
+        values = nn.Parameter(values, requires_grad=module._parameters[leaf].requires_grad)
     module._parameters[leaf] = values
 
 

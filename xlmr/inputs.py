@@ -90,7 +90,8 @@ class Tables(NamedTuple):
 class Inputs:
     """The arguments of one forward of the base model, checked, with what was left out filled in.
 
-    `to_embed`: ids [B, S] or None, token types and positions [B, S], word vectors [B, S, N] or None.
+    `to_embed`: ids [B, S] or None, token types and positions [B, S], word vectors [B, S, N] or None; `as_given`: the
+    same without what was filled in, which embeddings that are not ours fill in themselves.
     """
 
     def __init__(self, config: XLMRobertaConfig, tables: Tables, given: Arguments):
@@ -110,6 +111,7 @@ class Inputs:
         self.to_embed = {
             "input_ids": input_ids, "token_type_ids": types, "position_ids": positions, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
+        self.as_given = {name: getattr(given, name) for name in self.to_embed} | {"past_key_values_length": past}
         self.asked = given.output_attentions, given.output_hidden_states
 
     def begin(self, **needs: Any) -> Pass:

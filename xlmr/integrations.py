@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import EVERY_POSITION, Block, Collected, Scoped, begin, every_module_is_hooked
-from .checkpoint import config_to_save, state_to_save
+from .checkpoint import config_to_save, state_to_save, without_values
 from .config import XLMRobertaConfig
 from .family import KINDS, REFUSED
 from .model import XLMRobertaEncoder
@@ -232,7 +232,7 @@ class _Packing:
         state = begin(hidden_states, attention_mask, reads_first=True, every_position=whole, labels=labels)
         states: list[Tensor] | None = [] if _asks("output_hidden_states", self.config, kw) else None
         state.collected = Collected(hidden_states=states)
-        x = state.layout.pad(view.rows(state.layout.unpad(hidden_states), state))
+        x = state.layout.pad(state.kept(view.rows(state.layout.unpad(hidden_states), state)))
         return _host_output(x, None if states is None else _recorded(self, states))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _watched(forward: Callable[..., Any], always: bool) -> Callable[..., Any]:
 
     @torch.compiler.disable
     def reads_masked(self: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> bool:
-        if not hasattr(getattr(self.base_model, "encoder", None), "host_class"):
+        if not any(hasattr(type(module), "host_class") for module in self.modules()):
             return False
         given = signature.bind(self, *args, **kw).arguments
         mask, labels = given.get("attention_mask"), given.get("labels")
@@ -383,7 +383,7 @@ def _rewritten(kind: Any) -> bool:
 def _build(encoder: Any, device: torch.device) -> XLMRobertaEncoder | None:
     config = encoder.config
     heads = config.num_attention_heads
-    with torch.device("meta"):  # its leaves are thrown away: no memory, and no random numbers drawn from the host's
+    with without_values():  # its leaves are thrown away: no memory, and no random numbers drawn from the host's
         view = XLMRobertaEncoder(
             XLMRobertaConfig(hidden_size=heads, num_attention_heads=heads, num_hidden_layers=len(encoder.layer),
                              chunk_size_feed_forward=config.chunk_size_feed_forward)

@@ -140,7 +140,7 @@ class XLMRobertaAttention(AttentionBlock):
         self.is_cross_attention = cross
         self.self = XLMRobertaSelfAttention(config, layer_idx, cross)
         self.output = XLMRobertaSelfOutput(config)
-        self.is_causal = self.self.is_causal
+        self.layer_idx, self.is_causal = layer_idx, self.self.is_causal
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         residual = x if state.rows is None else x[state.rows]
@@ -153,7 +153,7 @@ class XLMRobertaLayer(SequenceBlock):
     def __init__(self, config: XLMRobertaConfig, layer_idx: int = 0):
         super().__init__()
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
-        self.is_causal = config.is_decoder
+        self.layer_idx, self.is_causal = layer_idx, config.is_decoder
         self.attention = XLMRobertaAttention(config, layer_idx)
         if config.add_cross_attention:
             if not config.is_decoder:
@@ -167,7 +167,8 @@ class XLMRobertaLayer(SequenceBlock):
         """[T, N] → [T, N], or [R, N] for the rows that `state.rows` names."""
         x = run(self.attention, x, state, ("attention_mask",))
         if state.cross is not None:
-            x = run(self.crossattention, x, state)
+            across = "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
+            x = run(self.crossattention, x, state.crossing(), across)
         if not (plain(self.intermediate) and plain(self.output)):
             return self.feed_forward(x, state.layout)
         feed_forward = partial(self.feed_forward, layout=state.layout)
@@ -193,14 +194,12 @@ class XLMRobertaEncoder(SequenceBlock):
 
     def rows(self, x: Tensor, state: Pass) -> Tensor:
         every, positional = replace(state, rows=None), ("attention_mask", "encoder_hidden_states")
-        x = state.kept(x)
         for i, layer in enumerate(self.layer):
-            wanted = state if i == len(self.layer) - 1 else every
+            wanted, x = state if i == len(self.layer) - 1 else every, state.kept(x)
             if self.checkpointing is not None and self.training and i % self.checkpoint_every == 0:
                 x = checkpoint(run_again, layer, x, wanted, positional, **self.checkpointing)
             else:
                 x = run(layer, x, wanted, positional)
-            x = state.kept(x)
         return x if len(self.layer) or state.rows is None else x[state.rows]
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
@@ -311,7 +310,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
             picks = ours and not state.causal and collected.nothing and state.layout.dense is None
             if picks and wanted is not None:
                 state.rows, state.one_each = wanted(state.layout), wanted is Layout.first_rows
-            x = run(self.encoder, self.embed(given, state.layout), state)
+            x = state.kept(run(self.encoder, self.embed(given, state.layout), state))
         fields = collected.fields() | {"past_key_values": given.cache if given.use_cache else None}
         return Encoded(x, state.layout, fields, picked=state.rows is not None)
 
@@ -320,7 +319,7 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         if untouched(self.embeddings):
             ids, types, positions, embeds = (None if t is None else layout.unpad(t) for t in given.to_embed.values())
             return self.embeddings.rows(ids, types, positions, embeds)
-        return self.embeddings(**{k: v for k, v in given.to_embed.items() if v is not None}).flatten(0, 1)
+        return self.embeddings(**given.as_given).flatten(0, 1)
 
     def forward_packed(
         self,
@@ -340,19 +339,19 @@ class XLMRobertaModel(XLMRobertaPreTrainedModel):
         """
         tables = self.tables
         check_packed(tables, input_ids, cu_seqlens, max_seqlen, rows)
-        if position_ids is None:
-            position_ids = packed_positions(input_ids, cu_seqlens, tables.offset - 1)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
         sequences = Sequences.packed(cu_seqlens, max_seqlen).known_to_fit(input_ids.numel(), input_ids.numel())
         layout = Layout(cu_seqlens.numel() - 1, max_seqlen, sequences)
         if not (plain(self) and untouched(self.embeddings) and untouched(self.encoder)):
             seqlen = max(max_seqlen, 1)
             layout = replace(layout, seqlen=seqlen, indices=padded_places(cu_seqlens, seqlen, input_ids.numel()))
             given = input_ids, torch.ones_like(input_ids), token_type_ids, position_ids
-            x = layout.unpad(self(*map(layout.pad, given))[0])
+            x = layout.unpad(self(*(None if t is None else layout.pad(t) for t in given))[0])
             return x if rows is None else x[rows]
         self.hand_to_new_layers()
+        if position_ids is None:
+            position_ids = packed_positions(input_ids, cu_seqlens, tables.offset - 1)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
         x = self.embeddings.rows(input_ids, token_type_ids, position_ids)
         causal = self.config.is_decoder
         x = self.encoder.rows(x, Pass(layout, causal, rows=None if causal else rows))

@@ -245,7 +245,7 @@ def _visible(m, first, q_len, k_len, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr
 def _load_tile(ptr, stride, start, count, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows start … start + BLOCK of a matrix [count, HEAD_DIM] → [BLOCK, BLOCK_D], zeros outside."""
     n, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + tl.cast(start, tl.int64) * stride + (n * stride + d)
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + (n.to(tl.int64) * stride + d)
     return tl.load(ptrs, mask=(start + n < count) & (d < HEAD_DIM), other=0.0)
 
 

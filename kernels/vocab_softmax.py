@@ -48,6 +48,7 @@ from ._launch import (
     pick,
     wants_gradients,
 )
+from ._loops import bound
 from ._products import BLOCK_K, product_dw, product_dx, sum_splits
 
 
@@ -66,43 +67,54 @@ def activation_bytes(N: int, itemsize: int) -> int:
     return N * itemsize + 8 + 4
 
 
-CHUNK = 2048  # words a program: 123 chunks of 250,002 words
+CHUNK = 1920  # words a program: 131 chunks of 250,002 words, for the 132 processors of an H200
 WORDS = {"chunked": 2048, "recompute": 256}  # whose dz stands in memory at a time, of ROWS or more rows
 ROWS = 8192
 MAX_K = 16  # candidates that a program keeps of a row
 FEW = 64  # rows up to which the weights' stream, not the product, is the cost
+SOME = 128  # rows up to which a tile of more would be idle in half of its rows
 
-# (bytes of an element, load). BLOCK_V is the same for both loads: a row's sum has one order.
+# (bytes of an element, load). BLOCK_V is the same for all loads: a row's sum has one order.
 # Not measured yet: chosen by compiling for each target (no spills up to 16 candidates, with targets and a second pass).
 CONFIGS: Table = {
     "portable": {
         (2, "few"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
+        (2, "some"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (2, "many"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (4, "few"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
+        (4, "some"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
     },
     "sm_80": {
         (2, "few"): config(8, 4, BLOCK_M=64, BLOCK_V=128),
+        (2, "some"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (2, "many"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (4, "few"): config(8, 3, BLOCK_M=128, BLOCK_V=64),  # four warps and 64 rows spill with five candidates
+        (4, "some"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
     },
     "sm_90": {
         (2, "few"): config(4, 6, BLOCK_M=64, BLOCK_V=128),
-        (2, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=128),
+        (2, "some"): config(8, 3, BLOCK_M=128, BLOCK_V=128),
+        (2, "many"): config(8, 4, BLOCK_M=256, BLOCK_V=128),
         (4, "few"): config(4, 6, BLOCK_M=64, BLOCK_V=64),
+        (4, "some"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
     },
     "sm_100": {  # one tile: there a sum's order over the columns goes with BLOCK_M
         (2, "few"): config(8, 4, BLOCK_M=128, BLOCK_V=64),
+        (2, "some"): config(8, 4, BLOCK_M=128, BLOCK_V=64),
         (2, "many"): config(8, 4, BLOCK_M=128, BLOCK_V=64),
         (4, "few"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
+        (4, "some"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
     },
     "gfx942": {
         (2, "few"): config(4, 2, BLOCK_M=64, BLOCK_V=128),
+        (2, "some"): config(8, 2, BLOCK_M=128, BLOCK_V=128),
         (2, "many"): config(8, 2, BLOCK_M=128, BLOCK_V=128),
         (4, "few"): config(4, 2, BLOCK_M=64, BLOCK_V=64),
+        (4, "some"): config(8, 2, BLOCK_M=128, BLOCK_V=64),
         (4, "many"): config(8, 2, BLOCK_M=128, BLOCK_V=64),
     },
 }
@@ -120,6 +132,11 @@ ROW = config(4, 1)  # of the kernels that finish one row a program
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(2**31 - 1)  # the word of an empty place: higher than any
+
+
+def load(T: int, k: int) -> str:
+    """That of CONFIGS: by rows, and with k candidates, which take the registers of a tile of many, never "many"."""
+    return "few" if T <= FEW else "some" if k or T <= SOME else "many"
 
 
 def words_at_once(T: int, backward: str) -> int:
@@ -159,10 +176,9 @@ def _biases(b_ptr, words, real):
 @triton.jit
 def _logits(
     x_ptr, w_ptr, b_ptr, targets_ptr, x_rows, columns, stride_wn, V, table_rows,
-    N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of z, −∞ where a column names no word, and which columns do: words themselves, or places in targets.
-    EARLY: the biases are loaded before the product, which hides how long that takes, for a register each."""
+    """One tile of z, −∞ where a column names no word, and which columns do: words themselves, or places in targets."""
     real = columns < V
     words = columns
     w_rows = tl.minimum(columns, V - 1).to(tl.int64)  # beyond the end: a word that is there
@@ -170,12 +186,8 @@ def _logits(
         words = tl.load(targets_ptr + columns, mask=real, other=-1).to(tl.int64)
         real = (words >= 0) & (words < table_rows)
         w_rows = tl.where(real, words, 0)
-    if EARLY:
-        bias = _biases(b_ptr, words, real)
     z = _products(x_ptr, w_ptr, x_rows, w_rows * stride_wn, N, BLOCK_K, PRECISION)
-    if not EARLY:
-        bias = _biases(b_ptr, words, real)
-    z += bias[None, :]
+    z += _biases(b_ptr, words, real)[None, :]
     return z, real
 
 
@@ -228,12 +240,13 @@ def _vocab_partials_kernel(
         best_columns = NONE - slots
 
     start = tl.program_id(1) * CHUNK
-    end = tl.minimum(start + CHUNK, V)
-    while start < end:
-        columns = start + tl.arange(0, BLOCK_V)
+    # Flattened, one loop over all steps of all tiles: the next tile's loads fly during this one's exponentials. Triton 3.6
+    # flattens nothing around a `while`, which candidates need.
+    for tile in tl.range(0, bound(tl.minimum(V - start, CHUNK)), BLOCK_V, flatten=SLOTS == 0):
+        columns = start + tile + tl.arange(0, BLOCK_V)
         z, real = _logits(
             x_ptr, w_ptr, b_ptr, targets_ptr, x_rows * stride_xm, columns, stride_wn, V, table_rows,
-            N, BLOCK_K, PRECISION, SLOTS == 0 and total_ptr is None,  # else the registers are needed
+            N, BLOCK_K, PRECISION,
         )  # fmt: skip
         if max_ptr is not None:
             new_max = tl.maximum(row_max, tl.max(z, axis=1))
@@ -248,7 +261,6 @@ def _vocab_partials_kernel(
                 tied_later = (z == after_z[:, None]) & (columns[None, :] > after_column[:, None])
                 z = tl.where((z < after_z[:, None]) | tied_later, z, float("-inf"))
             best_z, best_columns = _keep_best(z, columns, best_z, best_columns)
-        start += BLOCK_V
 
     partial = m * tl.num_programs(1) + tl.program_id(1)
     if max_ptr is not None:
@@ -426,7 +438,7 @@ def vocab_partials_fwd(
     (T, N), itemsize = x.shape, x.element_size()
     words = len(weight if targets is None else targets)
     k = candidates[0].shape[2] if candidates else 0
-    tuned = pick(CONFIGS, x.device, (itemsize, "few" if T <= FEW else "many")).meta
+    tuned = pick(CONFIGS, x.device, (itemsize, load(T, k))).meta
     nothing = None, None
     _vocab_partials_kernel[(triton.cdiv(T, tuned["BLOCK_M"]), triton.cdiv(words, CHUNK))](
         *head, targets, *(after or nothing), *(softmax or nothing), totals, *(candidates or nothing), *head.strides,

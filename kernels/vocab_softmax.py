@@ -21,11 +21,13 @@ gradients have taken it up. Of 2,048 words ("chunked") it is 0.4 % of the fp32 l
 large as a layer's; of 256 ("recompute") a twentieth of a percent. Fewer than 8,192 rows take more words at a time: the
 same 32 or 4 MB. Kept from forward: x, labels and lse, 4 bytes a row.
 
-Prediction for an H200, bf16, V = 250,002. Up to 64 rows (fill-mask) the weights' stream is the roof: 384 MB (N = 768)
-or 512 MB (1024) at 4.3 TB/s are 89 and 119 µs; 80 % of it, since 123 chunks keep 123 of 132 processors at work, with
-64 KB and more in flight on each. From about 1,000 rows the tensor cores are (790 TFLOP/s): the loss at 50–55 %, since
-loads go through pointers and each tile drains the pipeline before 16,384 exponentials (1,000 cycles, a third of its
-product); the top 5 at 35–45 %: a search for a word costs a quarter of a tile's product, and 128 rows need about three.
+Prediction for an H200 (nothing is measured yet), bf16, V = 250,002. Up to 64 rows (fill-mask) the weights' stream is
+the roof: 384 MB (N = 768) or 512 MB (1024) at 4.3 TB/s are 89 and 119 µs; 85 % of it, with the second kernel's 3 µs:
+the stream needs 33 KB in flight on each processor (1 µs of it), where 131 of 132 have 64 KB and more. From about 1,000
+rows the tensor cores are (790 TFLOP/s). The loss: a tile of 256×128 takes 12,300 cycles of wgmma at N = 768, then 2,800
+for its maxima and exponentials (32,768 at 16 a cycle are 2,048), during which only the next tile's loads go on. That is
+81 % (85 % at N = 1024) of the 640–700 TFLOP/s that linear.py expects of long products: 520–590 TFLOP/s, 66–75 %. The
+top 5: 35–45 %, since a search for a word costs a quarter of a tile's product, and 128 rows need about three.
 """
 
 from typing import Any, NamedTuple
@@ -74,7 +76,8 @@ MAX_K = 16  # candidates that a program keeps of a row
 FEW = 64  # rows up to which the weights' stream, not the product, is the cost
 SOME = 128  # rows up to which a tile of more would be idle in half of its rows
 
-# (bytes of an element, load). BLOCK_V is the same for all loads: a row's sum has one order.
+# (bytes of an element, load). BLOCK_V is the same for all loads: a row's sum has one order. Tiles of 256 rows on sm_90
+# read a quarter less through L2 than those of 128: 48 bytes a cycle of wgmma for each processor, not 64.
 # Not measured yet: chosen by compiling for each target (no spills up to 16 candidates, with targets and a second pass).
 CONFIGS: Table = {
     "portable": {
@@ -240,8 +243,8 @@ def _vocab_partials_kernel(
         best_columns = NONE - slots
 
     start = tl.program_id(1) * CHUNK
-    # Flattened, one loop over all steps of all tiles: the next tile's loads fly during this one's exponentials. Triton 3.6
-    # flattens nothing around a `while`, which candidates need.
+    # Flattened, one loop over all steps of all tiles: the next tile's loads fly during this one's exponentials. Triton
+    # 3.6 cannot flatten around a `while`, which candidates need.
     for tile in tl.range(0, bound(tl.minimum(V - start, CHUNK)), BLOCK_V, flatten=SLOTS == 0):
         columns = start + tile + tl.arange(0, BLOCK_V)
         z, real = _logits(

@@ -637,7 +637,7 @@ def _check_arguments(softmax_scale: float, q: Kind, k: Kind, v: Kind, spans: Seq
     if any(t.shape[0] > 1 and t.stride[0] >= APART for t in (q, k, v)):
         strides = ", ".join(str(t.stride[0]) for t in (q, k, v))
         raise ValueError(
-            f"attention: rows of q, k, v are {strides} elements apart, allowed are less than {APART}; make them contiguous"
+            f"attention: rows of q, k, v are {strides} elements apart, allowed are less than {APART}: make them dense"
         )
     if not 0 < softmax_scale < float("inf"):
         raise ValueError(f"attention: softmax_scale is {softmax_scale}; it must be positive and finite")

@@ -243,10 +243,11 @@ def _vocab_partials_kernel(
         best_columns = NONE - slots
 
     start = tl.program_id(1) * CHUNK
+    end = tl.minimum(start + CHUNK, V)
     # Flattened, one loop over all steps of all tiles: the next tile's loads fly during this one's exponentials. Triton
     # 3.6 cannot flatten around a `while`, which candidates need.
-    for tile in tl.range(0, bound(tl.minimum(V - start, CHUNK)), BLOCK_V, flatten=SLOTS == 0):
-        columns = start + tile + tl.arange(0, BLOCK_V)
+    for first in tl.range(bound(start), bound(end), BLOCK_V, flatten=SLOTS == 0):
+        columns = first + tl.arange(0, BLOCK_V)
         z, real = _logits(
             x_ptr, w_ptr, b_ptr, targets_ptr, x_rows * stride_xm, columns, stride_wn, V, table_rows,
             N, BLOCK_K, PRECISION,

@@ -122,7 +122,7 @@ def _attention(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
 
 
 def _vocab_softmax(kernel: ModuleType, empty: Empty) -> Iterator[Case]:
-    for dtype, (model, T) in itertools.product(("bf16", "fp32"), (("base", 40), ("large", 128))):
+    for dtype, (model, T) in itertools.product(("bf16", "fp32"), (("base", 40), ("large", 128), ("large", 1024))):
         N = MODELS[model][0]
         label = f"{dtype} {model} {T} rows"
         head = (empty(dtype, T, N), empty(dtype, VOCABULARY, N), empty(dtype, VOCABULARY))

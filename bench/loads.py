@@ -75,12 +75,12 @@ def _products(entry: Entry, new: New) -> list[partial[Any]]:
 
 
 def _vocab_softmax(entry: Entry, new: New) -> list[partial[Any]]:
-    kernel, backward = entry.module, entry.table == "DZ_CONFIGS"
-    T, words = 64 if "few" in entry.parts else 1024, SOME_WORDS if backward else WORDS
+    kernel, backward, load = entry.module, entry.table == "DZ_CONFIGS", entry.parts[-1]
+    T, words = {"few": 64, "some": 128}.get(load, 1024), SOME_WORDS if backward else WORDS
     x, weight = _layer(new, T, N)
     head = x, weight(words, N), new(words)
     loss = _call(backward, kernel.vocab_cross_entropy, *head, torch.randint(words, (T,), device=x.device))
-    return [loss] if backward else [_call(False, kernel.vocab_topk, *head, 5), loss]
+    return [loss] if backward or load == "many" else [_call(False, kernel.vocab_topk, *head, 5), loss]
 
 
 def _rows(entry: Entry) -> tuple[bool, int, int]:

@@ -62,6 +62,7 @@ from ._loops import bound
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD_DIMS = range(8, 129)
+APART = 2**23  # rows of q, k and v begin fewer elements apart: a tile's 256 at most are counted in 32 bits
 
 
 def cost(
@@ -566,7 +567,7 @@ def attention_bwd(
     check("attention", dout=dout, q=q, k=k, v=v, out=out)
     rows, heads, _ = q.shape
     sequences.check(rows, len(k), disjoint=needed[1] or needed[2])
-    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dout = dout if dout.stride(2) == 1 and dout.stride(0) < APART else dout.contiguous()
     delta = torch.empty_like(lse)
     dq = torch.empty_like(out) if needed[0] else None
     whole = sequences.k_starts is sequences.q_starts and sequences.k_lens is sequences.q_lens  # no key without sequence
@@ -633,6 +634,11 @@ def _check_arguments(softmax_scale: float, q: Kind, k: Kind, v: Kind, spans: Seq
     if not all(t.stride[2] == 1 or 0 in t.shape for t in (q, k, v)):
         strides = ", ".join(str(t.stride) for t in (q, k, v))
         raise ValueError(f"attention: q, k, v have strides {strides}; the last dimension must be contiguous")
+    if any(t.shape[0] > 1 and t.stride[0] >= APART for t in (q, k, v)):
+        strides = ", ".join(str(t.stride[0]) for t in (q, k, v))
+        raise ValueError(
+            f"attention: rows of q, k, v are {strides} elements apart, allowed are less than {APART}: make them dense"
+        )
     if not 0 < softmax_scale < float("inf"):
         raise ValueError(f"attention: softmax_scale is {softmax_scale}; it must be positive and finite")
     if not (

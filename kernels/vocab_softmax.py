@@ -21,11 +21,13 @@ gradients have taken it up. Of 2,048 words ("chunked") it is 0.4 % of the fp32 l
 large as a layer's; of 256 ("recompute") a twentieth of a percent. Fewer than 8,192 rows take more words at a time: the
 same 32 or 4 MB. Kept from forward: x, labels and lse, 4 bytes a row.
 
-Prediction for an H200, bf16, V = 250,002. Up to 64 rows (fill-mask) the weights' stream is the roof: 384 MB (N = 768)
-or 512 MB (1024) at 4.3 TB/s are 89 and 119 µs; 80 % of it, since 123 chunks keep 123 of 132 processors at work, with
-64 KB and more in flight on each. From about 1,000 rows the tensor cores are (790 TFLOP/s): the loss at 50–55 %, since
-loads go through pointers and each tile drains the pipeline before 16,384 exponentials (1,000 cycles, a third of its
-product); the top 5 at 35–45 %: a search for a word costs a quarter of a tile's product, and 128 rows need about three.
+Prediction for an H200 (nothing is measured yet), bf16, V = 250,002. Up to 64 rows (fill-mask) the weights' stream is
+the roof: 384 MB (N = 768) or 512 MB (1024) at 4.3 TB/s are 89 and 119 µs; 85 % of it, with the second kernel's 3 µs:
+the stream needs 33 KB in flight on each processor (1 µs of it), where 131 of 132 have 64 KB and more. From about 1,000
+rows the tensor cores are (790 TFLOP/s). The loss: a tile of 256×128 takes 12,300 cycles of wgmma at N = 768, then 2,800
+for its maxima and exponentials (32,768 at 16 a cycle are 2,048), during which only the next tile's loads go on. That is
+81 % (85 % at N = 1024) of the 640–700 TFLOP/s that linear.py expects of long products: 520–590 TFLOP/s, 66–75 %. The
+top 5: 35–45 %, since a search for a word costs a quarter of a tile's product, and 128 rows need about three.
 """
 
 from typing import Any, NamedTuple
@@ -48,6 +50,7 @@ from ._launch import (
     pick,
     wants_gradients,
 )
+from ._loops import bound
 from ._products import BLOCK_K, product_dw, product_dx, sum_splits
 
 
@@ -66,43 +69,55 @@ def activation_bytes(N: int, itemsize: int) -> int:
     return N * itemsize + 8 + 4
 
 
-CHUNK = 2048  # words a program: 123 chunks of 250,002 words
+CHUNK = 1920  # words a program: 131 chunks of 250,002 words, for the 132 processors of an H200
 WORDS = {"chunked": 2048, "recompute": 256}  # whose dz stands in memory at a time, of ROWS or more rows
 ROWS = 8192
 MAX_K = 16  # candidates that a program keeps of a row
 FEW = 64  # rows up to which the weights' stream, not the product, is the cost
+SOME = 128  # rows up to which a tile of more would be idle in half of its rows
 
-# (bytes of an element, load). BLOCK_V is the same for both loads: a row's sum has one order.
+# (bytes of an element, load). BLOCK_V is the same for all loads: a row's sum has one order. Tiles of 256 rows on sm_90
+# read a quarter less through L2 than those of 128: 48 bytes a cycle of wgmma for each processor, not 64.
 # Not measured yet: chosen by compiling for each target (no spills up to 16 candidates, with targets and a second pass).
 CONFIGS: Table = {
     "portable": {
         (2, "few"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
+        (2, "some"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (2, "many"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (4, "few"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
+        (4, "some"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=64, BLOCK_V=64),
     },
     "sm_80": {
         (2, "few"): config(8, 4, BLOCK_M=64, BLOCK_V=128),
+        (2, "some"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (2, "many"): config(8, 2, BLOCK_M=64, BLOCK_V=128),
         (4, "few"): config(8, 3, BLOCK_M=128, BLOCK_V=64),  # four warps and 64 rows spill with five candidates
+        (4, "some"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
     },
     "sm_90": {
         (2, "few"): config(4, 6, BLOCK_M=64, BLOCK_V=128),
-        (2, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=128),
+        (2, "some"): config(8, 3, BLOCK_M=128, BLOCK_V=128),
+        (2, "many"): config(8, 4, BLOCK_M=256, BLOCK_V=128),
         (4, "few"): config(4, 6, BLOCK_M=64, BLOCK_V=64),
+        (4, "some"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
     },
     "sm_100": {  # one tile: there a sum's order over the columns goes with BLOCK_M
         (2, "few"): config(8, 4, BLOCK_M=128, BLOCK_V=64),
+        (2, "some"): config(8, 4, BLOCK_M=128, BLOCK_V=64),
         (2, "many"): config(8, 4, BLOCK_M=128, BLOCK_V=64),
         (4, "few"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
+        (4, "some"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
         (4, "many"): config(8, 3, BLOCK_M=128, BLOCK_V=64),
     },
     "gfx942": {
         (2, "few"): config(4, 2, BLOCK_M=64, BLOCK_V=128),
+        (2, "some"): config(8, 2, BLOCK_M=128, BLOCK_V=128),
         (2, "many"): config(8, 2, BLOCK_M=128, BLOCK_V=128),
         (4, "few"): config(4, 2, BLOCK_M=64, BLOCK_V=64),
+        (4, "some"): config(8, 2, BLOCK_M=128, BLOCK_V=64),
         (4, "many"): config(8, 2, BLOCK_M=128, BLOCK_V=64),
     },
 }
@@ -120,6 +135,11 @@ ROW = config(4, 1)  # of the kernels that finish one row a program
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(2**31 - 1)  # the word of an empty place: higher than any
+
+
+def load(T: int, k: int) -> str:
+    """That of CONFIGS: by rows, and with k candidates, which take the registers of a tile of many, never "many"."""
+    return "few" if T <= FEW else "some" if k or T <= SOME else "many"
 
 
 def words_at_once(T: int, backward: str) -> int:
@@ -159,10 +179,9 @@ def _biases(b_ptr, words, real):
 @triton.jit
 def _logits(
     x_ptr, w_ptr, b_ptr, targets_ptr, x_rows, columns, stride_wn, V, table_rows,
-    N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of z, −∞ where a column names no word, and which columns do: words themselves, or places in targets.
-    EARLY: the biases are loaded before the product, which hides how long that takes, for a register each."""
+    """One tile of z, −∞ where a column names no word, and which columns do: words themselves, or places in targets."""
     real = columns < V
     words = columns
     w_rows = tl.minimum(columns, V - 1).to(tl.int64)  # beyond the end: a word that is there
@@ -170,12 +189,8 @@ def _logits(
         words = tl.load(targets_ptr + columns, mask=real, other=-1).to(tl.int64)
         real = (words >= 0) & (words < table_rows)
         w_rows = tl.where(real, words, 0)
-    if EARLY:
-        bias = _biases(b_ptr, words, real)
     z = _products(x_ptr, w_ptr, x_rows, w_rows * stride_wn, N, BLOCK_K, PRECISION)
-    if not EARLY:
-        bias = _biases(b_ptr, words, real)
-    z += bias[None, :]
+    z += _biases(b_ptr, words, real)[None, :]
     return z, real
 
 
@@ -229,11 +244,13 @@ def _vocab_partials_kernel(
 
     start = tl.program_id(1) * CHUNK
     end = tl.minimum(start + CHUNK, V)
-    while start < end:
-        columns = start + tl.arange(0, BLOCK_V)
+    # Flattened, one loop over all steps of all tiles: the next tile's loads fly during this one's exponentials. Triton
+    # 3.6 cannot flatten around a `while`, which candidates need.
+    for first in tl.range(bound(start), bound(end), BLOCK_V, flatten=SLOTS == 0):
+        columns = first + tl.arange(0, BLOCK_V)
         z, real = _logits(
             x_ptr, w_ptr, b_ptr, targets_ptr, x_rows * stride_xm, columns, stride_wn, V, table_rows,
-            N, BLOCK_K, PRECISION, SLOTS == 0 and total_ptr is None,  # else the registers are needed
+            N, BLOCK_K, PRECISION,
         )  # fmt: skip
         if max_ptr is not None:
             new_max = tl.maximum(row_max, tl.max(z, axis=1))
@@ -248,7 +265,6 @@ def _vocab_partials_kernel(
                 tied_later = (z == after_z[:, None]) & (columns[None, :] > after_column[:, None])
                 z = tl.where((z < after_z[:, None]) | tied_later, z, float("-inf"))
             best_z, best_columns = _keep_best(z, columns, best_z, best_columns)
-        start += BLOCK_V
 
     partial = m * tl.num_programs(1) + tl.program_id(1)
     if max_ptr is not None:
@@ -426,7 +442,7 @@ def vocab_partials_fwd(
     (T, N), itemsize = x.shape, x.element_size()
     words = len(weight if targets is None else targets)
     k = candidates[0].shape[2] if candidates else 0
-    tuned = pick(CONFIGS, x.device, (itemsize, "few" if T <= FEW else "many")).meta
+    tuned = pick(CONFIGS, x.device, (itemsize, load(T, k))).meta
     nothing = None, None
     _vocab_partials_kernel[(triton.cdiv(T, tuned["BLOCK_M"]), triton.cdiv(words, CHUNK))](
         *head, targets, *(after or nothing), *(softmax or nothing), totals, *(candidates or nothing), *head.strides,

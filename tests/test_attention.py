@@ -456,6 +456,8 @@ def test_refusals(device: torch.device) -> None:
         wrong = torch.randn(9, 2, head_dim, device=device)
         refuse(ValueError, f"head_dim is {head_dim}, allowed are 8 to 128", device, q=wrong, k=wrong, v=wrong)
     refuse(ValueError, "last dimension must be contiguous", device, k=torch.randn(9, 24, 2, device=device).mT)
+    far = torch.empty_strided((2, 2, 24), (kernel.APART, 24, 1), device=device)
+    refuse(ValueError, r"rows of q, k, v are 8388608, .* elements apart", device, q=far)
     refuse(TypeError, "k is torch.float16", device, k=good.half())
     refuse(ValueError, "k is on meta", device, k=good.to("meta"))
     for rate in (-0.1, 1.1, float("nan")):

@@ -146,6 +146,21 @@ for job in recorder.jobs.values():
         found = re.findall(r"st\\.global\\.(\\S+) ", kernel.asm["ptx"])
         print(json.dumps([kernel.name, max(widths[width] for width in found)]))
 """
+FLIGHT = """
+import json
+from bench import compile_cases, compile_gate
+from xlmr.kernels import vocab_softmax
+import triton
+
+recorder = compile_gate.Recorder([vocab_softmax])
+cases = compile_cases.cases({"vocab_softmax": vocab_softmax})
+recorder.run([case for case in cases if case[0] == "vocab_cross_entropy bf16 large 1024 rows"], "sm_90", "sm_90")
+(job,) = [job for job in recorder.jobs.values() if job.source.fn.__name__ == "_vocab_partials_kernel"]
+kernel = triton.compile(job.source, target=compile_gate.TARGETS["sm_90"].gpu, options=job.options)
+before, *loops = kernel.asm["ttgir"].split("scf.for")
+names = "ttng.warp_group_dot ", "ttg.async_copy_global_to_local", "math.exp2"
+print(json.dumps([[loop.find(name) for name in names] for loop in loops]))
+"""
 TRAFFIC = """
 import functools, json
 from bench import traffic
@@ -216,3 +231,10 @@ def test_what_a_chunk_of_words_leaves_is_stored_sixteen_bytes_at_a_time(tmp_path
     *whole, dz, db = run(tmp_path, "stores", "", STORES)
     assert whole == [["_vocab_dz_kernel", 16], ["_sum_splits_kernel", 16]]
     assert (dz, db) == (["_vocab_dz_kernel", 4], ["_sum_splits_kernel", 2])
+
+
+def test_the_next_tiles_loads_fly_during_the_losss_exponentials(tmp_path: Path) -> None:
+    """One loop over the steps of all tiles: in it products and loads stand before a finished tile's exponentials."""
+    (loops,) = run(tmp_path, "flight", "", FLIGHT)
+    ((product, load, exponential),) = loops
+    assert 0 < product < load < exponential

@@ -74,7 +74,7 @@ def test_which_tables_promise_bits() -> None:
     assert promised == {
         *(("attention", "CONFIGS", load) for load in ("short", "long")),
         *(("linear", "CONFIGS", load) for load in loads.ROWS),
-        *(("vocab_softmax", "CONFIGS", load) for load in ("few", "many")),
+        *(("vocab_softmax", "CONFIGS", load) for load in ("few", "some", "many")),
     }
 
 

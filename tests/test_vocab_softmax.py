@@ -178,6 +178,27 @@ def test_cross_entropy_and_its_gradients(
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("T", [1, vocab_softmax.SOME + 2])
+def test_chunks_as_they_are_launched(
+    T: int, dtype: torch.dtype, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many tiles, then a part of one; steps that N does not fill; one row, and two more than a tile of some."""
+    monkeypatch.setattr(vocab_softmax, "CHUNK", LAUNCHED_CHUNK)
+    V = LAUNCHED_CHUNK + 70
+    given = head(T, 72, V, dtype, device)
+    labels = torch.randint(V, (T,), device=device)
+    labels[0] = V - 1
+    for settings in ({"reduction": "none"}, {"reduction": "none", "label_smoothing": 0.2}):
+        ours, twin, truth = (
+            ops.vocab_cross_entropy(*operands, labels, **settings)
+            for ops, operands in ((vocab_softmax, given), (eager, given), (eager, double(*given)))
+        )
+        assert_accurate(ours, twin, truth, dtype=dtype)
+    given[2][[0, LAUNCHED_CHUNK - 1, LAUNCHED_CHUNK, V - 1]] += 8
+    assert_best(vocab_topk(*given, 5), given, 5)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_eager_is_torchs_cross_entropy(settings: dict[str, Any]) -> None:
     """In float64, logits in memory and the whole graph torch's own; z-loss written out."""
@@ -321,7 +342,7 @@ def test_cross_entropy_of_no_label_is_nan(device: torch.device, poisoned: None) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_know_its_neighbours(dtype: torch.dtype, device: torch.device) -> None:
-    """Bit for bit: alone, in any batch, at any place; few rows and many have tiles of their own."""
+    """Bit for bit: alone, in any batch, at any place; few rows, some and many have tiles of their own."""
     T = 20 if device.type == "cpu" else 200
     x, weight, bias = exact(*head(T, 24, CHUNK + 70, dtype, device))
     targets = torch.arange(0, 198, 13, device=device)
@@ -332,7 +353,7 @@ def test_a_row_does_not_know_its_neighbours(dtype: torch.dtype, device: torch.de
         return [*vocab_topk(x[rows], weight, bias, 3), *vocab_topk(x[rows], weight, bias, 3, targets), losses]
 
     whole = all_of(slice(None))
-    for rows in (slice(5, 6), slice(3, 12), torch.randperm(T, device=device)):
+    for rows in (slice(5, 6), slice(3, 12), slice(7, 7 + T // 2), torch.randperm(T, device=device)):
         for part, everything in zip(all_of(rows), whole, strict=True):
             assert torch.equal(part, everything[rows])
     labels[::3] = -100  # the loss of a row is the same beside rows without a label
@@ -352,9 +373,8 @@ def test_targets_and_the_whole_vocabulary_agree_bit_for_bit(device: torch.device
 def test_tiles_that_decide_a_rows_bits_are_one_constant() -> None:
     for table in vocab_softmax.CONFIGS.values():
         for itemsize in (2, 4):
-            few, many = (dict(table[itemsize, load].tiles)["BLOCK_V"] for load in ("few", "many"))
-            assert few == many
-            assert LAUNCHED_CHUNK % few == CHUNK % few == 0
+            (width,) = {dict(table[itemsize, load].tiles)["BLOCK_V"] for load in ("few", "some", "many")}
+            assert LAUNCHED_CHUNK % width == CHUNK % width == 0
 
 
 def test_memory_stays_under_a_hundredth_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ def test_cross_entropy_and_its_gradients(
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, vocab_softmax.SOME + 2])
 def test_chunks_as_they_are_launched(
     T: int, dtype: torch.dtype, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch

@@ -157,7 +157,7 @@ def some_labels(T: int, V: int, device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "N", "V"), [(0, 8, 40), (1, 96, 70), (37, 8, 130), (3, 769, CHUNK + 5)])
 def test_cross_entropy_and_its_gradients(
     T: int, N: int, V: int, dtype: torch.dtype, settings: dict[str, Any], device: torch.device, poisoned: None

@@ -7,7 +7,7 @@ nucleus of Holtzman et al., 2020; no_repeat_ngram_size is from Paulus et al., 20
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,17 +154,23 @@ def marked(words: Tensor, where: Tensor, size: int) -> Tensor:
     return marks.scatter_(1, words.long().masked_fill(~where, size), True)[:, :size]
 
 
-def one_by_one(
-    ids: Tensor,
-    limit: int,
-    pad: int,
-    words: Words,
-    follow: Callable[[Tensor], Tensor],
-    stops: Callable[[Tensor], Tensor],
-    streamer: Any,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Texts [B, S] with a word after the other, greedy or drawn; follow and stops as in beam_search."""
+class Search(NamedTuple):
+    """What both searches need. `limit`: the longest text in tokens; `pad`: the token behind one that has ended.
+
+    follow: the logits [N, V] of what follows texts [N, S].  stops: whether texts are to end for another reason than
+    their last word.
+    """
+
+    limit: int
+    pad: int
+    words: Words
+    follow: Callable[[Tensor], Tensor]
+    stops: Callable[[Tensor], Tensor]
+
+
+def one_by_one(ids: Tensor, search: Search, streamer: Any, generator: torch.Generator | None) -> Tensor:
+    """Texts [B, S] with a word after the other, greedy or drawn."""
+    limit, pad, words, follow, stops = search
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     if streamer is not None:
         streamer.put(ids.cpu())
@@ -217,20 +223,10 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.gather(1, index.view(*index.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:]))
 
 
-def beam_search(
-    ids: Tensor,
-    limit: int,
-    pad: int,
-    words: Words,
-    follow: Callable[[Tensor], Tensor],
-    stops: Callable[[Tensor], Tensor],
-    reorder: Callable[[Tensor], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """The best texts of prompts [B·K, S], a row for each of num_return_sequences, and their scores.
-
-    follow: the logits [B·K, V] of what follows texts.  stops: whether texts [N, S] are to end for another reason than
-    their last word.  reorder: tells a cache which rows [B·K] go on.
-    """
+def beam_search(ids: Tensor, search: Search, reorder: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
+    """The best texts of prompts [B·K, S], a row for each of num_return_sequences, and their scores; `reorder` tells a
+    cache which rows [B·K] go on."""
+    limit, pad, words, follow, stops = search
     told, start = words.settings, ids.shape[1]
     count, penalty = told.num_beams, told.length_penalty
     keep = max(2, 1 + len(words.ends)) * count  # so that enough are left where the best of all end

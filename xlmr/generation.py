@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad as padded
 
 from .cache import KeyValueCache
-from .decoding import Settings, Words, beam_search, one_by_one
+from .decoding import Search, Settings, Words, beam_search, one_by_one
 from .inputs import check_length, check_tensors
 from .outputs import GenerateOutput
 
@@ -82,11 +82,11 @@ def generate(
             found = found | torch.as_tensor(criterion(texts, None), device=texts.device)
         return found
 
-    search = ids, input_ids.shape[1] + new, pad, words, follow, stops
+    search = Search(input_ids.shape[1] + new, pad, words, follow, stops)
     if told.num_beams > 1:
-        sequences, sequences_scores = beam_search(*search, None if cache is None else cache.reorder_cache)
+        sequences, sequences_scores = beam_search(ids, search, None if cache is None else cache.reorder_cache)
     else:
-        sequences, sequences_scores = one_by_one(*search, streamer, generator), None
+        sequences, sequences_scores = one_by_one(ids, search, streamer, generator), None
     if not told.return_dict_in_generate:
         return sequences
     scores, logits = (tuple(kept) if kept else None for kept in (words.scores, words.logits))
